@@ -1,0 +1,1 @@
+"""Benchmarks of `flood_optax`: one question per module, `python -m benchmarks`."""

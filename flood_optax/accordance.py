@@ -1,0 +1,105 @@
+"""How far sub-batches agree on where to go, and the level where they cease to."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from flood_optax.checks import check_scalar_level, real_array
+
+
+def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
+    r"""Returns how far a step on one batch also lowers the loss on another.
+
+    The cosine :math:`\langle g_a, g_b\rangle / (|g_a||g_b|)` of two whole gradient
+    trees: the step :math:`-\eta g_a` changes the loss of batch b by
+    :math:`-\eta\langle g_a, g_b\rangle` to first order. 0 where a gradient is zero, NaN
+    where one is not finite; squares neither overflow nor underflow.
+
+    Args:
+      grads_a: a tree of arrays; leaves that are None, integer or float0 do not count.
+      grads_b: a tree of the same structure and shapes.
+
+    Returns:
+      A scalar in [-1, 1] to rounding, float32 at least.
+
+    Raises:
+      ValueError: if the trees differ in structure or shapes, or have no float leaves.
+
+    Examples:
+      >>> a = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+      >>> b = {"w": jnp.array([-1.0, 2.0]), "b": jnp.array(2.0)}
+      >>> print(f"{gradient_accordance(a, b):.4f}")
+      0.3333
+
+    References:
+      Liu et al., Flooding-X, ACL 2022.
+    """
+    shapes = [jax.tree.map(np.shape, grads) for grads in (grads_a, grads_b)]
+    a, b = _unit(grads_a), _unit(grads_b)
+    same = jax.tree.flatten(shapes[0]) == jax.tree.flatten(shapes[1])
+    if not same or len(a) != len(b) or not a:
+        raise ValueError(
+            "`gradient_accordance(grads_a, grads_b)` must be trees of floats of one "
+            f"structure and shapes, got {shapes[0]} and {shapes[1]}."
+        )
+    norms = jnp.sqrt(_inner(a, a) * _inner(b, b))
+    return _inner(a, b) / jnp.where(norms == 0, 1, norms)
+
+
+def accordance_level(
+    losses: ArrayLike, accordances: ArrayLike, *, threshold: float = 0.0
+) -> jax.Array:
+    r"""Returns the training loss at which the accordance of sub-batches breaks down.
+
+    b = ``losses[t]`` for the first t with ``accordances[t] < threshold``, -inf, which
+    is off, if there is none. Both come from plain training, as means over epochs. This
+    is our reading of Flooding-X (Liu et al., ACL 2022), whose code has no such rule.
+
+    Args:
+      losses: real floats [epochs], raw training losses.
+      accordances: real floats [epochs], such as means of `gradient_accordance`. NaN is
+        not below the threshold, nor is a tie.
+      threshold: a scalar.
+
+    Returns:
+      The level, a scalar of the dtype of ``losses``.
+
+    Raises:
+      TypeError: if an array is not of a real float dtype or ``threshold`` no number.
+      ValueError: if the arrays are not of one shape [epochs], or ``threshold`` is
+        NaN or no scalar.
+
+    Examples:
+      >>> print(accordance_level([1.5, 0.75, 0.5], [0.5, -0.25, -0.5]))
+      0.75
+    """
+    loss = real_array(jnp.asarray(losses), "accordance_level(losses)")
+    accordance = real_array(jnp.asarray(accordances), "accordance_level(accordances)")
+    if loss.shape != accordance.shape or loss.ndim != 1 or loss.size == 0:
+        raise ValueError(
+            "`accordance_level(losses, accordances)` must be of one shape [epochs], "
+            f"got {loss.shape} and {accordance.shape}."
+        )
+    check_scalar_level(threshold, "accordance_level(threshold=...)")
+    broken = accordance < threshold
+    return jnp.where(broken.any(), loss[jnp.argmax(broken)], -jnp.inf)
+
+
+def _unit(tree: Any) -> list[jax.Array]:
+    """The float leaves, float32 at least, divided by the largest entry of all."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if _is_float(x)]
+    leaves = [x.astype(np.promote_types(x.dtype, np.float32)) for x in leaves]
+    largest = jnp.stack([0, *(abs(x).max(initial=0) for x in leaves)]).max()
+    return [x / jnp.where(largest == 0, 1, largest) for x in leaves]
+
+
+def _inner(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    products = ((jnp.conj(x) * y).real.sum() for x, y in zip(a, b, strict=True))
+    return jnp.stack(list(products)).sum()
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))

@@ -1,0 +1,163 @@
+"""What a loss and a level may be: the rules every entry point enforces."""
+
+import numbers
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+DROPS_VALUE = (
+    "`optax.chain(optax.MultiSteps(...))`, `optax.lookahead` and flax's own "
+    "`TrainState.apply_gradients` drop extra arguments; where the loss cannot be "
+    "passed, flood the loss instead: `flood_optax.flooded(loss_fn, level)`."
+)
+
+
+def check_level(level: Any, call: str) -> None:
+    """Refuses what is no level; tracers pass, since their numbers are not known yet.
+
+    -inf is legal and means off, negative levels are legal (densities).
+    """
+    if isinstance(level, bool) or not isinstance(
+        level, numbers.Real | np.generic | np.ndarray | jax.Array
+    ):
+        raise TypeError(
+            f"`{call}` must be a number or an array of numbers, "
+            f"got {level!r} of type {type(level).__name__}."
+        )
+    dtype = jnp.result_type(level)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real:
+        raise TypeError(f"`{call}` must be real, got dtype {dtype}.")
+    known = not isinstance(level, jax.Array) or (
+        not isinstance(level, Tracer) and level.is_fully_addressable
+    )
+    if not known:
+        return
+    concrete = np.asarray(level, np.float64)
+    if np.isnan(concrete).any():
+        raise ValueError(f"`{call}` must not be NaN, got {level}.")
+    if (concrete > np.finfo(jnp.result_type(float)).max).any():
+        raise ValueError(
+            f"`{call}` must not be +inf, got {level}. "
+            "To switch flooding off, use -inf: the loss is never below it."
+        )
+
+
+def check_scalar_level(level: Any, call: str) -> None:
+    """As `check_level`, and refuses anything that is not one number."""
+    check_level(level, call)
+    if np.shape(level) != ():
+        raise ValueError(
+            f"`{call}` must be a scalar where one loss is flooded, "
+            f"got shape {np.shape(level)}."
+        )
+
+
+def real_array(loss: Any, call: str) -> jax.Array:
+    """The loss as an array; only real floats can be flooded."""
+    kind = type(loss).__name__
+    if isinstance(loss, tuple):
+        raise TypeError(
+            f"`{call}` must be the loss alone, got a {kind}: "
+            "pass the loss without aux, or use has_aux=True where there is one."
+        )
+    if loss is None or isinstance(loss, str | list | dict):
+        raise TypeError(f"`{call}` must be an array of real floats, got {kind}.")
+    array = jnp.asarray(loss)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`{call}` must be of a real float dtype, got {array.dtype}.")
+    return array
+
+
+def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
+    """The loss as an array of shape (): a vector of losses is never broadcast."""
+    array = real_array(loss, call)
+    if array.shape != ():
+        raise ValueError(
+            f"`{call}` must be a scalar, got shape {array.shape}. {remedy}"
+        )
+    return array
+
+
+def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.Array:
+    """The level broadcast to the losses, never the losses to the level."""
+    array = jnp.asarray(level)
+    # dimensions may be symbolic, which np.broadcast_shapes does not know
+    sizes = zip(array.shape[::-1], shape[::-1], strict=False)
+    fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in sizes)
+    if not fits:
+        raise ValueError(
+            f"`{call}` must broadcast to the shape {shape} of the losses, "
+            f"got shape {array.shape}."
+        )
+    return jnp.broadcast_to(array, shape)
+
+
+def loss_mask(
+    where: ArrayLike | None, shape: tuple[int, ...], *, split: bool
+) -> jax.Array | None:
+    """The mask of `flood_mean`; a batch split over devices may be empty on one."""
+    if 0 in shape:
+        raise ValueError(
+            f"`flood_mean(losses)` must not be empty, got shape {shape}: "
+            "the mean of no losses is not defined."
+        )
+    if where is None:
+        return None
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"`flood_mean(where=...)` must be boolean, got {mask.dtype}.")
+    if mask.shape != shape:
+        raise ValueError(
+            f"`flood_mean(where=...)` must have the shape {shape} of the losses, "
+            f"got {mask.shape}."
+        )
+    if isinstance(where, np.ndarray) and not where.any() and not split:
+        raise ValueError(
+            "`flood_mean(where=...)` must leave at least one loss, got a mask that "
+            "is False everywhere."
+        )
+    return mask
+
+
+def segments(
+    segment_ids: ArrayLike | None, num_segments: object, shape: tuple[int, ...]
+) -> tuple[jax.Array, int]:
+    """The segment ids and number of `flood_mean`."""
+    if segment_ids is None:
+        raise ValueError('`flood_mean(over="segment")` needs `segment_ids`, got None.')
+    if num_segments is None:
+        raise ValueError(
+            '`flood_mean(over="segment")` needs `num_segments`, a static int, got None.'
+        )
+    if isinstance(num_segments, bool) or not isinstance(num_segments, int | np.integer):
+        raise TypeError(
+            "`flood_mean(num_segments=...)` must be a static int, "
+            f"got {num_segments!r}."
+        )
+    if num_segments < 1:
+        raise ValueError(
+            f"`flood_mean(num_segments=...)` must be positive, got {num_segments}."
+        )
+    ids = jnp.asarray(segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"`flood_mean(segment_ids=...)` must be integers, got {ids.dtype}."
+        )
+    if ids.shape != shape:
+        raise ValueError(
+            f"`flood_mean(segment_ids=...)` must have the shape {shape} of the losses, "
+            f"got {ids.shape}."
+        )
+    if isinstance(segment_ids, np.ndarray) and (
+        segment_ids.min() < 0 or segment_ids.max() >= num_segments
+    ):
+        raise ValueError(
+            f"`flood_mean(segment_ids=...)` must lie in [0, {num_segments}), got "
+            f"{segment_ids.min()} to {segment_ids.max()}."
+        )
+    return ids, int(cast(int, num_segments))

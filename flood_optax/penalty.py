@@ -1,0 +1,367 @@
+"""The gradient penalty L + strength/2 |grad L|^2, and how flooding amounts to it.
+
+A pair of flooded SGD steps, one down and one up, is one step along a finite difference
+of the penalty's gradient H g. At the level, many pairs follow that direction along the
+level set. docs/theory.md says where this ends: momentum, Adam, soft shapes.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from flood_optax.sharpness import gradient_of, loss_of_params, wide
+
+Method = Literal["exact", "forward", "backward"]
+
+
+def objective(
+    loss_fn: Callable[..., Any], strength: ArrayLike, *, has_aux: bool = False
+) -> Callable[..., Any]:
+    r"""Adds the squared gradient norm to a loss.
+
+    :math:`L(\theta) + \frac{\lambda}{2} |\nabla L(\theta)|^2` with L = ``loss_fn``,
+    :math:`\lambda` = ``strength``, the gradient taken in the first argument over all
+    leaves. Its own gradient, by double backward, is :math:`g + \lambda H g`, with g and
+    H the gradient and Hessian of L; `value_and_grad` computes the same at less cost.
+    Where g = 0 value and gradient are those of L. A NaN loss or gradient gives NaN.
+
+    Args:
+      loss_fn: returns a scalar loss of a real float dtype, or (loss, aux) with
+        ``has_aux``; its first argument is any tree of real floating-point arrays.
+      strength: a scalar, at least 0; an array or tracer may change without
+        recompilation. 0 is the loss itself.
+      has_aux: whether ``loss_fn`` returns (loss, aux).
+
+    Returns:
+      A function of the same arguments as ``loss_fn`` that returns the penalised loss in
+      the dtype of the loss, with ``has_aux`` (penalised loss, aux). Squares are summed
+      in float32 at least.
+
+    Raises:
+      TypeError: if ``loss_fn`` is not callable, ``strength`` not a real number, a leaf
+        or the loss not a real float, or the loss a tuple without ``has_aux``.
+      ValueError: if ``strength`` is negative, not finite or not a scalar, or the loss
+        not a scalar.
+
+    Examples:
+      >>> import jax
+      >>> penalised = objective(lambda x: x**3, strength=0.5)
+      >>> print(penalised(2.0))  # 8 + 0.25 * 12**2
+      44.0
+      >>> print(jax.grad(penalised)(2.0))  # 12 + 0.5 * 12 * 12
+      84.0
+
+    References:
+      Barrett and Dherin, Implicit Gradient Regularization, ICLR 2021, section 3,
+      https://arxiv.org/abs/2009.11162
+    """
+    call = "penalty.objective"
+    _check_callable(call, loss_fn)
+    _check_number(f"{call}(strength=...)", strength, minimum=0)
+
+    @functools.wraps(loss_fn)
+    def penalised_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
+        loss_of = loss_of_params(
+            call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
+        )
+        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        penalty = 0.5 * jnp.asarray(strength) * _dot(gradient, gradient)
+        value = (loss.astype(penalty.dtype) + penalty).astype(loss.dtype)
+        return (value, aux) if has_aux else value
+
+    return penalised_fn
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    strength: ArrayLike,
+    *,
+    method: Method = "exact",
+    radius: ArrayLike | None = None,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    r"""Computes the raw loss and the gradient of the penalised one.
+
+    With L = ``loss_fn``, g its gradient and H its Hessian in the first argument,
+    :math:`\lambda` = ``strength``, a = ``radius``:
+
+    * ``"exact"``: :math:`g + \lambda H g`, H g by forward over reverse mode;
+    * ``"forward"``: :math:`g + \frac{\lambda}{a} [\nabla L(\theta + a g) - g]`;
+    * ``"backward"``: :math:`g + \frac{\lambda}{a} [g - \nabla L(\theta - a g)]`.
+
+    The step a g is not normalised. Without ``radius`` it is :math:`\lambda g`, and the
+    forward difference is then :math:`\nabla L(\theta + \lambda g)`, unnormalised SAM.
+    The differences are :math:`O(\lambda a)` from the exact gradient; a pair of flooded
+    SGD steps follows them, see `pair_displacement`. In 16-bit floats a small step
+    drowns in rounding: use ``"exact"``. Where g = 0 every method gives 0, and
+    ``strength`` 0 gives g. A NaN loss or gradient gives NaN.
+
+    Args:
+      loss_fn: returns a scalar loss of a real float dtype, or (loss, aux) with
+        ``has_aux``; its first argument is any tree of real floating-point arrays.
+      strength: a scalar, at least 0; an array or tracer may change without
+        recompilation.
+      method: "exact", "forward" or "backward".
+      radius: a scalar above 0, for the differences only; None means ``strength``.
+      has_aux: whether ``loss_fn`` returns (loss, aux).
+
+    Returns:
+      A function of the same arguments as ``loss_fn`` that returns (loss, gradient),
+      with ``has_aux`` ((loss, aux), gradient), as ``jax.value_and_grad`` does. The loss
+      is the raw one, what `flood_optax.scale_by_flood` wants as value; the gradient has
+      the structure, shapes and dtypes of the first argument.
+
+    Raises:
+      TypeError: if ``loss_fn`` is not callable, ``strength`` or ``radius`` not a real
+        number, a leaf or the loss not a real float, or the loss a tuple without
+        ``has_aux``.
+      ValueError: if ``method`` is unknown, ``strength`` negative, ``radius`` not above
+        0 or given for "exact", either not finite or not a scalar, or the loss not a
+        scalar.
+
+    Examples:
+      >>> loss_fn = lambda x: x**3
+      >>> loss, grad = value_and_grad(loss_fn, 0.5)(2.0)
+      >>> print(loss, grad)  # 12 + 0.5 * 12 * 12
+      8.0 84.0
+      >>> loss, grad = value_and_grad(loss_fn, 0.5, method="forward")(2.0)
+      >>> print(loss, grad)  # 3 * (2 + 0.5 * 12)**2
+      8.0 192.0
+
+    References:
+      Karakida et al., Understanding Gradient Regularization in Deep Learning, ICML
+      2023, section 3, https://arxiv.org/abs/2210.02720
+    """
+    call = "penalty.value_and_grad"
+    _check_callable(call, loss_fn)
+    _check_number(f"{call}(strength=...)", strength, minimum=0)
+    if method not in ("exact", "forward", "backward"):
+        raise ValueError(
+            f'`{call}(method=...)` must be "exact", "forward" or "backward", '
+            f"got {method!r}."
+        )
+    if radius is not None:
+        _check_number(f"{call}(radius=...)", radius, above=0)
+        if method == "exact":
+            raise ValueError(
+                f'`{call}(radius=...)` needs method="forward" or "backward", '
+                'got method="exact", which takes no step.'
+            )
+
+    @functools.wraps(loss_fn)
+    def value_and_grad_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
+        loss_of = loss_of_params(
+            call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
+        )
+        if method == "exact":
+            (loss, aux), gradient, product = _hessian_times_gradient(loss_of, params)
+            penalised = _add(gradient, strength, product)
+        else:
+            evaluate = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, aux), gradient = evaluate(params)
+            sign = 1 if method == "forward" else -1
+            step = strength if radius is None else radius
+            moved = gradient_of(
+                loss_of, _add(params, sign * jnp.asarray(step), gradient)
+            )
+            if radius is None and method == "forward":
+                penalised = moved
+            else:
+                weight = 1 if radius is None else jnp.asarray(strength) / radius
+                difference = jax.tree.map(jnp.subtract, moved, gradient)
+                penalised = _add(gradient, sign * weight, difference)
+        return ((loss, aux) if has_aux else loss), penalised
+
+    return value_and_grad_fn
+
+
+def pair_displacement(
+    loss_fn: Callable[..., Any],
+    params: optax.Params,
+    learning_rate: ArrayLike,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> optax.Updates:
+    r"""Computes where one SGD step down and one step up lead.
+
+    With :math:`\theta` = ``params``, :math:`\eta` = ``learning_rate``, g the gradient:
+    :math:`\theta' = \theta - \eta g(\theta)`, :math:`\theta'' = \theta' + \eta
+    g(\theta')`, and
+
+    .. math:: \theta'' - \theta = -\eta^2 \, \frac{g(\theta) - g(\theta - \eta
+        g(\theta))}{\eta} = -\eta^2 H g + O(\eta^3),
+
+    exactly minus :math:`\eta^2` times the backward difference of radius :math:`\eta` in
+    `value_and_grad`. Such a pair is what flooded SGD does when the loss crosses the
+    level; a pair up then down gives the forward difference. Where g = 0 it is 0. NaN
+    gives NaN.
+
+    Args:
+      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
+        a real float dtype, or (loss, aux) with ``has_aux``.
+      params: any tree of real floating-point arrays.
+      learning_rate: a scalar, at least 0.
+      *args: handed on to ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns (loss, aux).
+      **kwargs: handed on to ``loss_fn``.
+
+    Returns:
+      The displacement, a tree like ``params`` in structure, shapes and dtypes.
+
+    Raises:
+      TypeError: if ``learning_rate`` is not a real number, a leaf or the loss not a
+        real float, or the loss a tuple without ``has_aux``.
+      ValueError: if ``learning_rate`` is negative, not finite or not a scalar, or the
+        loss not a scalar.
+
+    Examples:
+      >>> print(pair_displacement(lambda x: x**3, 2.0, 0.125))  # 2 -> 0.5 -> 0.59375
+      -1.40625
+
+    References:
+      Holland and Nakatani, NeurIPS 2024, appendix B.1,
+      https://arxiv.org/abs/2310.10006; Karakida et al., ICML 2023,
+      https://arxiv.org/abs/2210.02720
+    """
+    call = "penalty.pair_displacement"
+    _check_number(f"{call}(learning_rate=...)", learning_rate, minimum=0)
+    loss_of = loss_of_params(
+        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
+    )
+    eta = jnp.asarray(learning_rate)
+    before = gradient_of(loss_of, params)
+    after = gradient_of(loss_of, _add(params, -eta, before))
+    return _scale(eta, jax.tree.map(jnp.subtract, after, before))
+
+
+def level_set_drift(
+    loss_fn: Callable[..., Any],
+    params: optax.Params,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> optax.Updates:
+    r"""Computes the mean motion of flooded SGD along the level set.
+
+    :math:`-\frac12 P_T H g` with :math:`P_T = I - g g^\top / |g|^2`, g and H the
+    gradient and Hessian of ``loss_fn`` at ``params``. Flooded SGD at the level moves by
+    this times :math:`\eta^2` per step in the mean, :math:`\eta` the learning rate: half
+    a pair, whose part along g the level takes back. So with :math:`\tau` = steps
+    :math:`\eta^2 / 2` it follows :math:`d\theta/d\tau = -P_T H g`, which lowers
+    :math:`|g|^2` at constant loss, towards the flattest points of the level set.
+
+    For SGD on a fixed batch only; docs/theory.md has the numbers for other rules.
+    Where g = 0 the drift is 0. NaN gives NaN.
+
+    Args:
+      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
+        a real float dtype, or (loss, aux) with ``has_aux``.
+      params: any tree of real floating-point arrays.
+      *args: handed on to ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns (loss, aux).
+      **kwargs: handed on to ``loss_fn``.
+
+    Returns:
+      The drift, a tree like ``params`` in structure, shapes and dtypes.
+
+    Raises:
+      TypeError: if a leaf or the loss is not a real float, or the loss a tuple without
+        ``has_aux``.
+      ValueError: if the loss is not a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> def loss_fn(w):  # H = diag(1, 4); g = (1, 2), H g = (1, 8) at (1, 0.5)
+      ...     return 0.5 * w[0] ** 2 + 2.0 * w[1] ** 2
+      >>> print(level_set_drift(loss_fn, jnp.array([1.0, 0.5])).round(3))
+      [ 1.2 -0.6]
+
+    References:
+      The flow of Karakida et al., ICML 2023, https://arxiv.org/abs/2210.02720, held on
+      a level set; derived and measured in docs/theory.md.
+    """
+    call = "penalty.level_set_drift"
+    loss_of = loss_of_params(
+        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
+    )
+    _, gradient, product = _hessian_times_gradient(loss_of, params)
+    squared = _dot(gradient, gradient)
+    known = squared > 0
+    along = _dot(gradient, product) / jnp.where(known, squared, jnp.ones_like(squared))
+    tangent = _add(product, -along, gradient)
+    return _scale(-0.5, tangent)
+
+
+def _hessian_times_gradient(
+    loss_of: Callable[[optax.Params], tuple[jax.Array, Any]], params: optax.Params
+) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.Updates]:
+    """Evaluates (loss, aux), g and H g."""
+    result, gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    of_params = functools.partial(gradient_of, loss_of)
+    return result, gradient, jax.jvp(of_params, (params,), (gradient,))[1]
+
+
+def _dot(a: optax.Updates, b: optax.Updates) -> jax.Array:
+    """The inner product of two trees, in float32 at least."""
+    return jnp.asarray(optax.tree.vdot(jax.tree.map(wide, a), jax.tree.map(wide, b)))
+
+
+def _scale(factor: ArrayLike, tree: optax.Updates) -> optax.Updates:
+    """The tree times a scalar, each leaf in its own dtype."""
+
+    def scaled(x: jax.Array) -> jax.Array:
+        x_wide = wide(x)
+        return (jnp.asarray(factor, x_wide.dtype) * x_wide).astype(x.dtype)
+
+    return jax.tree.map(scaled, tree)
+
+
+def _add(a: optax.Params, factor: ArrayLike, b: optax.Updates) -> optax.Params:
+    """The tree a + factor * b, each leaf in the dtype of b."""
+
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        y_wide = wide(y)
+        step = jnp.asarray(factor, y_wide.dtype) * y_wide
+        return (wide(x) + step).astype(y.dtype)
+
+    return jax.tree.map(add, a, b)
+
+
+def _check_callable(call: str, loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`{call}(loss_fn)` must be callable, got {type(loss_fn).__name__}."
+        )
+
+
+def _check_number(
+    call: str, given: Any, *, minimum: float | None = None, above: float | None = None
+) -> None:
+    """Refuses what is no real scalar in range; the numbers of tracers are unknown."""
+    array = isinstance(given, np.generic | np.ndarray | jax.Array)
+    if isinstance(given, bool) or not (array or isinstance(given, numbers.Real)):
+        raise TypeError(
+            f"`{call}` must be a real number, got {given!r} of type "
+            f"{type(given).__name__}."
+        )
+    dtype, shape = jnp.result_type(given), np.shape(cast(ArrayLike, given))
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
+    if shape != ():
+        raise ValueError(f"`{call}` must be a scalar, got shape {shape}.")
+    if isinstance(given, Tracer):
+        return
+    number = float(cast(Any, given))
+    rule = f"above {above}" if minimum is None else f"at least {minimum}"
+    inside = number > cast(float, above) if minimum is None else number >= minimum
+    if not (inside and np.isfinite(number)):
+        raise ValueError(f"`{call}` must be finite and {rule}, got {given}.")

@@ -1,0 +1,443 @@
+"""What a sweep found: metrics with named axes, and which level to choose."""
+
+import dataclasses
+import json
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from flood_optax.extras import optional
+
+Array = npt.NDArray[Any]
+Mode = Literal["max", "min"]
+At = int | Literal["best"] | None
+FORMAT = "flood_optax.sweep.Result/1"
+
+
+class Choice(NamedTuple):
+    """A level chosen for all keys together.
+
+    Attributes:
+      level: the level.
+      mean: the mean of the metric over the keys at this level.
+      standard_error: of that mean, s / sqrt(n) with s over n - 1; NaN for one key.
+      num_keys: n.
+    """
+
+    level: float
+    mean: float
+    standard_error: float
+    num_keys: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What `flood_optax.sweep.run` and `flood_optax.sweep.forked` return.
+
+    Attributes:
+      levels: the levels as given, shape [levels].
+      metrics: each metric as a NumPy array, [levels, keys, ...] from `run`, which is
+        ``axes`` ("level", "key"), and [levels, steps, ...] from `forked`, which is
+        ("level", "step").
+      axes: the names of the first two axes of every metric.
+      keys: the key data of the keys, uint32 of shape [keys, words]; None from `forked`.
+      steps_run: for `forked`, the training steps it took; None from `run`.
+      steps_separate: for `forked`, the steps of separate runs, levels times steps.
+
+    Examples:
+      >>> import numpy as np
+      >>> accuracy = np.array([[0.7, 0.8], [0.9, 0.75], [0.85, np.inf - np.inf]])
+      >>> result = Result(np.array([0.0, 0.1, 0.2]), {"accuracy": accuracy})
+      >>> print(result.nan_runs("accuracy"))
+      [[2 1]]
+      >>> import warnings
+      >>> with warnings.catch_warnings():  # which report the NaN
+      ...     warnings.simplefilter("ignore")
+      ...     print(result.best("accuracy"))
+      ...     choice = result.best_overall("accuracy")
+      ...     careful = result.best_overall("accuracy", one_standard_error=True)
+      [0.1 0. ]
+      >>> print(f"{choice.level} ({choice.mean:.3f} +- {choice.standard_error:.3f})")
+      0.1 (0.825 +- 0.075)
+      >>> print(careful.level)
+      0.0
+    """
+
+    levels: Array
+    metrics: dict[str, Array]
+    axes: tuple[str, str] = ("level", "key")
+    keys: Array | None = None
+    steps_run: int | None = None
+    steps_separate: int | None = None
+
+    def best(self, metric: str, mode: Mode = "max", *, at: At = None) -> Array:
+        """Returns the level that is best for each key.
+
+        NaN is never chosen, and a warning counts the runs that have it; a key with
+        nothing but NaN gets the level NaN. Of equally good levels the lowest is
+        returned, the one closest to training without flooding.
+
+        Args:
+          metric: the name of a metric of one number per run, or per step with ``at``.
+          mode: "max" or "min", what is good.
+          at: of a learning curve, the step to compare, -1 for the last, or "best" for
+            each run's own best step (early stopping). Required for curves.
+
+        Returns:
+          The levels, shape [keys]; for a result without keys, a scalar array.
+
+        Raises:
+          ValueError: if the metric or mode is unknown, or ``at`` is missing, out of
+            range, or given for a metric that is no curve.
+        """
+        scores = self._scores(metric, mode, at, "best")
+        self._report_nan(metric, scores)
+        ascending = np.argsort(self.levels, kind="stable")
+        flipped = scores if mode == "max" else -scores
+        ranked = np.where(np.isnan(scores), -np.inf, flipped)[ascending]
+        # A run whose score is the worst number still goes before one that has none.
+        known = ~np.isnan(scores)[ascending] & (ranked == ranked.max(axis=0))
+        chosen = self.levels[ascending][np.argmax(known, axis=0)]
+        return np.where(known.any(axis=0), chosen, np.nan)
+
+    def best_overall(
+        self,
+        metric: str,
+        mode: Mode = "max",
+        *,
+        at: At = None,
+        one_standard_error: bool = False,
+    ) -> Choice:
+        """Returns the level whose mean over the keys is best.
+
+        A level that has NaN for any key is not eligible. Of equally good levels the
+        lowest is returned. With the one-standard-error rule it is the most conservative
+        level whose mean is within one standard error (that of the best level) of the
+        best mean, where most conservative is the lowest: closest to no flooding.
+
+        Args:
+          metric: as in `best`.
+          mode: as in `best`.
+          at: as in `best`.
+          one_standard_error: whether to apply the one-standard-error rule, which needs
+            two keys.
+
+        Returns:
+          A `Choice`.
+
+        Raises:
+          ValueError: as `best`; if every level has NaN; if there is no standard error.
+
+        References:
+          Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
+        """
+        scores = self._scores(metric, mode, at, "best_overall")
+        self._report_nan(metric, scores)
+        scores = scores.reshape(len(self.levels), -1)
+        number = scores.shape[1]
+        means = scores.mean(axis=1)
+        if np.isnan(means).all():
+            raise ValueError(
+                f"`Result.best_overall({metric!r})` needs a level without NaN, got NaN "
+                "at every level."
+            )
+        loss = np.where(np.isnan(means), np.inf, -means if mode == "max" else means)
+        errors = np.full(len(means), np.nan)
+        if number > 1:
+            errors = scores.std(axis=1, ddof=1) / np.sqrt(number)
+        candidates = loss == loss.min()
+        if one_standard_error:
+            if number < 2:
+                raise ValueError(
+                    "`Result.best_overall(one_standard_error=True)` needs two keys at "
+                    f"least, got {number}: one run has no standard error."
+                )
+            best = min(np.flatnonzero(candidates), key=lambda i: self.levels[i])
+            candidates = (loss <= loss[best] + errors[best]) & ~np.isnan(means)
+        index = min(np.flatnonzero(candidates), key=lambda i: self.levels[i])
+        return Choice(
+            level=float(self.levels[index]),
+            mean=float(means[index]),
+            standard_error=float(errors[index]),
+            num_keys=number,
+        )
+
+    def nan_runs(self, metric: str) -> Array:
+        """Returns the runs that have a NaN in a metric.
+
+        Args:
+          metric: the name of a metric.
+
+        Returns:
+          Index pairs (level, key), shape [runs, 2]; without keys (level,), [runs, 1].
+
+        Raises:
+          ValueError: if the metric is unknown.
+        """
+        return np.argwhere(self._any_nan(self._metric(metric, "nan_runs")))
+
+    def curves(self, metric: str, level: Any) -> Array:
+        """Returns the learning curves of a chosen level.
+
+        Args:
+          metric: the name of a metric.
+          level: a level of the sweep, or one per key as `best` returns it.
+
+        Returns:
+          The metric at that level: [keys, ...], or [steps, ...] without keys.
+
+        Raises:
+          ValueError: if the metric or level is unknown, or the number of levels is not
+            that of the keys.
+        """
+        values = self._metric(metric, "curves")
+        wanted = np.asarray(level, np.float64)
+        index = np.array([self._index(one) for one in wanted.ravel()])
+        if wanted.shape == ():
+            return values[index[0]]
+        if "key" not in self.axes or wanted.shape != values.shape[1:2]:
+            raise ValueError(
+                "`Result.curves(level=...)` must be one level, or one per key, got "
+                f"shape {wanted.shape} for the axes {self.axes} of shape "
+                f"{values.shape[:2]}."
+            )
+        return values[index, np.arange(values.shape[1])]
+
+    def to_xarray(self) -> Any:
+        """Returns the metrics as an `xarray.Dataset` with named axes.
+
+        The axes are "level" (with the levels as coordinate), "key" or "step", and of a
+        curve from `run` "step"; further axes are "axis_3", ...
+
+        Returns:
+          The dataset.
+
+        Raises:
+          ImportError: if xarray is not installed.
+        """
+        xarray = optional("xarray", "Result.to_xarray()")
+        variables = {
+            name: (self._names(value), value) for name, value in self.metrics.items()
+        }
+        return xarray.Dataset(variables, coords={"level": self.levels})
+
+    def to_json(self) -> str:
+        """Returns the result as strict JSON; `from_json` gives it back bit for bit."""
+        document = {
+            "format": FORMAT,
+            "axes": list(self.axes),
+            "levels": _encoded(self.levels),
+            "keys": None if self.keys is None else _encoded(self.keys),
+            "steps_run": self.steps_run,
+            "steps_separate": self.steps_separate,
+            "metrics": {name: _encoded(value) for name, value in self.metrics.items()},
+        }
+        return json.dumps(document, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """Reads what `to_json` wrote.
+
+        Args:
+          text: the JSON text.
+
+        Returns:
+          The result.
+
+        Raises:
+          ValueError: if the text is not such a document.
+        """
+        try:
+            document: Any = json.loads(text)
+            found = document["format"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                "`Result.from_json(text)` must be what `Result.to_json` returned, got "
+                f"something else ({error})."
+            ) from error
+        if found != FORMAT:
+            raise ValueError(
+                "`Result.from_json(text)` must be what `Result.to_json` returned, got "
+                f"the format {found!r} where {FORMAT!r} is due."
+            )
+        keys = document["keys"]
+        return cls(
+            levels=_decoded(document["levels"]),
+            metrics={n: _decoded(value) for n, value in document["metrics"].items()},
+            axes=(document["axes"][0], document["axes"][1]),
+            keys=None if keys is None else _decoded(keys),
+            steps_run=document["steps_run"],
+            steps_separate=document["steps_separate"],
+        )
+
+    def plot(
+        self, metric: str, mode: Mode = "max", *, at: At = None, ax: Any = None
+    ) -> Any:
+        """Plots a metric against the level: the runs, their mean, and the spread.
+
+        The band is one standard deviation over the keys. A level of -inf, which is no
+        flooding, is a dashed line.
+
+        Args:
+          metric: as in `best`.
+          mode: as in `best`; it matters for ``at="best"``.
+          at: as in `best`.
+          ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+          The matplotlib axes.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+          ValueError: as `best`.
+        """
+        scores = self._scores(metric, mode, at, "plot").reshape(len(self.levels), -1)
+        ax = _axes(ax, "Result.plot()")
+        order = np.argsort(self.levels)
+        order = order[np.isfinite(self.levels[order])]
+        levels, finite = self.levels[order], scores[order]
+        (line,) = ax.plot(levels, finite.mean(axis=1), label="mean")
+        if scores.shape[1] > 1:
+            _band(ax, levels, finite.T, line.get_color())
+            ax.plot(levels, finite, ".", color=line.get_color(), alpha=0.4)
+        for plain in scores[~np.isfinite(self.levels)]:
+            ax.axhline(plain.mean(), color="0.4", linestyle="--", label="no flooding")
+        ax.set(xlabel="flood level", ylabel=metric)
+        ax.legend()
+        return ax
+
+    def plot_curves(self, metric: str, level: Any, *, ax: Any = None) -> Any:
+        """Plots the learning curves of a chosen level: the runs, mean and spread.
+
+        Args:
+          metric: the name of a metric with one number per step.
+          level: as in `curves`.
+          ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+          The matplotlib axes.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+          ValueError: as `curves`; if the metric is no curve.
+        """
+        self._check_curve(metric, "plot_curves")
+        curves = np.atleast_2d(self.curves(metric, level).astype(np.float64))
+        ax = _axes(ax, "Result.plot_curves()")
+        steps = np.arange(curves.shape[1], dtype=np.float64)
+        name = f"level {level:g}" if np.ndim(level) == 0 else "level per key"
+        (line,) = ax.plot(steps, curves.mean(axis=0), label=name)
+        if len(curves) > 1:
+            _band(ax, steps, curves, line.get_color())
+        ax.set(xlabel="step", ylabel=metric)
+        ax.legend()
+        return ax
+
+    def _metric(self, metric: str, call: str) -> Array:
+        if metric not in self.metrics:
+            known = ", ".join(map(repr, self.metrics))
+            raise ValueError(
+                f"`Result.{call}(metric=...)` must be one of {known}, got {metric!r}."
+            )
+        return self.metrics[metric]
+
+    def _index(self, level: float) -> int:
+        """The index of a level; float32 copies of float64 levels are found too."""
+        same = self.levels == level
+        if not same.any():
+            same = self.levels.astype(np.float32) == np.float32(level)
+        if not same.any():
+            raise ValueError(
+                "`Result.curves(level=...)` must be a level of the sweep, got "
+                f"{level:g}; there are {', '.join(f'{b:g}' for b in self.levels)}."
+            )
+        return int(np.argmax(same))
+
+    def _names(self, value: Array) -> list[str]:
+        own = [*self.axes] if "step" in self.axes else [*self.axes, "step"]
+        return [*own, *(f"axis_{i}" for i in range(len(own), value.ndim))][: value.ndim]
+
+    def _check_curve(self, metric: str, call: str) -> None:
+        names = self._names(self._metric(metric, call))
+        if names[-1] != "step":
+            raise ValueError(
+                f"`Result.{call}({metric!r})` must have one number per step, got the "
+                f"axes {tuple(names)}."
+            )
+
+    def _any_nan(self, value: Array) -> Array:
+        runs = 2 if "key" in self.axes else 1
+        axes = tuple(range(runs, value.ndim))
+        return np.asarray(np.isnan(value.astype(np.float64)).any(axis=axes))
+
+    def _scores(self, metric: str, mode: str, at: At, call: str) -> Array:
+        """One float64 number per run: [levels, keys], or [levels] without keys."""
+        values = self._metric(metric, call).astype(np.float64)
+        if mode not in ("max", "min"):
+            raise ValueError(
+                f'`Result.{call}(mode=...)` must be "max" or "min", got {mode!r}.'
+            )
+        if "step" not in self._names(values):
+            if at is not None:
+                raise ValueError(
+                    f"`Result.{call}(at=...)` needs a curve, got {metric!r} of the "
+                    f"axes {tuple(self._names(values))}."
+                )
+            return values
+        self._check_curve(metric, call)
+        if at is None:
+            raise ValueError(
+                f"`Result.{call}({metric!r})` needs one number per run, got a curve of "
+                f"{values.shape[-1]} steps: pass `at=-1` for the last step or "
+                '`at="best"` for each run\'s best.'
+            )
+        if at == "best":
+            worst = -np.inf if mode == "max" else np.inf
+            known = np.where(np.isnan(values), worst, values)
+            picked = known.max(axis=-1) if mode == "max" else known.min(axis=-1)
+            return np.where(np.isnan(values).all(axis=-1), np.nan, picked)
+        steps = values.shape[-1]
+        if isinstance(at, str) or not -steps <= at < steps:
+            raise ValueError(
+                f'`Result.{call}(at=...)` must be "best" or a step in [{-steps}, '
+                f"{steps}), got {at!r}."
+            )
+        return values[..., at]
+
+    def _report_nan(self, metric: str, scores: Array) -> None:
+        number = int(np.isnan(scores).sum())
+        if number:
+            warnings.warn(
+                f"{metric!r} is NaN in {number} of {scores.size} runs, which are not "
+                f"chosen; `Result.nan_runs({metric!r})` lists them.",
+                stacklevel=3,
+            )
+
+
+def _axes(ax: Any, call: str) -> Any:
+    return optional("matplotlib.pyplot", call).subplots()[1] if ax is None else ax
+
+
+def _band(ax: Any, x: Array, runs: Array, color: Any) -> None:
+    """One standard deviation around the mean of the runs, [runs, x]."""
+    mean, spread = runs.mean(axis=0), runs.std(axis=0, ddof=1)
+    ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+
+
+def _encoded(value: Array) -> dict[str, Any]:
+    """Shape, dtype and numbers; what JSON has no number for is a string."""
+    flat = value.ravel()
+    numbers = (
+        flat.astype(np.float64) if flat.dtype.kind not in "biu" else flat
+    ).tolist()
+    strict = [x if np.isfinite(x) else str(x) for x in numbers]
+    return {"dtype": str(value.dtype), "shape": list(value.shape), "values": strict}
+
+
+def _decoded(document: dict[str, Any]) -> Array:
+    values: list[Any] = document["values"]
+    numbers = [float(x) if isinstance(x, str) else x for x in values]
+    # JAX's own dtypes, such as bfloat16, are known by name once jax is imported.
+    return np.array(numbers).astype(document["dtype"]).reshape(document["shape"])

@@ -1,0 +1,431 @@
+"""Both forms against numpy in one numeric mode of JAX, in a process of its own.
+
+`python precision_matrix.py MODE [CHECK ...]`; exits with 1 and names what failed.
+"""
+
+import contextlib
+import functools
+import itertools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood, shapes
+from flood_optax.levels import warmup
+
+
+class Mode(NamedTuple):
+    """How to enter a mode, what it refuses, and whether it sees more op by op."""
+
+    context: Callable[[], contextlib.AbstractContextManager]
+    refuses: dict[str, Callable[[], object]]
+    eager: bool = False
+
+
+def strict():
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.numpy_dtype_promotion("strict"))
+    stack.enter_context(jax.numpy_rank_promotion("raise"))
+    stack.enter_context(jax.enable_checks(True))
+    return stack
+
+
+def guarded():
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.checking_leaks())
+    stack.enter_context(jax.transfer_guard("disallow"))
+    return stack
+
+
+def leak():
+    kept = []
+    jax.jit(lambda x: kept.append(x) or x)(jax.device_put(1.0))
+
+
+ONE, MATRIX = np.ones(3, np.float32), np.ones((2, 3), np.float32)
+MODES = {
+    "plain": Mode(contextlib.nullcontext, {}),
+    "x64": Mode(lambda: jax.enable_x64(True), {}),
+    "strict": Mode(
+        strict,
+        {
+            "mixed dtypes": lambda: jnp.add(ONE, ONE.astype(np.float16)),
+            "mixed ranks": lambda: jnp.add(ONE, MATRIX),
+        },
+    ),
+    "debug_nans": Mode(
+        lambda: jax.debug_nans(True),
+        {"naive off": lambda: jnp.abs(jnp.float32(0.5) + jnp.inf) - jnp.inf},
+        eager=True,
+    ),
+    "guarded": Mode(guarded, {"leaks": leak, "transfers": lambda: jnp.ones(3) + 1.5}),
+    "disable_jit": Mode(jax.disable_jit, {}),
+}
+NAME = sys.argv[1]
+MODE = MODES[NAME]
+X64 = NAME == "x64"
+THOROUGH = NAME in ("plain", "x64")
+FLOATS = (ml_dtypes.bfloat16, np.float32)
+LEVEL_DTYPES = (np.float16, np.float32)
+if THOROUGH:
+    FLOATS = (np.float16, *FLOATS)
+    LEVEL_DTYPES = (*LEVEL_DTYPES, ml_dtypes.bfloat16, np.int32)
+if NAME == "debug_nans":
+    FLOATS = (np.float32,)
+if X64:
+    FLOATS, LEVEL_DTYPES = (*FLOATS, np.float64), (*LEVEL_DTYPES, np.float64)
+
+
+def in_mode(function, *args):
+    """The compiled result; where op by op finds more, the eager one must agree."""
+    with MODE.context():
+        args = jax.device_put(args)
+        compiled = jax.jit(function)(*args)
+        eager = function(*args) if MODE.eager else compiled
+    jax.tree.map(lambda x, y: close(x, y, y.dtype, ulps=4), eager, compiled)
+    return compiled
+
+
+def same_bits(got, wanted):
+    jax.tree.map(_same_bits, got, wanted)
+
+
+def _same_bits(got, wanted):
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.dtype == wanted.dtype, f"dtype {got.dtype}, wanted {wanted.dtype}"
+    assert got.shape == wanted.shape, f"shape {got.shape}, wanted {wanted.shape}"
+    kind = f"u{got.dtype.itemsize}"
+    nan = np.isnan(got.astype(np.float64)) & np.isnan(wanted.astype(np.float64))
+    same = nan | (got.view(kind) == wanted.view(kind))
+    assert same.all(), f"{got}, wanted {wanted}"
+
+
+def close(got, wanted, dtype, ulps=2):
+    got = np.asarray(got)
+    assert got.dtype == dtype, f"dtype {got.dtype}, wanted {np.dtype(dtype)}"
+    tolerance = ulps * float(jnp.finfo(dtype).eps)
+    wanted = np.asarray(wanted).astype(np.float64)
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=tolerance)
+
+
+def oracle(loss, level):
+    """Multiplier and flooded value of flooding, in numpy."""
+    work = np.float64 if loss.dtype == np.float64 else np.float32
+    exact, bound = loss.astype(work), np.asarray(level).astype(work)
+    if np.isnan(exact):
+        return np.nan, loss
+    if exact >= bound:
+        return 1.0, loss
+    return -1.0, ((bound - exact) + bound).astype(loss.dtype)
+
+
+# ---- what is checked: every function runs in every mode ----
+
+
+def check_the_mode_is_on():
+    if NAME == "x64":
+        with MODE.context():
+            assert jnp.asarray(1.0).dtype == np.float64
+    if NAME == "disable_jit":
+        with MODE.context():
+            assert jax.jit(lambda x: bool(x > 0))(1.0) is True
+    for name, act in MODE.refuses.items():
+        act()  # legal outside the mode
+        try:
+            with MODE.context():
+                act()
+        except Exception:
+            continue
+        raise AssertionError(f"the mode does not refuse {name}")
+
+
+def updates_of_every_dtype():
+    """Updates whose entries have a full mantissa, and leaves without gradient."""
+    exact = np.array([[np.pi, -np.e], [0.1, -300.7]])
+    tree = {np.dtype(dtype).name: exact.astype(dtype) for dtype in FLOATS}
+    zero = np.array([0.0, -0.0], np.float32)
+    return tree | {"int": np.array([3, -4], np.int32), "none": None, "zero": zero}
+
+
+def times(multiplier, updates):
+    """The oracle of an update, in numpy; integer leaves pass."""
+
+    def scaled(x):
+        return x if x.dtype == np.int32 else x * np.asarray(multiplier, x.dtype)
+
+    return jax.tree.map(scaled, updates)
+
+
+LOSSES = (0.3125, 0.2, -1.7, np.inf, -np.inf, np.nan)
+
+
+def finite_in_mode(losses):
+    return [x for x in losses if not (NAME == "debug_nans" and np.isnan(x))]
+
+
+def check_mixed_dtypes_of_loss_level_and_updates():
+    updates = updates_of_every_dtype()
+
+    def both(loss, level):
+        transform = scale_by_flood(level)
+        by_chain, state = transform.update(updates, transform.init(updates), value=loss)
+        wrapper = flood(optax.identity(), level)
+        by_wrapper, _ = wrapper.update(updates, wrapper.init(updates), value=loss)
+        bent = flooded(lambda x: x, level)
+        value, slope = jax.value_and_grad(bent)(loss)
+        return by_chain, by_wrapper, value, slope, flood_loss(loss, level), state
+
+    for loss_dtype, level_dtype in itertools.product(FLOATS, LEVEL_DTYPES):
+        with MODE.context():
+            run = jax.jit(both)
+        for number in finite_in_mode(LOSSES):
+            loss = np.asarray(number, loss_dtype)
+            for offset in (0.0, -0.5, 1e-3):
+                exact = np.asarray(number + offset)
+                if not np.isfinite(exact):
+                    exact = np.asarray(0.5 + offset)
+                level = np.asarray(exact, level_dtype)
+                with MODE.context():
+                    got = run(*jax.device_put((loss, level)))
+                multiplier, value = oracle(loss, level)
+                wanted = times(multiplier, updates)
+                same_bits(got[0], wanted)
+                same_bits(got[1], wanted)
+                same_bits(got[2], value)
+                same_bits(got[3], np.asarray(multiplier, loss_dtype))
+                same_bits(got[4], value)
+                work = np.float64 if loss_dtype == np.float64 else np.float32
+                record = (np.float32(level.astype(work)), np.float32(loss))
+                same_bits(
+                    tuple(got[5]), (np.int32(1), *record, np.int32(multiplier == -1))
+                )
+
+
+def check_eager_calls_with_python_numbers():
+    if NAME == "guarded":
+        return  # a Python number is a transfer, as everywhere in JAX
+    updates = updates_of_every_dtype()
+    with MODE.context():
+        for level, loss in ((0.5, 0.2), (-1, -2.25), (0.2, 0.2)):
+            transform = scale_by_flood(level)
+            got, _ = transform.update(updates, transform.init(updates), value=loss)
+            same_bits(got, times(-1.0 if loss < level else 1.0, updates))
+            value = flood_loss(loss, level)
+            np.testing.assert_allclose(value, abs(loss - level) + level, rtol=1e-6)
+
+
+def check_level_is_not_rounded_to_a_16_bit_loss():
+    # bf16 rounds .2 to .20019531: above the level .2, below the level .2002
+    loss = np.asarray(0.2, ml_dtypes.bfloat16)
+    for level, sign in ((0.2, 1.0), (0.2002, -1.0), (float(loss), 1.0)):
+        slope = in_mode(jax.grad(flooded(lambda x: x, level)), loss)
+        same_bits(slope, np.asarray(sign, loss.dtype))
+
+
+def check_16_bit_loss_is_rounded_before_the_compare():
+    # under jit XLA keeps more bits of a bf16 product than bf16 has: .22053, which is
+    # below the level; rounded to bf16 it is .22070, above
+    level, factor = 0.2206, jnp.asarray(1.1, jnp.bfloat16)
+    transform = scale_by_flood(level)
+    state = transform.init(None)
+
+    def update(x):
+        loss = x.astype(jnp.bfloat16) * factor
+        scaled, _ = transform.update(jnp.float32(3.0), state, value=loss)
+        return scaled, flood_loss(loss, level).astype(jnp.float32)
+
+    scaled, value = in_mode(update, np.float32(0.2001))
+    same_bits(scaled, np.float32(3.0))
+    same_bits(value, np.float32(np.asarray(0.2207, ml_dtypes.bfloat16)))
+
+
+def check_off_is_the_identity():
+    updates = updates_of_every_dtype()
+    every = {
+        "reflect": shapes.reflect(),
+        "soft": shapes.soft(0.7),
+        "pause": shapes.pause(),
+        "asymmetric": shapes.asymmetric(0.5, 0.1),
+    }
+    for dtype, shape in itertools.product(FLOATS, every.values()):
+        transform = scale_by_flood(-np.inf, shape=shape)
+
+        def both(loss, transform=transform, shape=shape):
+            scaled, _ = transform.update(updates, transform.init(updates), value=loss)
+            bent = flooded(lambda x: x, -np.inf, shape=shape)
+            return scaled, jax.value_and_grad(bent)(loss)
+
+        with MODE.context():
+            run = jax.jit(both)
+        for number in finite_in_mode((0.3, -2.0, np.inf, -np.inf, np.nan)):
+            loss = np.asarray(number, dtype)
+            with MODE.context():
+                got = run(*jax.device_put((loss,)))
+            same_bits(got, (updates, (loss, np.ones((), dtype))))
+
+
+def check_other_shapes():
+    def soft(r):
+        return 0.7**2 * (np.hypot(1, r / 0.7) - 1), r / np.hypot(1, r / 0.7)
+
+    def asymmetric(r):
+        return (r, 1.0) if r >= -0.125 else (-0.5 * (r + 0.125) - 0.125, -0.5)
+
+    cases = (
+        (shapes.soft(0.7), soft),
+        (shapes.pause(), lambda r: (max(r, 0.0), float(r >= 0))),
+        (shapes.asymmetric(0.5, 0.125), asymmetric),
+    )
+    for (shape, exact), dtype in itertools.product(cases, FLOATS):
+
+        def both(loss, level, shape=shape):
+            value, slope = jax.value_and_grad(
+                lambda x: flood_loss(x, level, shape=shape)
+            )(loss)
+            transform = scale_by_flood(level, shape=shape)
+            one = jnp.ones((), jnp.float16)
+            scaled, _ = transform.update(one, transform.init(one), value=loss)
+            return value, slope, scaled
+
+        for number in (2.0, 0.53125, 0.25, 0.125):  # level .5: exact in every dtype
+            value, slope, scaled = in_mode(
+                both, np.asarray(number, dtype), np.float32(0.5)
+            )
+            phi, multiplier = exact(number - 0.5)
+            close(value, phi + 0.5, dtype, ulps=4)
+            close(slope, multiplier, dtype, ulps=4)
+            close(scaled, multiplier, np.float16)
+
+
+def check_second_derivative():
+    # flooding x^3 below the level: -6x; above: 6x
+    def bent(x, level):
+        return flooded(lambda x: x**3, level)(x)
+
+    for dtype, (level, sign) in itertools.product(FLOATS, ((0.5, -1.0), (0.05, 1.0))):
+        second = jax.grad(jax.grad(bent))
+        got = in_mode(second, np.asarray(0.5, dtype), np.float32(level))
+        close(got, sign * 6 * 0.5, dtype)
+
+
+def check_means_are_taken_in_float32():
+    # 3000 f16 losses of about 100 overflow f16 when summed, and stall it when counted
+    exact = 100.0 + np.sin(np.arange(3000.0))
+    ids = np.arange(3000) % 2
+    level = 110.0
+    partitions = {
+        "batch": {},
+        "example": {},
+        "segment": {"segment_ids": ids, "num_segments": 2},
+    }
+    for dtype, (over, given) in itertools.product(FLOATS, partitions.items()):
+        losses = exact.astype(dtype)
+        mean = functools.partial(flood_mean, level=level, over=over, **given)
+        value, slopes = in_mode(jax.value_and_grad(mean), losses)
+        # all are below the level; a sum of 3000 float32 terms may lose some bits
+        close(value, 2 * level - losses.astype(np.float64).mean(), dtype, ulps=8)
+        close(slopes, -1 / 3000, dtype)
+
+
+def check_windows_accumulate_in_float32():
+    for dtype in FLOATS:
+        grads = np.asarray([40000.0, 60000.0, 20000.0], dtype)  # sum overflows f16
+        values = np.asarray([0.75, 0.25, 0.125], dtype)
+        optimizer = flood(optax.identity(), 0.5, every_k=3)
+
+        def window(grads, values, optimizer=optimizer):
+            state = optimizer.init(grads[0])
+            out = []
+            for grad, value in zip(grads, values, strict=True):
+                update, state = optimizer.update(grad, state, grads[0], value=value)
+                out.append(update)
+            return jnp.stack(out), optax.tree.get(state, "flood_value")
+
+        updates, value = in_mode(window, grads, values)
+        mean = values.astype(np.float64).mean()  # .375, below the level
+        close(value, mean, np.float32)
+        wanted = grads.astype(np.float64).mean()
+        close(updates, [0.0, 0.0, -wanted], dtype)
+
+
+def check_the_scaled_loss_is_not_the_loss():
+    # loss scaling by hand: unscale the gradient, hand over the raw loss
+    scale = np.float32(2.0**12)
+    transform = scale_by_flood(0.5)
+
+    def step(w):
+        def scaled_loss(w):
+            loss = (w * w).astype(jnp.float16)
+            return loss.astype(jnp.float32) * scale, loss
+
+        (_, loss), grad = jax.value_and_grad(scaled_loss, has_aux=True)(w)
+        grad = grad / scale
+        return transform.update(grad, transform.init(grad), value=loss)[0]
+
+    close(in_mode(step, np.float32(0.25)), -0.5, np.float32)
+    close(in_mode(step, np.float32(1.5)), 3.0, np.float32)
+
+
+def check_schedules():
+    schedule = warmup(0.5, 2)
+    transform = optax.chain(scale_by_flood(schedule), optax.sgd(1.0))
+
+    def train(values):
+        def step(state, value):
+            update, state = transform.update(jnp.float32(2.0), state, value=value)
+            return state, update
+
+        return jax.lax.scan(step, transform.init(jnp.float32(0.0)), values)[1]
+
+    values = np.asarray([0.3, 0.3, 0.3, 0.7], np.float32)
+    same_bits(in_mode(train, values), np.asarray([-2, -2, 2, -2], np.float32))
+
+
+def check_vmap_over_level_and_value():
+    def signs(level, value):
+        transform = scale_by_flood(level)
+        one = jnp.ones((), jnp.float32)
+        return transform.update(one, transform.init(one), value=value)[0]
+
+    levels = np.asarray([0.1, 0.5, -np.inf, 0.3], np.float32)
+    values = np.asarray([0.3, 0.3, 0.3, 0.3], np.float32)
+    got = in_mode(jax.vmap(signs), levels, values)
+    same_bits(got, np.asarray([1, -1, 1, 1], np.float32))
+
+
+def check_vector_losses_are_refused():
+    vector = jnp.ones((1,))
+    optimizers = (scale_by_flood(0.5), flood(optax.sgd(1.0), 0.5, every_k=2))
+    for optimizer in optimizers:
+        params = jnp.zeros(3)
+        state = optimizer.init(params)
+        refused = pytest.raises(ValueError, match=r"must be a scalar, got shape \(1,\)")
+        with MODE.context(), refused:
+            optimizer.update(params, state, params, value=vector)
+
+
+CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}
+
+
+def main(names):
+    failed = []
+    for name in names or CHECKS:
+        try:
+            CHECKS[name]()
+        except Exception:
+            failed.append(name)
+            traceback.print_exc(limit=-4)
+    print(f"{len(names or CHECKS)} checks in mode {NAME}, failed: {failed}")  # noqa: T201
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:])

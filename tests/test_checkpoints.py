@@ -1,0 +1,234 @@
+"""Checkpoints: a restored run goes on bit for bit where it stopped.
+
+This file is also a script, the run that is killed: `FILE DIRECTORY FORMAT [KILL_AT]`.
+"""
+
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from flood_optax import FloodState, flood, levels, scale_by_flood
+from flood_optax.flax import TrainState
+
+STEPS, STOP = 22, 11  # micro-steps; STOP is inside a window of 3 and after the warm-up
+
+
+def level():
+    """Off, then rising: its place in the schedule is part of the state."""
+    return levels.warmup(optax.linear_schedule(2.0, 4.0, 20), 2)
+
+
+ADAM = optax.adam(optax.exponential_decay(0.1, 10, 0.9))
+FORMS = {
+    "chain": optax.chain(scale_by_flood(level()), ADAM),
+    "wrapper": flood(ADAM, level()),
+    "window": flood(ADAM, level(), every_k=3),
+    "skipping": flood(
+        ADAM,
+        level(),
+        every_k=lambda window: 2 + window % 2,
+        should_skip_update_fn=optax.skip_not_finite,
+    ),
+}
+
+
+def loss_fn(params, x):
+    return jnp.mean((jnp.sin(x @ params["w"]) + params["b"] - x[:, 0]) ** 2)
+
+
+def fresh(form):
+    params = {"w": jnp.array([0.3, -1.2, 0.8]), "b": jnp.float32(1.0)}
+    return created(params, FORMS[form])
+
+
+def created(params, optimizer):
+    state = TrainState.create(apply_fn=None, params=params, tx=optimizer)
+    return state.replace(step=jnp.zeros([], jnp.int32))  # flax starts with an int
+
+
+@jax.jit
+def train_step(state, x):
+    value, grads = jax.value_and_grad(loss_fn)(state.params, x)
+    return state.apply_gradients(grads=grads, value=value)
+
+
+def rows(step):
+    return np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+
+
+def train(state, start, stop):
+    for step in range(start, stop):
+        state = train_step(state, rows(step))
+    return state
+
+
+def flax_save(path, state):
+    part = path.with_suffix(".part")
+    part.write_bytes(flax.serialization.to_bytes(state))
+    part.replace(path)
+
+
+def flax_restore(path, target):
+    return flax.serialization.from_bytes(target, path.read_bytes())
+
+
+def orbax_save(path, state):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), state)
+
+
+def orbax_restore(path, target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), target)
+
+
+def pickle_save(path, state):
+    leaves = state.step, state.params, state.opt_state
+    path.write_bytes(pickle.dumps(jax.device_get(leaves)))
+
+
+def pickle_restore(path, target):
+    step, params, opt_state = pickle.loads(path.read_bytes())
+    return target.replace(step=step, params=params, opt_state=opt_state)
+
+
+FORMATS = {
+    "flax": (flax_save, flax_restore),
+    "orbax": (orbax_save, orbax_restore),
+    "pickle": (pickle_save, pickle_restore),
+}
+quiet_orbax = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
+
+
+@quiet_orbax
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoint_restored_run_ends_where_the_uninterrupted_one_ends(
+    form, file_format, tmp_path
+):
+    save, restore = FORMATS[file_format]
+    stopped = train(fresh(form), 0, STOP)
+    flood_state = FloodState(
+        *(optax.tree.get(stopped.opt_state, field) for field in FloodState._fields)
+    )
+    assert all(field != 0 for field in flood_state)  # each would be missed
+    if form in ("window", "skipping"):
+        window = stopped.opt_state.flood_window
+        assert window.flood_mini_step > 0
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(window.flood_grad_mean))
+        assert window.flood_value_mean > 0
+    path = tmp_path / "checkpoint"
+    save(path, stopped)
+    restored = restore(path, fresh(form))
+    chex.assert_trees_all_equal_structs(restored, stopped)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, stopped)
+    chex.assert_trees_all_equal(restored, stopped)
+    chex.assert_trees_all_equal(
+        train(restored, STOP, STEPS), train(fresh(form), 0, STEPS)
+    )
+
+
+@quiet_orbax
+def test_checkpoint_restores_integer_parameters_without_accumulators(tmp_path):
+    params = {"w": jnp.array([1.0, 2.0]), "index": jnp.array([3, 1])}
+    optimizer = flood(optax.sgd(0.1), 0.5, every_k=2)
+    grads = {"w": jnp.array([0.5, -1.0]), "index": jnp.array([0, 0])}
+    _, state = optimizer.update(grads, optimizer.init(params), params, value=0.25)
+    for save, restore in (FORMATS["flax"], FORMATS["orbax"]):
+        path = tmp_path / save.__name__
+        save(path, state)
+        got = restore(path, optimizer.init(params))
+        chex.assert_trees_all_equal_structs(got, state)
+        chex.assert_trees_all_equal(got, state)
+
+
+@quiet_orbax
+@pytest.mark.parametrize("file_format", ["flax", "orbax"])
+@pytest.mark.parametrize("form", ["chain", "wrapper"])
+def test_checkpoint_of_plain_training_is_refused_then_taken_in_parts(
+    form, file_format, tmp_path
+):
+    """Flooding from a plain checkpoint on: the tree differs, the inner state fits."""
+    save, restore = FORMATS[file_format]
+    plain = train(created(fresh(form).params, ADAM), 0, 5)
+    save(tmp_path / "checkpoint", plain)
+    with pytest.raises(ValueError):  # noqa: PT011 - flax and orbax word it, not we
+        restore(tmp_path / "checkpoint", fresh(form))
+    old = restore(tmp_path / "checkpoint", created(fresh(form).params, ADAM))
+    start = fresh(form).opt_state
+    if form == "chain":
+        opt_state = (start[0], old.opt_state)
+    else:
+        opt_state = start._replace(flood_inner_state=old.opt_state)
+    state = fresh(form).replace(params=old.params, opt_state=opt_state)
+    # off for two steps of its own schedule, which starts now
+    chex.assert_trees_all_close(
+        train(state, 5, 7).params, train(plain, 5, 7).params, rtol=1e-6
+    )
+    later = train(state, 5, 9)
+    assert optax.tree.get(later.opt_state, "flood_step") == 4
+    assert optax.tree.get(later.opt_state, "flood_below") > 0
+
+
+# ---- a run that is killed ----
+
+
+def run(directory, file_format, kill_at):
+    """Trains, saves at every fourth step, resumes from the last save; may be killed."""
+    save, restore = FORMATS[file_format]
+    state, start = fresh("skipping"), 0
+    saved = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+    if saved:
+        start = max(saved)
+        state = restore(directory / str(start), state)
+    for step in range(start, STEPS):
+        state = train_step(state, rows(step))
+        if step + 1 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (step + 1) % 4 == 0:
+            save(directory / str(step + 1), state)
+    flax_save(directory / "end", state)
+    print(f"resumed from {start}")  # noqa: T201
+
+
+def started(directory, *arguments):
+    return subprocess.run(
+        (sys.executable, __file__, str(directory), *arguments),
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
+@pytest.mark.parametrize("file_format", ["flax", "orbax"])
+def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):
+    killed = started(tmp_path, file_format, str(STOP))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "end").exists()
+    resumed = started(tmp_path, file_format)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.endswith("resumed from 8\n")
+    end = flax_restore(tmp_path / "end", fresh("skipping"))
+    chex.assert_trees_all_equal(end, train(fresh("skipping"), 0, STEPS))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)
+    last = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    run(pathlib.Path(sys.argv[1]), sys.argv[2], last)

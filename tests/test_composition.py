@@ -1,0 +1,507 @@
+"""Flooding among optax's wrappers and optimizers: who forwards the loss, who settles.
+
+The oracle of every row: a wrapper around `chain(scale_by_flood, inner)` does what the
+same wrapper around `inner` does when it is handed the gradients already flipped.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+from optax.experimental import aggregating
+
+from flood_optax import flood, flooded, scale_by_flood
+
+LEVEL = 0.5
+PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 0.25]]), "b": jnp.array([0.75, -0.5])}
+GRADS = {"w": jnp.array([[0.5, 3.0], [-1.0, 0.3]]), "b": jnp.array([-0.7, 0.2])}
+VALUES = (0.3, 0.7)  # below the level, then above
+SIGNS = (-1.0, 1.0)
+
+
+def sgd():
+    return optax.sgd(0.5)
+
+
+def flooding_sgd():
+    return optax.chain(scale_by_flood(LEVEL), sgd())
+
+
+def updates_of(optimizer, scales, params=PARAMS, **extra_args):
+    """The updates for GRADS times each of the scales."""
+    grads = jax.tree.map(lambda p, g: g.astype(p.dtype), PARAMS, GRADS)
+    state = optimizer.init(params)
+    every = []
+    for number, scale in enumerate(scales):
+        extra = {name: jnp.float32(x[number]) for name, x in extra_args.items()}
+        scaled = jax.tree.map(lambda g, scale=scale: g * scale, grads)
+        updates, state = optimizer.update(scaled, state, params, **extra)
+        every.append(updates)
+    return every
+
+
+def multi_steps(inner):
+    return optax.MultiSteps(inner, 1)
+
+
+def extra_args_of(inner):
+    return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+
+
+FORWARDS = {
+    "chain": lambda inner: optax.chain(optax.identity(), inner),
+    "named_chain": lambda inner: optax.named_chain(("inner", inner)),
+    "with_extra_args_support": optax.with_extra_args_support,
+    "partition": lambda inner: optax.partition(
+        {"a": inner, "b": inner}, {"w": "a", "b": "b"}
+    ),
+    "selective_transform": lambda inner: optax.selective_transform(
+        inner, freeze_mask={"w": False, "b": True}
+    ),
+    "freeze_in_chain": lambda inner: optax.chain(
+        inner, optax.freeze({"w": False, "b": True})
+    ),
+    "masked": lambda inner: optax.masked(inner, {"w": True, "b": False}),
+    "masked_extra_args": lambda inner: optax.masked(
+        inner, {"w": True, "b": False}, mask_compatible_extra_args=True
+    ),
+    "inject_hyperparams": lambda inner: optax.inject_hyperparams(
+        lambda factor: optax.chain(inner, optax.scale(factor))
+    )(factor=0.3),
+    "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 3),
+    "conditionally_transform": lambda inner: optax.conditionally_transform(
+        inner, lambda step: step < 5
+    ),
+    "conditionally_transform_on_value": lambda inner: optax.conditionally_transform(
+        inner, lambda step, value=0.0, **_: value < 9.0, forward_extra_args=True
+    ),
+    "conditionally_mask": lambda inner: optax.conditionally_mask(
+        inner, lambda step: step < 5
+    ),
+    "flatten": optax.flatten,
+    "monitor_in_chain": lambda inner: optax.chain(
+        optax.monitor({"norm": optax.tree.norm}), inner
+    ),
+    "snapshot_in_chain": lambda inner: optax.chain(
+        optax.snapshot("norm", optax.tree.norm), inner
+    ),
+    "multi_steps": multi_steps,
+    "multi_steps_skipping": lambda inner: optax.MultiSteps(
+        inner, 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+    "multi_steps_transformation": lambda inner: multi_steps(
+        inner
+    ).gradient_transformation(),
+    "multi_steps_in_chain_cured": lambda inner: optax.chain(
+        extra_args_of(multi_steps(inner))
+    ),
+    "schedule_free": lambda inner: contrib.schedule_free(inner, learning_rate=0.5),
+    "mechanize": contrib.mechanize,
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_wrapper_forwards_the_loss_to_the_flood(name):
+    wrap = FORWARDS[name]
+    got = updates_of(wrap(flooding_sgd()), (1.0, 1.0), value=VALUES)
+    masked = name.startswith("masked")  # what is masked is not flooded: not flipped
+    wanted = updates_of(wrap(sgd()), SIGNS)
+    if masked:
+        for updates, number in zip(wanted, range(2), strict=True):
+            updates["b"] = updates["b"] * SIGNS[number]
+    chex.assert_trees_all_close(got, wanted, rtol=1e-6)
+    assert np.abs(got[0]["w"]).max() > 0
+
+
+IN_FRONT = {
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),
+    "lamb": lambda: optax.lamb(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "adafactor": lambda: optax.adafactor(0.1),
+    "muon": lambda: contrib.muon(0.1),
+    "dog": lambda: contrib.dog(0.1),
+    "dowg": lambda: contrib.dowg(0.1),
+    "prodigy": lambda: contrib.prodigy(0.1),
+    "dadapt_adamw": lambda: contrib.dadapt_adamw(0.1),
+    "cocob": lambda: contrib.cocob(0.1),
+    "acprop": lambda: contrib.acprop(0.1),
+    "ademamix": lambda: contrib.ademamix(0.1),
+    "simplified_ademamix": lambda: contrib.simplified_ademamix(0.1),
+    "adopt": lambda: contrib.adopt(0.1),
+    "madgrad": lambda: contrib.madgrad(0.1),
+    "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.1),
+    "reduce_on_plateau": lambda: optax.chain(sgd(), contrib.reduce_on_plateau()),
+    "lookahead": lambda: optax.lookahead(sgd(), 2, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("form", ["chain", "wrapper"])
+def test_flood_in_front_of_an_optimizer_flips_what_it_sees(form, name):
+    make = IN_FRONT[name]
+    params = PARAMS
+    if name == "lookahead":
+        params = optax.LookaheadParams.init_synced(PARAMS)
+    flooding = optax.chain(scale_by_flood(LEVEL), make())
+    if form == "wrapper":
+        flooding = flood(make(), LEVEL)
+    reads = {"value": (0.7, 0.7)} if name == "reduce_on_plateau" else {}
+    got = updates_of(flooding, (1.0, 1.0), params, value=VALUES)
+    wanted = updates_of(make(), SIGNS, params, **reads)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-6)
+
+
+MISSING = r"needs the current loss, got None: .*`flood_optax.flooded\(loss_fn, level\)"
+DROPS = {
+    "multi_steps_in_chain": (
+        lambda inner: optax.chain(multi_steps(inner)),
+        ValueError,
+        MISSING,
+    ),
+    "multi_steps_transformation_in_chain": (
+        lambda inner: optax.chain(multi_steps(inner).gradient_transformation()),
+        ValueError,
+        MISSING,
+    ),
+    "split_real_and_imaginary": (
+        contrib.split_real_and_imaginary,
+        TypeError,
+        "unexpected keyword argument 'value'",
+    ),
+    "split_real_and_imaginary_in_chain": (
+        lambda inner: optax.chain(contrib.split_real_and_imaginary(inner)),
+        ValueError,
+        MISSING,
+    ),
+    "scale_by_galore": (
+        lambda inner: contrib.scale_by_galore(rank=1, base_optimizer=inner),
+        TypeError,
+        "unexpected keyword argument 'value'",
+    ),
+    "scale_by_galore_in_chain": (
+        lambda inner: optax.chain(
+            contrib.scale_by_galore(rank=1, base_optimizer=inner)
+        ),
+        ValueError,
+        MISSING,
+    ),
+    "sam_behind": (
+        lambda inner: optax.chain(inner, contrib.sam(sgd(), sgd())),
+        TypeError,
+        "unexpected keyword argument 'value'",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["chain", "wrapper"])
+@pytest.mark.parametrize("name", DROPS)
+def test_wrapper_that_drops_the_loss_is_an_error(name, form):
+    wrap, error, message = DROPS[name]
+    inner = flooding_sgd() if form == "chain" else flood(sgd(), LEVEL)
+    with pytest.raises(error, match=message):
+        updates_of(wrap(inner), (1.0,), value=VALUES)
+
+
+@pytest.mark.parametrize("in_chain", [False, True])
+def test_lookahead_around_the_flood_is_an_error(in_chain):
+    optimizer = optax.lookahead(flooding_sgd(), 2, 0.5)
+    error, message = TypeError, "unexpected keyword argument 'value'"
+    if in_chain:
+        optimizer, error, message = optax.chain(optimizer), ValueError, MISSING
+    with pytest.raises(error, match=message):
+        updates_of(
+            optimizer, (1.0,), optax.LookaheadParams.init_synced(PARAMS), value=VALUES
+        )
+
+
+def test_positional_call_of_update_works_and_other_names_of_the_loss_do_not():
+    optimizer = flooding_sgd()
+    state = optimizer.init(PARAMS)
+    updates, _ = optimizer.update(updates=GRADS, state=state, params=PARAMS, value=0.3)
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda g: 0.5 * g, GRADS))
+    with pytest.raises(ValueError, match=MISSING):  # as levanter and maxtext call it
+        optimizer.update(GRADS, state, PARAMS, loss=0.3)
+
+
+def test_multi_steps_inside_flood_is_refused():
+    with pytest.raises(TypeError, match="got MultiSteps, which would flood each"):
+        flood(multi_steps(sgd()), LEVEL)
+
+
+# ---- aggregating, optax's experimental per-example accumulation ----
+
+
+def averaging_the_loss_too(k):
+    """Optax's accumulator, which also averages the loss and hands it on."""
+    grads = aggregating.accumulate_avg_updates(k)
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        del extra_args
+        accumulated, total = state
+        mean_grad, accumulated = grads.update(updates, accumulated, params)
+        total = total + value / k
+        kept = jnp.where(accumulated.ready, 0.0, total)
+        return (mean_grad, {"value": total}), (accumulated, kept)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: (grads.init(params), jnp.zeros([])), update
+    )
+
+
+def test_aggregating_hands_over_the_last_value_unless_the_aggregator_averages_it():
+    # the mean of the losses, .475, is above .35; the last is below
+    values, grads = (1.0, 0.4, 0.3, 0.2), (0.475,) * 4
+    inner = optax.chain(scale_by_flood(0.35), optax.sgd(1.0))
+    identity = optax.chain(optax.identity())
+
+    def window_update(aggregator, **options):
+        optimizer = aggregating.process(identity, aggregator, inner, **options)
+        params = jnp.zeros([])
+        state = optimizer.init(params)
+        for value, grad in zip(values, grads, strict=True):
+            updates, state = optimizer.update(
+                jnp.float32(grad), state, params, value=jnp.float32(value)
+            )
+        return float(updates)
+
+    trap = window_update(optax.chain(aggregating.accumulate_avg_updates(4)))
+    right = window_update(averaging_the_loss_too(4), aggregator_has_aux=True)
+    assert trap == pytest.approx(+0.475)
+    assert right == pytest.approx(-0.475)
+
+
+# ---- order in the chain ----
+
+
+def test_flood_first_equals_flooding_the_loss_and_flood_last_does_not():
+    values = (1.0, 1.0, 0.2, 0.2, 1.0)
+
+    def train(*parts):
+        optimizer = optax.chain(*parts)
+        state = optimizer.init(jnp.zeros([]))
+        out = []
+        for value in values:
+            updates, state = optimizer.update(jnp.float32(1.0), state, value=value)
+            out.append(float(updates))
+        return out
+
+    adam = optax.scale_by_adam()
+    first = train(scale_by_flood(LEVEL), adam)
+    mean, square, oracle = 0.0, 0.0, []
+    for step, value in enumerate(values, 1):
+        g = 1.0 if value >= LEVEL else -1.0
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
+        root = np.sqrt(square / (1 - 0.999**step)) + 1e-8
+        oracle.append(mean / (1 - 0.9**step) / root)
+    np.testing.assert_allclose(first, oracle, rtol=2e-5)
+    np.testing.assert_allclose(first, [1, 1, 0.26, -0.10, 0.16], atol=0.01)
+    last = train(adam, scale_by_flood(LEVEL))
+    np.testing.assert_allclose(last, [1, 1, -1, -1, 1], atol=1e-4)
+
+
+# ---- settling: the objective is convex, asymmetric, its minimum 0, its start .709 ----
+
+B = 1.0
+C = jnp.array([1.0, 0.5, 2.0])
+START = jnp.array([0.8, -1.0, 0.3])
+
+
+def objective(w):
+    return jnp.sum(C * (jnp.exp(w) - w - 1.0))
+
+
+BENT = flooded(objective, B)
+
+
+def late_losses(optimizer, arguments, steps=200, loss_fn=objective, at=None):
+    """Raw losses of the last 20 steps, at the params or at what `at` makes of them."""
+
+    def step(carry, _):
+        params, state = carry
+        value, grad = jax.value_and_grad(loss_fn)(params)
+        given = arguments(value, grad)
+        updates, state = optimizer.update(grad, state, params, **given)
+        params = optax.apply_updates(params, updates)
+        return (params, state), objective(at(state, params) if at else params)
+
+    start = (START, optimizer.init(START))
+    return np.asarray(jax.lax.scan(step, start, length=steps)[1][-20:])
+
+
+def reading(value, grad):
+    del grad
+    return {"value": value}
+
+
+def searching(value, grad):
+    return {"value": value, "grad": grad, "value_fn": objective}
+
+
+SETTLING = {
+    # name: (optimizer, its arguments, half width of the band around the level)
+    "lbfgs": (lambda: flood(optax.lbfgs(), B), searching, 0.01),
+    "sgd_backtracking": (
+        lambda: flood(
+            optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)),
+            B,
+        ),
+        searching,
+        0.01,
+    ),
+    "polyak_sgd": (lambda: flood(optax.polyak_sgd(f_min=B), B), reading, 1e-4),
+    "momo": (lambda: flood(contrib.momo(lower_bound=B), B), reading, 1e-4),
+    "momo_adam": (
+        lambda: flood(contrib.momo_adam(0.1, lower_bound=B), B),
+        reading,
+        1e-4,
+    ),
+    "reduce_on_plateau_behind": (
+        lambda: optax.chain(
+            scale_by_flood(B),
+            optax.sgd(0.1),
+            contrib.reduce_on_plateau(factor=0.5, patience=5),
+        ),
+        reading,
+        0.01,
+    ),
+    "reduce_on_plateau_inside": (
+        lambda: flood(
+            optax.chain(
+                optax.sgd(0.1), contrib.reduce_on_plateau(factor=0.5, patience=5)
+            ),
+            B,
+        ),
+        reading,
+        0.01,
+    ),
+    "sophia": (
+        lambda: optax.chain(scale_by_flood(B), contrib.sophia(0.02)),
+        lambda value, grad: {"value": value, "obj_fn": objective},
+        0.15,
+    ),
+    "sam_transparent": (
+        # one step in two is the adversarial excursion, of length .05
+        lambda: optax.chain(
+            scale_by_flood(B), optax.GradientTransformation(*sam(opaque_mode=False))
+        ),
+        reading,
+        0.3,
+    ),
+    "sam_opaque": (
+        lambda: optax.chain(scale_by_flood(B), taking_grad_fn(sam(opaque_mode=True))),
+        lambda value, grad: {
+            "value": value,
+            "grad_fn": lambda params, _: jax.grad(BENT)(params),
+        },
+        0.15,
+    ),
+    "muon": (
+        lambda: optax.chain(scale_by_flood(B), contrib.muon(0.02)),
+        reading,
+        0.1,
+    ),
+}
+
+
+def sam(**options):
+    adversary = optax.chain(contrib.normalize(), optax.sgd(0.05))
+    return contrib.sam(optax.sgd(0.05), adversary, **options)
+
+
+def taking_grad_fn(inner):
+    """contrib.sam has no **extra_args: hand it grad_fn alone."""
+
+    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+        del extra_args
+        return inner.update(updates, state, params, grad_fn=grad_fn)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@pytest.mark.parametrize("name", SETTLING)
+def test_optimizer_settles_at_the_level(name):
+    make, arguments, band = SETTLING[name]
+    losses = late_losses(make(), arguments)
+    assert float(objective(START)) < 0.72  # it has to climb to the level
+    np.testing.assert_allclose(losses, B, atol=band)
+
+
+@pytest.mark.parametrize(
+    "wrap", ["inside", "in_front"], ids=["schedule_free(flood)", "flood, schedule_free"]
+)
+def test_schedule_free_settles_at_the_level_in_its_averaged_parameters(wrap):
+    if wrap == "inside":
+        inner = optax.chain(scale_by_flood(B), optax.sgd(0.1))
+        optimizer = contrib.schedule_free(inner, 0.1)
+        averaged = contrib.schedule_free_eval_params
+    else:
+        optimizer = optax.chain(scale_by_flood(B), contrib.schedule_free_sgd(0.1))
+
+        def averaged(state, params):
+            return contrib.schedule_free_eval_params(state[1], params)
+
+    losses = late_losses(optimizer, reading, steps=400, at=averaged)
+    np.testing.assert_allclose(losses, B, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "polyak_sgd", "momo", "sgd_backtracking"])
+def test_flood_around_an_optimizer_that_reads_the_loss_equals_the_loss_form(name):
+    make, arguments, _ = SETTLING[name]
+    inner = {
+        "lbfgs": optax.lbfgs,
+        "polyak_sgd": lambda: optax.polyak_sgd(f_min=B),
+        "momo": lambda: contrib.momo(lower_bound=B),
+        "sgd_backtracking": lambda: optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)
+        ),
+    }[name]()
+
+    def flooded_arguments(value, grad):
+        given = arguments(value, grad)
+        return given | ({"value_fn": BENT} if "value_fn" in given else {})
+
+    wrapped = late_losses(make(), arguments, steps=20)
+    by_loss = late_losses(inner, flooded_arguments, steps=20, loss_fn=BENT)
+    np.testing.assert_allclose(wrapped, by_loss, rtol=1e-5)
+
+
+# What the wrong composition does. These are facts about optax, pinned so that the
+# documentation stays true.
+
+
+def test_momo_behind_a_flood_in_the_chain_is_stuck_below_the_level():
+    # it reads the raw loss, below its lower bound, and takes steps of length zero
+    chained = optax.chain(scale_by_flood(B), contrib.momo(lower_bound=B))
+    losses = late_losses(chained, reading)
+    np.testing.assert_allclose(losses, objective(START), rtol=1e-6)
+
+
+def test_polyak_sgd_with_minimum_zero_oscillates_and_differs_from_the_loss_form():
+    chained = optax.chain(scale_by_flood(B), optax.polyak_sgd(f_min=0.0))
+    wrapped = flood(optax.polyak_sgd(f_min=0.0), B)
+    by_chain, by_wrapper = (late_losses(o, reading) for o in (chained, wrapped))
+    by_loss = late_losses(optax.polyak_sgd(f_min=0.0), reading, loss_fn=BENT)
+    assert np.ptp(by_wrapper) > 1.0
+    np.testing.assert_allclose(by_wrapper, by_loss, rtol=1e-3)
+    assert abs(by_chain.mean() - by_wrapper.mean()) > 0.1
+
+
+def test_line_search_behind_a_flood_in_the_chain_is_refused():
+    chained = optax.chain(scale_by_flood(B), optax.lbfgs())
+    with pytest.raises(ValueError, match="it would search on the raw loss"):
+        late_losses(chained, searching)
+
+
+def test_opaque_sam_with_a_raw_grad_fn_does_not_flood():
+    # its steps come from grad_fn, not from the flooded updates
+    optimizer = optax.chain(scale_by_flood(B), taking_grad_fn(sam(opaque_mode=True)))
+
+    def raw(value, grad):
+        del grad
+        return {"value": value, "grad_fn": lambda p, _: jax.grad(objective)(p)}
+
+    assert (late_losses(optimizer, raw) < 0.05).all()

@@ -1,0 +1,248 @@
+"""The two forms and a numpy oracle are one: bit for bit, at every side of the level."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flood_optax
+from flood_optax import flooded, scale_by_flood, shapes
+
+
+class TanhMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(jnp.tanh(nn.Dense(7)(x)))[..., 0]
+
+
+def mlp():
+    x = jax.random.normal(jax.random.key(0), (11, 3))
+    y = jnp.sin(x[:, 0]) - 0.5 * x[:, 1]
+    model = TanhMLP()
+    params = model.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda p: p.astype(x.dtype), params)
+    return lambda p: jnp.mean((model.apply(p, x) - y) ** 2), params
+
+
+def logistic():
+    x = jax.random.normal(jax.random.key(2), (13, 4))
+    y = (x[:, 0] + 0.3 * x[:, 3] > 0.2).astype(x.dtype)
+    params = {"w": jnp.array([0.3, -0.2, 0.1, 0.7], x.dtype), "b": x[0, 0]}
+
+    def loss_fn(p):
+        return optax.sigmoid_binary_cross_entropy(x @ p["w"] + p["b"], y).mean()
+
+    return loss_fn, params
+
+
+def quartic():
+    def loss_fn(p):
+        return (p[0] ** 2 - 1) ** 2 + 0.3 * p[0] * p[1] + 0.2 * p[1] ** 4 - 0.1 * p[1]
+
+    return loss_fn, jnp.array([0.4, -1.3])
+
+
+PROBLEMS = {"mlp": mlp, "logistic": logistic, "quartic": quartic}
+SIDES = {
+    "far_above": lambda loss: loss + 0.3,
+    "just_above": lambda loss: np.nextafter(loss, -np.inf, dtype=loss.dtype),
+    "tie": lambda loss: loss,
+    "just_below": lambda loss: np.nextafter(loss, np.inf, dtype=loss.dtype),
+    "far_below": lambda loss: loss - 0.3,
+    "off": lambda loss: -np.inf,
+}
+DESCENDS = {"just_above", "tie", "far_below", "off"}  # the side the *level* is on
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, problem, side, request):
+    if bits == 64:
+        request.getfixturevalue("x64")
+    loss_fn, params = PROBLEMS[problem]()
+    value, grad = jax.value_and_grad(loss_fn)(params)
+    assert value.dtype == f"float{bits}"
+    level = SIDES[side](np.asarray(value))
+
+    sign = 1.0 if side in DESCENDS else -1.0
+    oracle = jax.tree.map(lambda g: np.asarray(g) * np.asarray(sign, g.dtype), grad)
+
+    loss_form = jax.grad(flooded(loss_fn, level))(params)
+    transform = scale_by_flood(level)
+    state = transform.init(params)
+    optax_form, _ = transform.update(grad, state, value=value)
+    jitted = jax.jit(lambda g, v: transform.update(g, state, value=v)[0])
+
+    chex.assert_trees_all_equal(loss_form, oracle)
+    chex.assert_trees_all_equal(optax_form, oracle)
+    chex.assert_trees_all_equal(jitted(grad, value), oracle)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loss_form, grad)
+
+
+@pytest.mark.parametrize("side", ["far_above", "far_below", "off"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.usefixtures("x64")
+def test_both_forms_agree_when_the_whole_step_is_compiled(problem, side):
+    # XLA fuses the two programs apart, so sums may round apart: 1e-14, not bits
+    loss_fn, params = PROBLEMS[problem]()
+    level = SIDES[side](np.asarray(loss_fn(params)))
+    transform = scale_by_flood(level)
+
+    @jax.jit
+    def optax_form(params):
+        value, grad = jax.value_and_grad(loss_fn)(params)
+        return transform.update(grad, transform.init(params), value=value)[0]
+
+    loss_form = jax.jit(jax.grad(flooded(loss_fn, level)))
+    chex.assert_trees_all_close(
+        loss_form(params), optax_form(params), rtol=1e-13, atol=1e-15
+    )
+
+
+SHAPES = {
+    "reflect": (shapes.reflect(), 0),
+    "pause": (shapes.pause(), 0),
+    "asymmetric": (shapes.asymmetric(1.0, 0.05), 0),
+    "soft": (shapes.soft(0.3), 2e-8),  # its multiplier rounds each term of the sums
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_both_forms_agree_for_every_shape(shape, side):
+    shape, atol = SHAPES[shape]
+    loss_fn, params = logistic()
+    value, grad = jax.value_and_grad(loss_fn)(params)
+    level = SIDES[side](np.asarray(value))
+    loss_form = jax.grad(flooded(loss_fn, level, shape=shape))(params)
+    transform = scale_by_flood(level, shape=shape)
+    optax_form, _ = transform.update(grad, transform.init(params), value=value)
+    chex.assert_trees_all_close(loss_form, optax_form, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_both_forms_agree_where_the_loss_is_not_finite(value):
+    def loss_fn(w):
+        return jnp.sum(w * 3.0) + value
+
+    grad = jax.grad(flooded(loss_fn, 0.5))(jnp.array([1.0, -2.0]))
+    transform = scale_by_flood(0.5)
+    raw = jnp.array([3.0, 3.0])
+    updates, _ = transform.update(raw, transform.init(raw), value=value)
+    np.testing.assert_array_equal(grad, updates)
+    expected = {np.inf: 3.0, -np.inf: -3.0}.get(value, np.nan)
+    np.testing.assert_array_equal(updates, [expected] * 2)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.05),
+    "adamw_clipped": lambda: optax.chain(
+        optax.clip_by_global_norm(0.2), optax.adamw(0.05, weight_decay=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["chain", "wrapper"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.usefixtures("x64")
+def test_training_trajectories_of_the_forms_coincide(name, form):
+    loss_fn, params = mlp()
+    level, steps = 0.4, 80
+    inner = OPTIMIZERS[name]()
+    if form == "chain":
+        flooding = optax.chain(scale_by_flood(level), inner)
+    else:
+        flooding = flood_optax.flood(inner, level)
+
+    def train(optimizer, loss_fn, raw):
+        def step(carry, _):
+            params, state = carry
+            value, grad = jax.value_and_grad(loss_fn)(params)
+            updates, state = optimizer.update(grad, state, params, value=value)
+            params = optax.apply_updates(params, updates)
+            return (params, state), raw(params)
+
+        start = (params, optimizer.init(params))
+        (last, _), losses = jax.lax.scan(step, start, length=steps)
+        return last, losses
+
+    plain = optax.with_extra_args_support(inner)
+    by_loss, losses = train(plain, flooded(loss_fn, level), loss_fn)
+    by_optax, _ = train(flooding, loss_fn, loss_fn)
+    chex.assert_trees_all_close(by_loss, by_optax, rtol=1e-12)
+    # the run crosses the level: otherwise it compares nothing
+    assert losses[0] > level
+    assert np.any(losses < level)
+
+
+@pytest.mark.parametrize("level", [0.0, -np.inf])
+def test_flooding_at_zero_or_off_is_plain_training_bit_for_bit(level):
+    loss_fn, params = logistic()
+    inner = optax.adam(0.1)
+    flooding = optax.chain(scale_by_flood(level), inner)
+    states = [(params, inner.init(params)), (params, flooding.init(params))]
+
+    def steps(states):
+        (p, s), (q, t) = states
+        u, s = inner.update(jax.grad(loss_fn)(p), s, p)
+        value, grad = jax.value_and_grad(loss_fn)(q)
+        v, t = flooding.update(grad, t, q, value=value)
+        return [(optax.apply_updates(p, u), s), (optax.apply_updates(q, v), t)]
+
+    for _ in range(8):
+        states = steps(states)
+    chex.assert_trees_all_equal(states[0][0], states[1][0])
+
+
+# ---- a pair of steps is one step on |grad L|^2 ----
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def pair_of_flooded_steps(loss_fn, params, eta, order):
+    """Two SGD steps across a level that the first of them crosses."""
+    value, grad = jax.value_and_grad(loss_fn)(params)
+    sign = -1 if order == "down-up" else 1
+    crossed = loss_fn(jax.tree.map(lambda p, g: p + sign * eta * g, params, grad))
+    optimizer = optax.chain(scale_by_flood((value + crossed) / 2), optax.sgd(eta))
+    state, end, sides = optimizer.init(params), params, []
+    for _ in range(2):
+        value, grad = jax.value_and_grad(loss_fn)(end)
+        updates, state = optimizer.update(grad, state, end, value=value)
+        end = optax.apply_updates(end, updates)
+        sides.append(int(optax.tree.get(state, "flood_below")))
+    assert sides == ([0, 1] if order == "down-up" else [1, 1])
+    return flat(end) - flat(params)
+
+
+@pytest.mark.parametrize("order", ["down-up", "up-down"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.usefixtures("x64")
+def test_pair_of_steps_is_a_step_on_the_squared_gradient_to_third_order(problem, order):
+    loss_fn, params = PROBLEMS[problem]()
+
+    def squared_gradient_norm(params):
+        grads = jax.tree.leaves(jax.grad(loss_fn)(params))
+        return sum(jnp.sum(g**2) for g in grads)
+
+    double_backprop = flat(jax.grad(squared_gradient_norm)(params))
+    etas = np.logspace(-1.5, -4.5, 7)  # three decades
+    residuals = [
+        np.linalg.norm(
+            pair_of_flooded_steps(loss_fn, params, eta, order)
+            + eta**2 / 2 * double_backprop
+        )
+        for eta in etas
+    ]
+    slopes = np.diff(np.log(residuals)) / np.diff(np.log(etas))
+    fitted = np.polyfit(np.log(etas), np.log(residuals), 1)[0]
+    # a wrong factor or sign leaves a residual of second order, slope 2
+    assert fitted == pytest.approx(3, abs=0.05), slopes

@@ -1,0 +1,365 @@
+"""Bad input: each message once, at the earliest moment. The text is API."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flood_optax import (
+    flood,
+    flood_loss,
+    flood_mean,
+    flooded,
+    levels,
+    scale_by_flood,
+    shapes,
+)
+
+GRADS = jnp.array([1.0, 2.0])
+LOSSES = jnp.array([0.1, 0.4, 0.2])
+
+
+def update(value, transform=None, **extra_args):
+    transform = transform or scale_by_flood(0.5)
+    return transform.update(
+        GRADS, transform.init(GRADS), GRADS, value=value, **extra_args
+    )
+
+
+def segments(**changes):
+    arguments = {"segment_ids": jnp.array([0, 1, 1]), "num_segments": 2} | changes
+    return flood_mean(LOSSES, 0.1, over="segment", **arguments)
+
+
+LEVEL_TAKERS = {
+    "flood_loss": lambda level: flood_loss(LOSSES, level),
+    "flood_mean": lambda level: flood_mean(LOSSES, level),
+    "flooded": lambda level: flooded(jnp.sum, level),
+    "scale_by_flood": scale_by_flood,
+    "flood": lambda level: flood(optax.sgd(0.1), level),
+    "warmup": lambda level: levels.warmup(level, 3),
+}
+BAD_LEVELS = {
+    "nan": (np.nan, ValueError, "must not be NaN, got nan."),
+    "nan_array": (jnp.float32(np.nan), ValueError, "must not be NaN, got nan."),
+    "inf": (np.inf, ValueError, "must not be +inf, got inf. To switch flooding off"),
+    "text": ("0.1", TypeError, "must be a number or an array of numbers, got '0.1'"),
+    "none": (None, TypeError, "must be a number or an array of numbers, got None"),
+    "bool": (True, TypeError, "must be a number or an array of numbers, got True"),
+    "complex": (jnp.array(1j), TypeError, "must be real, got dtype complex64."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LEVELS)
+@pytest.mark.parametrize("call", LEVEL_TAKERS)
+def test_bad_level_is_refused_at_construction(call, case):
+    level, error, message = BAD_LEVELS[case]
+    with pytest.raises(error, match=re.escape(f"`{call}(level=...)` {message}")):
+        LEVEL_TAKERS[call](level)
+
+
+@pytest.mark.parametrize(
+    "call", ["flood_mean", "flooded", "scale_by_flood", "flood", "warmup"]
+)
+def test_level_that_is_no_scalar_is_refused_where_one_loss_is_flooded(call):
+    message = "must be a scalar where one loss is flooded, got shape (2,)."
+    with pytest.raises(ValueError, match=re.escape(f"`{call}(level=...)` {message}")):
+        LEVEL_TAKERS[call](jnp.array([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("level", [0, -3, -np.inf, np.float16(0.5), np.int32(2)])
+@pytest.mark.parametrize("call", LEVEL_TAKERS)
+def test_legal_levels_are_taken(call, level):
+    LEVEL_TAKERS[call](level)
+
+
+CASES = {
+    "value_missing": (
+        lambda: update(None),
+        ValueError,
+        "`scale_by_flood().update(value=...)` needs the current loss, got None: pass "
+        "`optimizer.update(grads, state, params, value=loss)`. "
+        "`optax.chain(optax.MultiSteps(...))`, `optax.lookahead` and flax's own "
+        "`TrainState.apply_gradients` drop extra arguments; where the loss cannot be "
+        "passed, flood the loss instead: `flood_optax.flooded(loss_fn, level)`.",
+    ),
+    "value_vector": (
+        lambda: update(jnp.ones(1)),
+        ValueError,
+        "`scale_by_flood().update(value=...)` must be a scalar, got shape (1,). "
+        "Pass the mean over the batch",
+    ),
+    "value_tuple": (
+        lambda: update((jnp.ones([]), "aux")),
+        TypeError,
+        "`scale_by_flood().update(value=...)` must be the loss alone, got a tuple: "
+        "pass the loss without aux",
+    ),
+    "value_integer": (
+        lambda: update(jnp.int32(1)),
+        TypeError,
+        "`scale_by_flood().update(value=...)` must be of a real float dtype, got int32",
+    ),
+    "value_complex": (
+        lambda: update(jnp.array(1j)),
+        TypeError,
+        "must be of a real float dtype, got complex64",
+    ),
+    "value_text": (
+        lambda: update("0.3"),
+        TypeError,
+        "must be an array of real floats, got str.",
+    ),
+    "value_fn": (
+        lambda: update(0.3, value_fn=jnp.sum),
+        ValueError,
+        "`scale_by_flood` must not stand in front of an optimizer that evaluates the "
+        "loss itself, got `value_fn`",
+    ),
+    "flood_value_missing": (
+        lambda: update(None, flood(optax.sgd(0.1), 0.5)),
+        ValueError,
+        "`flood(inner).update(value=...)` needs the current loss, got None",
+    ),
+    "schedule_vector": (
+        lambda: update(0.3, scale_by_flood(lambda step: jnp.ones(3) * step)),
+        ValueError,
+        "`scale_by_flood(level=...)` must be a scalar where one loss is flooded, "
+        "got shape (3,).",
+    ),
+    "schedule_nan": (
+        lambda: update(0.3, scale_by_flood(lambda _: np.nan)),
+        ValueError,
+        "`scale_by_flood(level=...)` must not be NaN, got nan.",
+    ),
+    "loss_integer": (
+        lambda: flood_loss(jnp.arange(3), 0.5),
+        TypeError,
+        "`flood_loss(loss)` must be of a real float dtype, got int32.",
+    ),
+    "loss_list": (
+        lambda: flood_loss([0.1, 0.2], 0.5),
+        TypeError,
+        "`flood_loss(loss)` must be an array of real floats, got list.",
+    ),
+    "level_larger_than_loss": (
+        lambda: flood_loss(jnp.float32(0.5), jnp.ones(3)),
+        ValueError,
+        "`flood_loss(level=...)` must broadcast to the shape () of the losses, "
+        "got shape (3,).",
+    ),
+    "level_unfit": (
+        lambda: flood_mean(LOSSES, jnp.ones(2), over="example"),
+        ValueError,
+        "`flood_mean(level=...)` must broadcast to the shape (3,) of the losses, "
+        "got shape (2,).",
+    ),
+    "flooded_vector": (
+        lambda: flooded(lambda: LOSSES, 0.5)(),
+        ValueError,
+        "`flooded(loss_fn)'s loss` must be a scalar, got shape (3,). "
+        "`flood_mean(losses, level)` says over what to average.",
+    ),
+    "flooded_one": (
+        lambda: flooded(lambda: LOSSES[:1], 0.5)(),
+        ValueError,
+        "must be a scalar, got shape (1,).",
+    ),
+    "flooded_tuple": (
+        lambda: flooded(lambda: (1.0, 2), 0.5)(),
+        TypeError,
+        "`flooded(loss_fn)` returned a tuple: pass `has_aux=True` if it is (loss, aux)",
+    ),
+    "flooded_no_aux": (
+        lambda: flooded(lambda: 1.0, 0.5, has_aux=True)(),
+        TypeError,
+        "`flooded(loss_fn, has_aux=True)` needs loss_fn to return (loss, aux), "
+        "got float.",
+    ),
+    "flooded_integer": (
+        lambda: flooded(lambda: jnp.int32(3), 0.5)(),
+        TypeError,
+        "must be of a real float dtype, got int32.",
+    ),
+    "flooded_number": (
+        lambda: flooded(0.5, 0.5),
+        TypeError,
+        "`flooded(loss_fn)` must be callable, got float: flood a number with "
+        "`flood_loss` or `flood_mean`.",
+    ),
+    "flooded_schedule": (
+        lambda: flooded(jnp.sum, lambda step: 0.1),
+        TypeError,
+        "`flooded(level=...)` must be a number or an array, got a schedule: call it "
+        "with the step and pass the result.",
+    ),
+    "over": (
+        lambda: flood_mean(LOSSES, 0.1, over="class"),
+        ValueError,
+        '`flood_mean(over=...)` must be "batch", "example" or "segment", '
+        "got 'class'.",
+    ),
+    "segment_ids_missing": (
+        lambda: segments(segment_ids=None),
+        ValueError,
+        '`flood_mean(over="segment")` needs `segment_ids`, got None.',
+    ),
+    "num_segments_missing": (
+        lambda: segments(num_segments=None),
+        ValueError,
+        '`flood_mean(over="segment")` needs `num_segments`, a static int, got None.',
+    ),
+    "num_segments_float": (
+        lambda: segments(num_segments=2.0),
+        TypeError,
+        "`flood_mean(num_segments=...)` must be a static int, got 2.0.",
+    ),
+    "num_segments_zero": (
+        lambda: segments(num_segments=0),
+        ValueError,
+        "`flood_mean(num_segments=...)` must be positive, got 0.",
+    ),
+    "segment_ids_float": (
+        lambda: segments(segment_ids=LOSSES),
+        TypeError,
+        "`flood_mean(segment_ids=...)` must be integers, got float32.",
+    ),
+    "segment_ids_shape": (
+        lambda: segments(segment_ids=jnp.array([0, 1])),
+        ValueError,
+        "`flood_mean(segment_ids=...)` must have the shape (3,) of the losses, "
+        "got (2,).",
+    ),
+    "segment_ids_out_of_range": (
+        lambda: segments(segment_ids=np.array([0, 1, 2])),
+        ValueError,
+        "`flood_mean(segment_ids=...)` must lie in [0, 2), got 0 to 2.",
+    ),
+    "segment_ids_misplaced": (
+        lambda: flood_mean(LOSSES, 0.1, segment_ids=jnp.array([0, 1, 1])),
+        ValueError,
+        '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '
+        "got over='batch'.",
+    ),
+    "batch_empty": (
+        lambda: flood_mean(jnp.zeros((0, 3)), 0.1),
+        ValueError,
+        "`flood_mean(losses)` must not be empty, got shape (0, 3)",
+    ),
+    "mask_all_false": (
+        lambda: flood_mean(LOSSES, 0.1, where=np.zeros(3, bool)),
+        ValueError,
+        "`flood_mean(where=...)` must leave at least one loss",
+    ),
+    "mask_float": (
+        lambda: flood_mean(LOSSES, 0.1, where=jnp.ones(3)),
+        TypeError,
+        "`flood_mean(where=...)` must be boolean, got float32.",
+    ),
+    "mask_shape": (
+        lambda: flood_mean(LOSSES, 0.1, where=jnp.array(True)),
+        ValueError,
+        "`flood_mean(where=...)` must have the shape (3,) of the losses, got ().",
+    ),
+    "inner_multi_steps": (
+        lambda: flood(optax.MultiSteps(optax.sgd(0.1), 2), 0.5),
+        TypeError,
+        "`flood(inner)` must be the optimizer itself, got MultiSteps, which would "
+        "flood each micro-batch: use `flood(optimizer, level, every_k=k)`.",
+    ),
+    "inner_number": (
+        lambda: flood(0.1, 0.5),
+        TypeError,
+        "`flood(inner)` must be an optax.GradientTransformation, got float.",
+    ),
+    "every_k_zero": (
+        lambda: flood(optax.sgd(0.1), 0.5, every_k=0),
+        ValueError,
+        "`flood(every_k=...)` must be positive, got 0.",
+    ),
+    "every_k_float": (
+        lambda: flood(optax.sgd(0.1), 0.5, every_k=2.0),
+        TypeError,
+        "`flood(every_k=...)` must be an int or a schedule, got 2.0. Under "
+        '`optax.inject_hyperparams` pass `static_args="every_k"`.',
+    ),
+    "every_k_schedule_float": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5, every_k=lambda step: 2.0)),
+        TypeError,
+        "`flood(every_k=schedule)` must return an integer scalar, got shape () of "
+        "dtype float32.",
+    ),
+    "value_fn_with_windows": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5, every_k=2), value_fn=jnp.sum),
+        ValueError,
+        "cannot use `value_fn`, which belongs to one micro-batch",
+    ),
+    "skip_no_bool": (
+        lambda: flood(
+            optax.sgd(0.1), 0.5, should_skip_update_fn=lambda u, n, p: (1.0, ())
+        ).init(GRADS),
+        ValueError,
+        "`flood(should_skip_update_fn=...)` must return a boolean scalar first, got "
+        "shape () of dtype float32.",
+    ),
+    "soft_scale_zero": (
+        lambda: shapes.soft(0.0),
+        ValueError,
+        "`soft(scale=...)` must be positive and finite, got 0.0.",
+    ),
+    "soft_scale_text": (
+        lambda: shapes.soft("1"),
+        TypeError,
+        "`soft(scale=...)` must be a real number, got '1'.",
+    ),
+    "ascent_negative": (
+        lambda: shapes.asymmetric(ascent=-1.0),
+        ValueError,
+        "`asymmetric(ascent=...)` must be non-negative and finite, got -1.0.",
+    ),
+    "dead_band_nan": (
+        lambda: shapes.asymmetric(dead_band=np.nan),
+        ValueError,
+        "`asymmetric(dead_band=...)` must be non-negative and finite, got nan.",
+    ),
+    "warmup_negative": (
+        lambda: levels.warmup(0.1, -1),
+        ValueError,
+        "`warmup(start_step=...)` must not be negative, got -1.",
+    ),
+    "warmup_float": (
+        lambda: levels.warmup(0.1, 1.5),
+        TypeError,
+        "`warmup(start_step=...)` must be an int, got 1.5.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_its_message(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("case", ["value_missing", "value_vector", "flooded_vector"])
+def test_shape_errors_are_raised_at_trace_time(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=re.escape(message)):
+        jax.jit(lambda _: call())(0.0)
+
+
+def test_numpy_mask_without_losses_is_known_at_trace_time():
+    with pytest.raises(ValueError, match="must leave at least one loss"):
+        jax.jit(lambda x: flood_mean(x, 0.1, where=np.zeros(3, bool)))(LOSSES)
+
+
+def test_traced_levels_are_not_validated():
+    @jax.jit
+    def run(level):
+        return flooded(lambda w: w**2, level)(0.5), update(0.3, scale_by_flood(level))
+
+    run(jnp.nan)

@@ -1,0 +1,171 @@
+"""The public surface as a literal list; documented; cheap to import."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import flood_optax
+
+PUBLIC = {
+    "flood_optax": {
+        "FloodInfo",
+        "FloodState",
+        "FloodWindow",
+        "FloodWrapperState",
+        "Shape",
+        "flood",
+        "flood_loss",
+        "flood_mean",
+        "flooded",
+        "levels",
+        "objective",
+        "penalty",
+        "scale_by_flood",
+        "shapes",
+        "sharpness",
+        "sweep",
+    },
+}
+SIGNATURES = {
+    "flood_loss": "(loss, level, *, shape)",
+    "flood_mean": "(losses, level, *, over, segment_ids, num_segments, where, "
+    "axis_name, shape)",
+    "flooded": "(loss_fn, level, *, has_aux, axis_name, shape, return_info)",
+    "scale_by_flood": "(level, *, shape, axis_name)",
+    "flood": "(inner, level, *, every_k, shape, axis_name, should_skip_update_fn)",
+    "shapes.soft": "(scale)",
+    "shapes.asymmetric": "(ascent, dead_band)",
+    "levels.warmup": "(level, start_step)",
+    "levels.adaflood": "(held_out_loss, gamma, *, alpha, beta)",
+    "levels.held_out_losses": "(fit, evaluate, num_examples, *, num_folds, key)",
+    "levels.wavebound": "(target_loss, epsilon)",
+    "levels.entropy_floor": "(target_probs)",
+    "levels.on_plateau": "(initial, *, step, patience, minimum, maximum, mode)",
+    "levels.gradient_accordance": "(grads_a, grads_b)",
+    "levels.accordance_level": "(losses, accordances, *, threshold)",
+    "objective.relax_loss": "(logits, labels, level, *, epoch, upper)",
+    "penalty.objective": "(loss_fn, strength, *, has_aux)",
+    "penalty.value_and_grad": "(loss_fn, strength, *, method, radius, has_aux)",
+    "penalty.pair_displacement": "(loss_fn, params, learning_rate, *args",
+    "penalty.level_set_drift": "(loss_fn, params, *args",
+    "sharpness.gradient_norm": "(loss_fn, params, *args",
+    "sharpness.hessian_trace": "(loss_fn, params, *args, key, num_samples",
+    "sharpness.top_eigenvalue": "(loss_fn, params, *args, key, num_iterations",
+    "sweep.run": "(train, levels, keys, *, strategy, progress",
+    "sweep.forked": "(step, state, batches, levels",
+}
+
+
+def lookup(path):
+    found = flood_optax
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def names(function):
+    """The parameters without defaults and annotations."""
+    parts, star = [], False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            star = True
+            parts.append(f"*{parameter.name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            parts.append(f"**{parameter.name}")
+        else:
+            if parameter.kind is parameter.KEYWORD_ONLY and not star:
+                star = True
+                parts.append("*")
+            parts.append(parameter.name)
+    return f"({', '.join(parts)})"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_exactly_these(module):
+    assert set(importlib.import_module(module).__all__) == PUBLIC[module]
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signature_is_the_contract(path):
+    assert names(lookup(path)).startswith(SIGNATURES[path].removesuffix(")"))
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_docstring_has_its_sections(path):
+    function = lookup(path)
+    doc = inspect.getdoc(function)
+    for section in ("Args:", "Returns:", "Examples:"):
+        assert section in doc, section
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            assert f"{parameter.name}:" in doc, parameter.name
+
+
+def test_flood_state_schema_is_stable():
+    assert flood_optax.FloodState._fields == (
+        "flood_step",
+        "flood_level",
+        "flood_value",
+        "flood_below",
+    )
+
+
+EXTRAS = {"chex", "flax", "matplotlib", "tqdm", "xarray", "diffrax", "sklearn"}
+
+
+def extras_imported_by(statement):
+    """The optional packages that a statement loads beyond what optax itself loads."""
+    code = (
+        "import sys, jax, optax\nbefore = set(sys.modules)\n"
+        f"{statement}\nprint(*(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return EXTRAS & set(result.stdout.split())
+
+
+def test_import_needs_jax_and_optax_alone():
+    everything = "from flood_optax import levels, penalty, sharpness, sweep"
+    assert extras_imported_by(everything) == set()
+
+
+def test_import_probe_can_fail():
+    assert "tqdm" in extras_imported_by("import tqdm")
+
+
+BACKEND = """
+import os
+os.environ["JAX_PLATFORMS"] = "no_such_platform"
+{statement}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "fails"),
+    [("import flood_optax", False), ("import jax; jax.numpy.zeros(3)", True)],
+    ids=["import", "meta"],
+)
+def test_import_initialises_no_backend(statement, fails):
+    result = subprocess.run(
+        [sys.executable, "-c", BACKEND.format(statement=statement)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode != 0) == fails, result.stderr
+
+
+def test_flax_extra_missing_names_the_extra():
+    code = (
+        "import sys; sys.modules['flax'] = None\n"
+        "try:\n    import flood_optax.flax\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'flood_optax[flax]'" in result.stdout

@@ -1,0 +1,274 @@
+"""What a sweep found: choosing a level, and taking the result elsewhere."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flood_optax.sweep import Result
+
+NAN = np.nan
+LEVELS = np.array([0.2, 0.0, 0.1])  # not in order, on purpose
+SCORES = np.array([[0.8, 0.5, NAN], [0.8, 0.7, 0.2], [0.6, 0.9, 0.3]])
+
+
+def result(**metrics):
+    return Result(LEVELS, metrics or {"acc": SCORES})
+
+
+def ignoring_nan(function, *args, **kwargs):
+    with pytest.warns(UserWarning, match="which are not chosen"):
+        return function(*args, **kwargs)
+
+
+def test_best_is_the_level_per_key_the_lowest_of_equals():
+    best = ignoring_nan(result().best, "acc")
+    np.testing.assert_array_equal(best, [0.0, 0.1, 0.1])
+
+
+def test_best_of_a_loss_is_the_least():
+    best = ignoring_nan(result().best, "acc", mode="min")
+    np.testing.assert_array_equal(best, [0.1, 0.2, 0.0])
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("seed", range(5))
+def test_best_equals_a_search_in_python(seed, mode):
+    rng = np.random.default_rng(seed)
+    levels = rng.permutation(np.linspace(-1, 1, 7))
+    scores = rng.integers(0, 4, (7, 20)).astype(float)  # many ties
+    scores[rng.random(scores.shape) < 0.3] = NAN
+    best = ignoring_nan(Result(levels, {"m": scores}).best, "m", mode)
+    for column, chosen in zip(scores.T, best, strict=True):
+        pairs = [(s, b) for s, b in zip(column, levels, strict=True) if not np.isnan(s)]
+        sign = -1 if mode == "max" else 1
+        expected = min(pairs, key=lambda p: (sign * p[0], p[1]), default=(0, NAN))[1]
+        np.testing.assert_equal(chosen, expected)
+
+
+def test_best_reports_nan_and_gives_nan_where_nothing_else_is():
+    scores = np.array([[NAN, 1.0], [NAN, NAN], [NAN, -np.inf]])
+    with pytest.warns(UserWarning, match="'acc' is NaN in 4 of 6 runs"):
+        best = result(acc=scores).best("acc")
+    np.testing.assert_array_equal(best, [NAN, 0.2])
+    np.testing.assert_array_equal(
+        result(acc=scores).nan_runs("acc"), [[0, 0], [1, 0], [1, 1], [2, 0]]
+    )
+
+
+@pytest.mark.parametrize(("mode", "worst"), [("max", -np.inf), ("min", np.inf)])
+def test_best_prefers_the_worst_number_to_nan(mode, worst):
+    best = ignoring_nan(
+        Result(np.arange(2.0), {"m": np.array([[NAN], [worst]])}).best, "m", mode
+    )
+    np.testing.assert_array_equal(best, [1.0])
+
+
+def test_best_of_a_curve_takes_the_step_asked_for():
+    curves = np.array([[[1, 5, 2]], [[3, 3, 3]], [[4, 1, NAN]]], float)
+    made = result(acc=curves)
+    np.testing.assert_array_equal(made.best("acc", at=0), [0.1])
+    np.testing.assert_array_equal(ignoring_nan(made.best, "acc", at=-1), [0.0])
+    np.testing.assert_array_equal(made.best("acc", at="best"), [0.2])
+    np.testing.assert_array_equal(made.best("acc", "min", at="best"), [0.1])
+
+
+def test_best_of_integers_and_half_precision():
+    counts = np.array([[1], [3], [2]], np.int32)
+    half = np.array([[0.5], [0.25], [2.0]], jnp.bfloat16)
+    made = result(counts=counts, half=half)
+    np.testing.assert_array_equal(made.best("counts"), [0.0])
+    np.testing.assert_array_equal(made.best("half"), [0.1])
+
+
+def test_best_without_keys_is_one_level():
+    made = Result(
+        LEVELS, {"loss": np.array([[3, 1], [2, 2], [1, 3.0]])}, ("level", "step")
+    )
+    np.testing.assert_array_equal(made.best("loss", "min", at=-1), 0.2)
+    assert made.best_overall("loss", "min", at=0).level == 0.1
+
+
+def test_best_overall_is_the_best_mean_with_its_standard_error():
+    scores = np.array([[0.9, 0.7, 0.8], [0.8, 0.6, 0.76], [1.0, NAN, 1.0]])
+    choice = ignoring_nan(result(acc=scores).best_overall, "acc")
+    assert choice.level == 0.2  # 0.1 is better where it is known, but has a NaN
+    assert choice.mean == pytest.approx(0.8, rel=1e-12)
+    # Deviations .1, -.1, 0: s = sqrt(.02 / 2), divided by sqrt(3).
+    assert choice.standard_error == pytest.approx(np.sqrt(0.01 / 3), rel=1e-12)
+    assert choice.num_keys == 3
+
+
+def test_one_standard_error_takes_the_lowest_level_within_it():
+    # The mean of level 0 is .72, below .8 - .0577 = .7423; that of 0.1 is .75, within.
+    scores = np.array([[0.9, 0.7, 0.8], [0.72] * 3, [0.75] * 3])
+    made = result(acc=scores)
+    assert made.best_overall("acc").level == 0.2
+    careful = made.best_overall("acc", one_standard_error=True)
+    assert (careful.level, careful.standard_error) == (0.1, 0.0)
+    assert made.best_overall("acc", "min", one_standard_error=True).level == 0.0
+
+
+def test_one_standard_error_needs_two_keys():
+    made = result(acc=SCORES[:, :1])
+    assert np.isnan(made.best_overall("acc").standard_error)
+    with pytest.raises(ValueError, match="needs two keys at least, got 1"):
+        made.best_overall("acc", one_standard_error=True)
+
+
+def test_best_overall_without_a_level_free_of_nan_is_refused():
+    scores = np.array([[1, NAN], [NAN, 1], [NAN, NAN]])
+    with pytest.raises(ValueError, match="got NaN at every level"):
+        ignoring_nan(result(acc=scores).best_overall, "acc")
+
+
+CURVES = np.arange(24.0).reshape(3, 2, 4)
+
+
+def test_curves_of_a_level_and_of_one_level_per_key():
+    made = result(loss=CURVES)
+    np.testing.assert_array_equal(made.curves("loss", 0.1), CURVES[2])
+    np.testing.assert_array_equal(made.curves("loss", np.float32(0.1)), CURVES[2])
+    np.testing.assert_array_equal(
+        made.curves("loss", [0.0, 0.2]), [CURVES[1, 0], CURVES[0, 1]]
+    )
+
+
+ERRORS = {
+    "metric": (lambda r: r.best("auc"), "must be one of 'acc', 'loss', got 'auc'"),
+    "metric overall": (lambda r: r.best_overall("auc"), "`Result.best_overall"),
+    "metric nan": (lambda r: r.nan_runs("auc"), "`Result.nan_runs"),
+    "metric curves": (lambda r: r.curves("auc", 0.1), "`Result.curves"),
+    "mode": (lambda r: r.best("acc", "most"), 'must be "max" or "min", got \'most\''),
+    "curve": (lambda r: r.best("loss"), "got a curve of 4 steps: pass `at=-1`"),
+    "no curve": (lambda r: r.best("acc", at=-1), "needs a curve, got 'acc'"),
+    "step": (lambda r: r.best("loss", at=4), r"step in \[-4, 4\), got 4"),
+    "step word": (lambda r: r.best("loss", at="last"), "got 'last'"),
+    "level": (lambda r: r.curves("loss", 0.3), "got 0.3; there are 0.2, 0, 0.1"),
+    "levels": (lambda r: r.curves("loss", [0.1] * 3), r"got shape \(3,\) for the axes"),
+    "no curve plot": (lambda r: r.plot_curves("acc", 0.1), "one number per step"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_result_refuses(case):
+    call, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        call(result(acc=SCORES[:, :2], loss=CURVES))
+
+
+def test_best_of_more_than_a_curve_is_refused():
+    with pytest.raises(ValueError, match=r"one number per step, got .* 'axis_3'\)"):
+        result(confusion=np.zeros((3, 2, 4, 4))).best("confusion", at=-1)
+
+
+def test_json_round_trip_is_exact():
+    rng = np.random.default_rng(0)
+    metrics = {
+        "f32": rng.normal(size=(3, 2)).astype(np.float32),
+        "f64": np.array([[1 / 3, NAN], [np.inf, -np.inf], [5e-324, -0.0]]),
+        "b16": rng.normal(size=(3, 2, 5)).astype(jnp.bfloat16),
+        "int": np.array([[2**53 + 1, -1]] * 3),
+        "bool": np.array([[True, False]] * 3),
+        "none": np.zeros((3, 2, 0), np.float32),
+    }
+    keys = np.array([[0, 2**32 - 1], [7, 8]], np.uint32)
+    made = Result(np.array([-np.inf, 0.1, 1 / 3]), metrics, ("level", "key"), keys)
+    again = Result.from_json(made.to_json())
+    assert again.axes == made.axes
+    assert (again.steps_run, again.steps_separate) == (None, None)
+    pairs = [(again.levels, made.levels), (again.keys, made.keys)]
+    pairs += [(again.metrics[name], metrics[name]) for name in metrics]
+    for ours, theirs in pairs:
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def test_json_is_strict_and_keeps_what_forked_counts():
+    made = Result(LEVELS, {"loss": SCORES}, ("level", "step"), None, 7, 9)
+    text = made.to_json()
+    json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    again = Result.from_json(text)
+    assert (again.axes, again.keys) == (("level", "step"), None)
+    assert (again.steps_run, again.steps_separate) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "got something else"),
+        ("[1]", "got something else"),
+        ('{"a": 1}', "got something else"),
+        ('{"format": "x"}', "got the format 'x'"),
+    ],
+)
+def test_json_of_something_else_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Result.from_json(text)
+
+
+def test_xarray_names_the_axes():
+    pytest.importorskip("xarray")
+    data = result(acc=SCORES[:, :2], loss=CURVES).to_xarray()
+    assert data["acc"].dims == ("level", "key")
+    assert data["loss"].dims == ("level", "key", "step")
+    np.testing.assert_array_equal(data["loss"].sel(level=0.1), CURVES[2])
+    forked = Result(LEVELS, {"loss": CURVES}, ("level", "step")).to_xarray()
+    assert forked["loss"].dims == ("level", "step", "axis_2")
+
+
+@pytest.fixture
+def pyplot():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    yield plt
+    plt.close("all")
+
+
+def test_plot_shows_mean_and_runs_in_order_of_levels(pyplot):
+    levels = np.array([0.2, -np.inf, 0.0, 0.1])
+    scores = np.array([[3.0, 5.0], [0.5, 1.5], [1.0, 3.0], [2.0, 4.0]])
+    ax = Result(levels, {"acc": scores}).plot("acc")
+    mean, *runs, plain = ax.get_lines()
+    np.testing.assert_array_equal(mean.get_xdata(), [0.0, 0.1, 0.2])
+    np.testing.assert_array_equal(mean.get_ydata(), [2.0, 3.0, 4.0])
+    np.testing.assert_array_equal([r.get_ydata() for r in runs], [[1, 2, 3], [3, 4, 5]])
+    np.testing.assert_array_equal(plain.get_ydata(), [1.0, 1.0])
+    (band,) = ax.collections
+    low, high = band.get_datalim(ax.transData).get_points()[:, 1]
+    assert (low, high) == pytest.approx((2 - np.sqrt(2), 4 + np.sqrt(2)))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("flood level", "acc")
+
+
+def test_plot_curves_shows_the_chosen_level(pyplot):
+    _, ax = pyplot.subplots()
+    made = result(loss=CURVES)
+    assert made.plot_curves("loss", 0.1, ax=ax) is ax
+    made.plot_curves("loss", [0.0, 0.2], ax=ax)
+    one, each = ax.get_lines()
+    np.testing.assert_array_equal(one.get_ydata(), CURVES[2].mean(axis=0))
+    mean = (CURVES[1, 0] + CURVES[0, 1]) / 2
+    np.testing.assert_array_equal(each.get_ydata(), mean)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["level 0.1", "level per key"]
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("xarray", lambda r: r.to_xarray()),
+        ("matplotlib.pyplot", lambda r: r.plot("acc")),
+        ("matplotlib.pyplot", lambda r: r.plot_curves("loss", 0.1)),
+    ],
+    ids=["xarray", "plot", "plot_curves"],
+)
+def test_missing_package_names_the_extra(monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    message = rf"needs {package}: pip install 'flood_optax\[bench\]'"
+    with pytest.raises(ImportError, match=message):
+        call(result(acc=SCORES[:, :2], loss=CURVES))

@@ -1,0 +1,283 @@
+"""Sharpness against the dense Hessian of small nets."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from flood_optax import sharpness
+
+KEY = jax.random.key(7)
+
+
+def jitted(measure):
+    """The measure as users run it."""
+    counts = ("num_samples", "num_iterations", "has_aux")
+    return jax.jit(measure, static_argnums=0, static_argnames=counts)
+
+
+gradient_norm = jitted(sharpness.gradient_norm)
+hessian_trace = jitted(sharpness.hessian_trace)
+top_eigenvalue = jitted(sharpness.top_eigenvalue)
+
+
+def net_loss(params, x, *, targets):
+    hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    return jnp.mean((hidden @ params["second"] - targets) ** 2)
+
+
+@pytest.fixture
+def net(x64):
+    """A tanh net of 25 numbers and its data."""
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: rng.normal(size=shape)
+    params = {"first": {"kernel": draw(3, 5), "bias": draw(5)}, "second": draw(5)}
+    return params, draw(20, 3), draw(20)
+
+
+@jax.jit
+def dense_hessian(params, x, targets):
+    flat, unravel = ravel_pytree(params)
+    return jax.hessian(lambda w: net_loss(unravel(w), x, targets=targets))(flat)
+
+
+def test_gradient_norm_equals_flat_numpy_norm(net):
+    params, x, targets = net
+    gradient = jax.grad(net_loss)(params, x, targets=targets)
+    expected = np.linalg.norm(
+        np.concatenate([g.ravel() for g in jax.tree.leaves(gradient)])
+    )
+    norm = gradient_norm(net_loss, params, x, targets=targets)
+    np.testing.assert_allclose(norm, expected, rtol=1e-14)
+
+
+def test_gradient_norm_in_float16_does_not_overflow():
+    norm = gradient_norm(lambda w: 300 * w[0] - 400 * w[1], jnp.ones(2, "f2"))
+    assert norm.dtype == jnp.float32
+    assert norm == 500
+
+
+def test_gradient_norm_at_stationary_point_is_zero():
+    with jax.debug_nans(True):
+        assert gradient_norm(lambda w: jnp.sum(w**4), jnp.zeros(3)) == 0
+
+
+def test_hessian_trace_lies_within_its_standard_errors_of_dense(net):
+    params, x, targets = net
+    hessian = dense_hessian(params, x, targets)
+    estimate, error = hessian_trace(
+        net_loss, params, x, targets=targets, key=KEY, num_samples=4000
+    )
+    assert abs(estimate - jnp.trace(hessian)) < 4 * error
+    # Var[v'Hv] = 2 sum_{i != j} H_ij^2 for Rademacher v; sd known to about 1.5 %.
+    off_diagonal = hessian - jnp.diag(jnp.diag(hessian))
+    expected_error = np.sqrt(2 * np.sum(np.square(off_diagonal)) / 4000)
+    np.testing.assert_allclose(error, expected_error, rtol=0.06)
+    assert error < 0.05 * abs(estimate)  # else the first line says little
+
+
+def test_hessian_trace_standard_error_covers_the_truth(net):
+    """Over 200 keys about 68 % fall within one standard error: 10 sd of binomial."""
+    params, x, targets = net
+    trace = jnp.trace(dense_hessian(params, x, targets))
+    estimate, error = jax.vmap(
+        lambda key: hessian_trace(
+            net_loss, params, x, targets=targets, key=key, num_samples=30
+        )
+    )(jax.random.split(KEY, 200))
+    covered = float(jnp.mean(jnp.abs(estimate - trace) < error))
+    assert 0.55 < covered < 0.80
+
+
+def test_hessian_trace_of_diagonal_hessian_is_exact():
+    bowl = lambda w: jnp.sum(w["a"] ** 2 * jnp.array([1.0, -2.0])) + 4 * w["b"] ** 2
+    estimate, error = hessian_trace(
+        bowl, {"a": jnp.ones(2), "b": jnp.float32(3)}, key=KEY, num_samples=2
+    )
+    assert estimate == 2 * (1 - 2 + 4)
+    assert error == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_top_eigenvalue_equals_dense(net, sign):
+    params, x, targets = net
+    loss = lambda params: sign * net_loss(params, x, targets=targets)
+    dense = sign * np.linalg.eigh(dense_hessian(params, x, targets)).eigenvalues
+    expected = dense[np.argmax(np.abs(dense))]
+    assert np.sign(expected) == sign
+    eigenvalue, vector = top_eigenvalue(loss, params, key=KEY, num_iterations=20)
+    np.testing.assert_allclose(eigenvalue, expected, rtol=1e-10)
+    chex.assert_trees_all_equal_shapes_and_dtypes(vector, params)
+    flat, _ = ravel_pytree(vector)
+    np.testing.assert_allclose(jnp.linalg.norm(flat), 1, rtol=1e-12)
+    image = sign * dense_hessian(params, x, targets) @ flat
+    np.testing.assert_allclose(image, eigenvalue * flat, atol=1e-5 * abs(expected))
+
+
+def test_top_eigenvalue_with_few_iterations_never_over_estimates(net):
+    params, x, targets = net
+    top = np.abs(np.linalg.eigvalsh(dense_hessian(params, x, targets))).max()
+    estimates = [
+        top_eigenvalue(net_loss, params, x, targets=targets, key=KEY, num_iterations=k)[
+            0
+        ]
+        for k in (1, 3, 8)
+    ]
+    magnitudes = np.abs(np.array(estimates))
+    assert (magnitudes <= top * (1 + 1e-12)).all()
+    assert (np.diff(magnitudes) > 0).all()
+    assert magnitudes[0] < 0.9 * top < magnitudes[-1]
+
+
+def quadratic(w, hessian):
+    return w @ hessian @ w / 2
+
+
+SPECTRA = {
+    "negative-dominant": [1.0, -4.0, 2.0, 0.5],
+    "opposite-pair": [3.0, -3.0, 1.0, 0.0],
+    "multiple-of-identity": [2.5, 2.5, 2.5, 2.5],
+    "rank-one": [0.0, 0.0, -1.5, 0.0],
+    "zero": [0.0, 0.0, 0.0, 0.0],
+    "far-apart": [1e-6, 1e6, -1.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("num_iterations", [4, 9], ids=["full", "more-than-size"])
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_top_eigenvalue_of_rotated_spectrum_is_found(spectrum, num_iterations):
+    """Exhausted Krylov spaces included, in float32 and under debug_nans."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))
+    hessian = jnp.asarray(rotation @ np.diag(spectrum) @ rotation.T, jnp.float32)
+    with jax.debug_nans(True):
+        eigenvalue, vector = top_eigenvalue(
+            quadratic, jnp.ones(4), hessian, key=KEY, num_iterations=num_iterations
+        )
+    top = np.abs(spectrum).max()
+    np.testing.assert_allclose(jnp.abs(eigenvalue), top, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        hessian @ vector, eigenvalue * vector, atol=2e-6 * max(top, 1)
+    )
+    np.testing.assert_allclose(jnp.linalg.norm(vector), 1, rtol=1e-5)
+
+
+def test_top_eigenvalue_of_exactly_diagonal_hessian_is_found():
+    """The first product is parallel to the start: nothing but rounding is left."""
+    eigenvalue, _ = top_eigenvalue(
+        lambda w: -3.0 * jnp.sum(w**2), jnp.ones(5), key=KEY, num_iterations=5
+    )
+    np.testing.assert_allclose(eigenvalue, -6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("float16", "float32"), ("bfloat16",) * 2]
+)
+def test_mixed_and_half_precision_params_keep_leaf_dtypes(first, second):
+    params = {"a": jnp.ones(2, first), "b": jnp.asarray(2.0, second)}
+
+    def loss(params):
+        a, b = params["a"].astype(jnp.float32), params["b"].astype(jnp.float32)
+        return jnp.sum(a**2 * jnp.array([1.0, 2.0])) - 4 * b**2
+
+    eigenvalue, vector = top_eigenvalue(loss, params, key=KEY, num_iterations=3)
+    estimate, _ = hessian_trace(loss, params, key=KEY, num_samples=2)
+    assert eigenvalue.dtype == estimate.dtype == jnp.float32
+    # Each product passes through the dtype of the leaf.
+    np.testing.assert_allclose(eigenvalue, -8, rtol=1e-2)
+    assert estimate == 2 + 4 - 8
+    chex.assert_trees_all_equal_shapes_and_dtypes(vector, params)
+
+
+def test_all_measures_under_jit_and_with_aux_equal_eager(net):
+    params, x, targets = net
+
+    def with_aux(params, x, targets):
+        return net_loss(params, x, targets=targets), {"n": len(x)}
+
+    settings = {
+        "gradient_norm": {},
+        "hessian_trace": {"key": KEY, "num_samples": 5},
+        "top_eigenvalue": {"key": KEY, "num_iterations": 6},
+    }
+    for name, setting in settings.items():
+        measure = getattr(sharpness, name)
+        eager = measure(net_loss, params, x, targets=targets, **setting)
+        compiled = jitted(measure)(
+            with_aux, params, x, targets, has_aux=True, **setting
+        )
+        chex.assert_trees_all_close(compiled, eager, rtol=1e-9)
+
+
+def test_same_key_gives_same_result_and_another_key_another(net):
+    params, x, targets = net
+    trace = lambda key: hessian_trace(
+        net_loss, params, x, targets=targets, key=key, num_samples=3
+    )
+    chex.assert_trees_all_equal(trace(KEY), trace(KEY))
+    assert trace(KEY)[0] != trace(jax.random.key(8))[0]
+
+
+def test_hessian_is_never_built():
+    size = 4096
+    wavy = lambda w: jnp.sum(jnp.sin(w) * jnp.roll(w, 1) ** 2)
+    for measure in (
+        lambda w: hessian_trace(wavy, w, key=KEY, num_samples=8),
+        lambda w: top_eigenvalue(wavy, w, key=KEY, num_iterations=8),
+    ):
+        memory = jax.jit(measure).lower(jnp.ones(size)).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 200 * size  # the Hessian takes 4 size^2
+
+
+COUNTS = {
+    "zero": (0, ValueError, "must be at least"),
+    "float": (2.0, TypeError, "must be a static int, got 2.0"),
+    "bool": (True, TypeError, "must be a static int, got True"),
+}
+
+
+@pytest.mark.parametrize(("count", "error", "message"), COUNTS.values(), ids=COUNTS)
+def test_unfit_count_raises(count, error, message):
+    loss = lambda w: jnp.sum(w**2)
+    with pytest.raises(error, match=rf"hessian_trace\(num_samples=\.\.\.\)` {message}"):
+        sharpness.hessian_trace(loss, jnp.ones(2), key=KEY, num_samples=count)
+    with pytest.raises(error, match=rf"\(num_iterations=\.\.\.\)` {message}"):
+        sharpness.top_eigenvalue(loss, jnp.ones(2), key=KEY, num_iterations=count)
+
+
+def test_one_sample_has_no_standard_error_and_raises():
+    with pytest.raises(ValueError, match="must be at least 2, got 1"):
+        sharpness.hessian_trace(
+            lambda w: jnp.sum(w**2), jnp.ones(2), key=KEY, num_samples=1
+        )
+
+
+CALLS = {
+    "gradient_norm": sharpness.gradient_norm,
+    "hessian_trace": lambda f, w: sharpness.hessian_trace(f, w, key=KEY, num_samples=2),
+    "top_eigenvalue": lambda f, w: sharpness.top_eigenvalue(
+        f, w, key=KEY, num_iterations=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unfit_loss_or_params_raise_by_name(name):
+    call, w = CALLS[name], jnp.ones(3)
+    with pytest.raises(
+        ValueError, match=rf"`sharpness.{name}\(loss_fn\)'s loss` must be a scalar"
+    ):
+        call(lambda w: w**2, w)
+    with pytest.raises(TypeError, match="returned a tuple: pass `has_aux=True`"):
+        call(lambda w: (jnp.sum(w), None), w)
+    with pytest.raises(TypeError, match=r"got dtype int32 at params\['n'\]: close"):
+        call(lambda w: jnp.sum(w["w"]), {"w": w, "n": jnp.arange(3)})
+    with pytest.raises(TypeError, match=r"\(loss_fn\)` must be callable, got float"):
+        call(1.0, w)
+
+
+@pytest.mark.parametrize("name", ["hessian_trace", "top_eigenvalue"])
+def test_params_without_numbers_raise(name):
+    with pytest.raises(ValueError, match="must hold at least one number, got none"):
+        CALLS[name](lambda _: jnp.float32(1), {})

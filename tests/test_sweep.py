@@ -1,0 +1,649 @@
+"""Many levels and seeds in one program: against single runs, one by one."""
+
+import logging
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flood_optax
+from flood_optax import fork, shapes, sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+LEVELS = (0.0, 0.2, -np.inf, 0.7)
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+def loss_fn(w):
+    return jnp.exp(w) - w - 1.0  # asymmetric; least, 0, at w = 0
+
+
+def train(level, key, steps=30):
+    def step(w, _):
+        grad = jax.grad(flood_optax.flooded(loss_fn, level))(w)
+        w = w - 0.1 * grad
+        return w, loss_fn(w)
+
+    w = jax.random.uniform(key, (2,), minval=0.5, maxval=1.5)[1]
+    w, losses = jax.lax.scan(step, w, length=steps)
+    return {"w": w, "losses": losses, "below": (losses < level).sum()}
+
+
+def one_by_one(levels, keys):
+    """The same by numpy from the definition, in float64."""
+    starts = [
+        float(jax.random.uniform(k, (2,), minval=0.5, maxval=1.5)[1]) for k in keys
+    ]
+    all_losses = np.zeros((len(levels), len(keys), 30))
+    for i, level in enumerate(levels):
+        for j, w in enumerate(starts):
+            for t in range(30):
+                sign = -1.0 if np.exp(w) - w - 1.0 < level else 1.0
+                w -= 0.1 * sign * (np.exp(w) - 1.0)  # noqa: PLW2901
+                all_losses[i, j, t] = np.exp(w) - w - 1.0
+    return all_losses
+
+
+# --- run: traces, compilations, layout ------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+def test_run_traces_once_for_51_levels_and_10_keys(strategy):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(n=1)(train)
+    keys = jax.random.split(jax.random.key(1), 10)
+    result = sweep.run(
+        lambda level, key: counted(level, key),
+        np.linspace(0, 0.5, 51),
+        keys,
+        strategy=strategy,
+        chunk_size=100,  # 510 runs: the last chunk is padded
+    )
+    assert result.metrics["losses"].shape == (51, 10, 30)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+@pytest.mark.parametrize("num_levels", [3, 40])
+def test_run_compiles_once_for_any_number_of_levels(strategy, num_levels, caplog):
+    levels = np.linspace(0, 0.5, num_levels)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sweep.run(train, levels, KEYS, strategy=strategy, chunk_size=4)
+    compiled = [m for m in caplog.messages if "Finished XLA compilation" in m]
+    assert len(compiled) == 1, compiled
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 100])
+def test_run_equals_single_runs_in_numpy(strategy, chunk_size):
+    result = sweep.run(train, LEVELS, KEYS, strategy=strategy, chunk_size=chunk_size)
+    expected = one_by_one(LEVELS, KEYS)
+    chex.assert_trees_all_close(
+        result.metrics["losses"], expected, rtol=1e-4, atol=1e-6
+    )
+    below = (expected < np.array(LEVELS)[:, None, None]).sum(axis=-1)
+    np.testing.assert_array_equal(result.metrics["below"], below)
+    assert below[1].min() > 5
+    assert below[3].max() < 30
+    assert result.metrics["below"].dtype == np.int32
+
+
+def test_run_result_is_indexed_by_level_then_key():
+    def train(level, key):
+        return {"level": level, "draw": jax.random.uniform(key), "fixed": np.ones(2)}
+
+    result = sweep.run(train, LEVELS, KEYS)
+    np.testing.assert_array_equal(
+        result.metrics["level"], np.float32(LEVELS)[:, None] + np.zeros(3, np.float32)
+    )
+    draws = [float(jax.random.uniform(key)) for key in KEYS]
+    np.testing.assert_array_equal(result.metrics["draw"], np.float32([draws] * 4))
+    assert result.metrics["fixed"].shape == (4, 3, 2)
+    np.testing.assert_array_equal(result.levels, LEVELS)
+    assert result.axes == ("level", "key")
+    np.testing.assert_array_equal(result.keys, jax.random.key_data(KEYS))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        jax.random.key_data(KEYS),
+        np.asarray(jax.random.key_data(KEYS)),
+        [KEYS[0], KEYS[1], KEYS[2]],
+    ],
+    ids=["raw", "numpy", "list"],
+)
+def test_run_keys_may_be_given_in_any_form(keys):
+    expected = sweep.run(train, LEVELS, KEYS).metrics
+    chex.assert_trees_all_equal(sweep.run(train, LEVELS, keys).metrics, expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_run_levels_of_float64_stay_float64():
+    seen = []
+
+    def train(level, key):
+        seen.append(level.dtype)
+        return {"level": level}
+
+    levels = np.array([0.1, 0.1 + 1e-12])
+    result = sweep.run(train, levels, KEYS)
+    np.testing.assert_array_equal(result.metrics["level"][:, 0], levels)
+    assert seen == [np.float64]
+
+
+def test_map_memory_does_not_grow_with_the_number_of_levels():
+    def train(level, key):
+        big = jax.random.normal(key, (200, 200)) * level
+        return {"trace": jnp.trace(big @ big @ big)}
+
+    def temporary_bytes(strategy, number):
+        levels = jnp.linspace(0, 1, number)
+        keys = jax.random.split(jax.random.key(0), number)
+        place = sweep._Placement(strategy, None)
+        program = place.compile(
+            lambda level, k: train(level, k)["trace"], (levels, keys)
+        )
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("map", 64) == temporary_bytes("map", 4)
+    assert temporary_bytes("vmap", 64) > 8 * temporary_bytes("vmap", 4)
+
+
+def test_run_progress_advances_once_a_chunk(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    seen = []
+
+    class Bar(tqdm.tqdm):
+        def update(self, n=1):
+            seen.append((n, self.total))
+            return super().update(n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
+    assert seen == [(5, 12), (5, 12), (2, 12)]
+
+
+def test_run_progress_puts_no_callback_into_the_program(monkeypatch):
+    texts = []
+    compile_ = sweep._Placement.compile
+
+    def spied(self, one, arguments):
+        program = compile_(self, one, arguments)
+        texts.append(program.as_text())
+        return program
+
+    monkeypatch.setattr(sweep._Placement, "compile", spied)
+    sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
+    assert not re.search(r"custom_call_target=\S*callback", texts[0])
+    assert "while" in texts[0]  # it is the program that was looked at
+
+
+def test_progress_without_tqdm_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"pip install 'flood_optax\[bench\]'"):
+        sweep.run(train, LEVELS, KEYS, progress=True)
+
+
+# --- run: many devices, many processes ------------------------------------------------
+
+SHARDED = """
+    import jax, jax.numpy as jnp, numpy as np
+    from flood_optax import sweep
+    assert jax.device_count() == 4
+    data = jnp.linspace(0.0, 1.0, 50)
+
+    def train(level, key):
+        noisy = data + jax.random.normal(key, (50,))
+
+        def body(w, x):
+            w = w - 0.1 * jnp.where((w - x) ** 2 < level, -1, 1) * (w - x)
+            return w, w
+
+        w, curve = jax.lax.scan(body, 0.0, noisy)
+        return {"w": w, "curve": curve, "positive": w > 0}
+
+    levels, keys = [0.0, 0.1, 0.3, 0.5, 0.9], jax.random.split(jax.random.key(2), 2)
+    expected = sweep.run(train, levels, keys, strategy="map").metrics
+
+    def check(**options):
+        metrics = sweep.run(train, levels, keys, strategy="shard", **options).metrics
+        assert metrics.keys() == expected.keys()
+        for name, value in metrics.items():
+            assert value.dtype == expected[name].dtype
+            np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
+
+    MESH = jax.make_mesh
+    check()
+    check(chunk_size=1)
+"""
+
+
+def run_python(code, *args, devices=4):
+    environment = {
+        "PATH": "",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
+    code = (
+        SHARDED
+        + """
+    check(mesh=jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b")))
+    check(mesh=jax.sharding.Mesh(np.array(jax.devices()[:3]), ("a",)), chunk_size=2)
+    print("agree")
+    """
+    )
+    process = run_python(code)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, "agree\n"), err
+
+
+@pytest.mark.slow
+def test_shard_agrees_over_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = """
+    import sys, jax
+    rank, address, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.distributed.initialize(address, num_processes=2, process_id=rank)
+    """
+    end = """
+    import pathlib
+    check(path=path, chunk_size=1)
+    check(path=path if rank == 0 else path + ".unseen")  # complete: read, sent on
+    assert not pathlib.Path(path + ".unseen").exists()
+    print("agree")
+    """
+    address, path = f"127.0.0.1:{port}", str(tmp_path / "sweep.jsonl")
+    processes = [
+        run_python(start + SHARDED + end, str(rank), address, path, devices=2)
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            assert out.endswith("agree\n")
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# --- run: errors ----------------------------------------------------------------------
+
+METRICS_ERRORS = {
+    "no dict": (
+        lambda level, key: level,
+        TypeError,
+        "as a dict of arrays, got .*Tracer",
+    ),
+    "nothing": (
+        lambda level, key: None,
+        TypeError,
+        "as a dict of arrays, got NoneType",
+    ),
+    "empty": (lambda level, key: {}, TypeError, "one metric at least"),
+    "name": (lambda level, key: {1: level}, TypeError, "by strings, got 1"),
+    "nested": (
+        lambda level, key: {"a": {"b": level}},
+        TypeError,
+        "that are arrays, got 'a' of type dict",
+    ),
+    "text": (lambda level, key: {"a": "x"}, TypeError, "got 'a' of type str"),
+    "complex": (
+        lambda level, key: {"a": level * 1j},
+        TypeError,
+        "real numbers, got 'a' of dtype complex64",
+    ),
+    "key": (lambda level, key: {"a": key}, TypeError, "got 'a' of dtype key<fry>"),
+}
+
+
+@pytest.mark.parametrize("case", METRICS_ERRORS)
+def test_run_refuses_what_is_no_dict_of_metrics(case):
+    function, error, message = METRICS_ERRORS[case]
+    with pytest.raises(error, match=r"`sweep.run\(train\)` must .*" + message):
+        sweep.run(function, LEVELS, KEYS)
+
+
+def test_run_branch_on_the_level_gets_a_note():
+    def shaped_by_level(level, key):
+        return {"a": jnp.zeros(3 if level > 0.5 else 2)}
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        sweep.run(shaped_by_level, LEVELS, KEYS)
+    notes = "".join(caught.value.__notes__)
+    assert "`sweep.run(train)` is traced once for all levels" in notes
+
+
+LEVEL_ERRORS = {
+    "scalar": (0.5, ValueError, r"shape \[levels\] .* got shape \(\)"),
+    "matrix": ([[0.1, 0.2]], ValueError, r"got shape \(1, 2\)"),
+    "ragged": ([0.1, [0.2]], ValueError, "got a ragged list"),
+    "empty": ([], ValueError, r"got shape \(0,\)"),
+    "nan": ([0.1, np.nan], ValueError, "must not be NaN"),
+    "inf": ([0.1, np.inf], ValueError, r"must not be \+inf"),
+    "twice": ([0.1, 0.2, 0.1], ValueError, r"distinct in float32, got 0.1"),
+    "twice in float32": ([0.1, 0.1 + 1e-12], ValueError, "distinct in float32"),
+    "text": (["a"], TypeError, "must be real numbers, got dtype <U1"),
+    "bool": ([True, False], TypeError, "must be real numbers, got dtype bool"),
+    "none": ([0.1, None], TypeError, "must be real numbers, got dtype object"),
+}
+
+
+@pytest.mark.parametrize("case", LEVEL_ERRORS)
+@pytest.mark.parametrize("call", ["run", "forked"])
+def test_levels_that_are_none_are_refused(case, call):
+    levels, error, message = LEVEL_ERRORS[case]
+    calls = {
+        "run": lambda: sweep.run(train, levels, KEYS),
+        "forked": lambda: sweep.forked(toy_step, TOY_STATE, toy_batches(3), levels),
+    }
+    with pytest.raises(error, match=rf"`sweep.{call}\(levels\)` .*{message}"):
+        calls[call]()
+
+
+KEY_ERRORS = {
+    "twice": (jnp.stack([KEYS[0], KEYS[1], KEYS[0]]), ValueError, "3 keys of which 2"),
+    "one": (KEYS[0], ValueError, r"got shape \(\)"),
+    "one raw": (jax.random.key_data(KEYS[0]), ValueError, r"got shape \(2,\)"),
+    "none": (KEYS[:0], ValueError, r"got shape \(0,\)"),
+    "seeds": (np.arange(3), TypeError, r"jax.vmap\(jax.random.key\)"),
+    "int": (0, TypeError, "got int of dtype None"),
+}
+
+
+@pytest.mark.parametrize("case", KEY_ERRORS)
+def test_run_keys_that_are_none_are_refused(case):
+    keys, error, message = KEY_ERRORS[case]
+    with pytest.raises(error, match=rf"`sweep.run\(keys\)` must .*{message}"):
+        sweep.run(train, LEVELS, keys)
+
+
+OPTION_ERRORS = {
+    "strategy": ({"strategy": "pmap"}, ValueError, "\"shard\", got 'pmap'"),
+    "mesh": (
+        {"mesh": jax.sharding.Mesh(np.array(jax.devices()[:1]), ("a",))},
+        ValueError,
+        'needs strategy="shard"',
+    ),
+    "chunk": ({"chunk_size": 0}, ValueError, "must be positive, got 0"),
+    "chunk type": ({"chunk_size": 1.5}, TypeError, "must be an int, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", OPTION_ERRORS)
+def test_run_options_that_are_wrong_are_refused(case):
+    options, error, message = OPTION_ERRORS[case]
+    (name,) = options
+    with pytest.raises(error, match=rf"`sweep.run\({name}=...\)` .*{message}"):
+        sweep.run(train, LEVELS, KEYS, **options)
+
+
+# --- forked ---------------------------------------------------------------------------
+
+TOY_STATE = jnp.float32(1.3)
+
+
+def toy_batches(steps):
+    return jnp.linspace(0.5, 1.5, steps)
+
+
+def toy_step(w, x, level):
+    def objective(w):
+        return 0.7 * (jnp.exp(w * x) - w * x - 1.0) + 0.1 * w**3
+
+    loss, grad = jax.value_and_grad(objective)(w)
+    return w - 0.3 * jnp.where(loss < level, -1.0, 1.0) * grad, {"loss": loss, "w": w}
+
+
+def mlp(form, optimizer, batch=32, steps=70):
+    """An MLP on random labels; metrics the loss, the gradient norm and the count."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    x = jax.random.normal(keys[0], (steps, batch, 8))
+    y = jax.random.randint(keys[1], (steps, batch), 0, 3)
+    x, y = x.at[:].set(x[:1]), y.at[:].set(y[:1])  # one batch again and again: it falls
+    params = {
+        "in": jax.random.normal(keys[2], (8, 24)) / 3,
+        "out": jax.random.normal(keys[3], (24, 3)) / 5,
+    }
+
+    def loss_fn(params, x, y):
+        logits = jax.nn.relu(x @ params["in"]) @ params["out"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def make(level):
+        if form == "loss":
+            return optimizer
+        return optax.chain(flood_optax.scale_by_flood(level), optimizer)
+
+    def step(carry, batch, level):
+        params, state = carry
+        if form == "loss":
+            objective = flood_optax.flooded(loss_fn, level, return_info=True)
+            (_, info), grads = jax.value_and_grad(objective, has_aux=True)(
+                params, *batch
+            )
+            loss, below = info.loss, info.multiplier < 0
+            updates, state = optimizer.update(grads, state, params)
+        else:
+            loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+            updates, state = make(level).update(grads, state, params, value=loss)
+            below = optax.tree.get(state, "flood_below")
+        metrics = {"loss": loss, "norm": optax.tree.norm(grads), "below": below}
+        return (optax.apply_updates(params, updates), state), metrics
+
+    return step, (params, make(0.0).init(params)), (x, y)
+
+
+PROBLEMS = {
+    "toy": lambda: (toy_step, TOY_STATE, toy_batches(200), (0.03, 0.3, -np.inf, 0.1)),
+    "toy, few steps": lambda: (toy_step, TOY_STATE, toy_batches(9), (0.03, 0.3, 0.1)),
+    "mlp, loss form, momentum": lambda: (
+        *mlp("loss", optax.sgd(0.3, momentum=0.9)),
+        (0.8, 0.02, 0.2, 1.0),
+    ),
+    "mlp, optax form, adam": lambda: (
+        *mlp("optax", optax.adam(0.02)),
+        (0.3, 0.8, 0.05, -np.inf),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forked_equals_separate_runs_bit_for_bit(name):
+    step, state, batches, levels = PROBLEMS[name]()
+    result = sweep.forked(step, state, batches, levels)
+
+    @jax.jit
+    def separate(level):
+        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
+
+    for i, level in enumerate(levels):
+        alone = separate(jnp.float32(level))
+        ours = {name: value[i] for name, value in result.metrics.items()}
+        chex.assert_trees_all_equal(ours, jax.device_get(alone))
+    finite = [i for i, level in enumerate(levels) if level > 0]
+    assert (result.metrics["loss"][finite] < np.array(levels)[finite, None]).any()
+    assert result.axes == ("level", "step")
+    assert result.steps_run < result.steps_separate
+
+
+def test_forked_equals_a_python_loop_of_a_jitted_step_bit_for_bit():
+    step, state, batches = mlp("optax", optax.adam(0.02))
+    result = sweep.forked(step, state, batches, (0.3, 0.05))
+    jitted = jax.jit(step)
+    for i, level in enumerate((0.3, 0.05)):
+        carry, losses = state, []
+        for t in range(70):
+            batch = jax.tree.map(lambda x, t=t: x[t], batches)
+            carry, metrics = jitted(carry, batch, jnp.float32(level))
+            losses.append(metrics["loss"])
+        np.testing.assert_array_equal(result.metrics["loss"][i], np.stack(losses))
+
+
+def descent(w, rate, level):
+    """The loss is w, so the path is known: down by `rate`, and up below the level."""
+    return w - rate * jnp.where(w < level, -1.0, 1.0), {"loss": w}
+
+
+def test_forked_runs_the_steps_after_the_fork_and_no_more():
+    # Losses 1, 15/16, ...: below 3/4 first at step 5, below 1/4 at 13, below 0 at 17;
+    # 32 steps, so segments of one step.
+    rates = jnp.full(32, 1 / 16)
+    result = sweep.forked(descent, jnp.float32(1), rates, [0.25, 0.75, 0.0])
+    forks = {0.25: 13, 0.75: 5}
+    # Each branch runs from one step before its fork; the lowest level is the trunk.
+    assert result.steps_run == 32 + sum(32 - fork + 1 for fork in forks.values())
+    assert result.steps_separate == 96
+
+
+def test_forked_at_a_tie_stays_with_the_trunk():
+    # The loss is 1/2 at step 8, the level: it descends, and turns at step 9.
+    result = sweep.forked(descent, jnp.float32(1), jnp.full(12, 1 / 16), [0.5, 0.0])
+    expected = 1 - np.array([*range(10), 8, 9]) / 16
+    np.testing.assert_array_equal(result.metrics["loss"][0], expected)
+
+
+def test_forked_nan_loss_is_below_no_level():
+    def step(w, x, level):
+        w, metrics = descent(w, x, level)
+        return w, {**metrics, "after": w}
+
+    rates = jnp.full(20, 1 / 16).at[3].set(jnp.nan)
+    result = sweep.forked(step, jnp.float32(1), rates, [0.5, 0.0])
+    assert np.isnan(result.metrics["loss"][:, 4:]).all()
+    np.testing.assert_array_equal(*result.metrics["loss"])
+    assert result.steps_run == 20 + 1
+
+
+def test_forked_from_the_first_step_shares_nothing():
+    result = sweep.forked(descent, jnp.float32(1), jnp.full(8, 1 / 16), [2.0, 3.0])
+    np.testing.assert_array_equal(result.metrics["loss"], [1 + np.arange(8) / 16] * 2)
+    assert result.steps_run == result.steps_separate
+
+
+def soft_step(w, x, level):
+    return w - x * shapes.soft().multiplier(w - level), {"loss": w}
+
+
+def logs_level(w, x, level):
+    w, metrics = descent(w, x, level)
+    return w, {**metrics, "level": level}
+
+
+@pytest.mark.parametrize("step", [soft_step, logs_level])
+def test_forked_level_used_above_itself_is_run_whole(step):
+    levels = (0.25, 0.75, 0.5)
+    rates = jnp.full(32, 1 / 16)
+    result = sweep.forked(step, jnp.float32(1), rates, levels)
+    for i, level in enumerate(levels):
+        scan = jax.jit(
+            lambda level: jax.lax.scan(
+                lambda w, x: step(w, x, level), jnp.float32(1), rates
+            )[1]
+        )
+        ours = {name: value[i] for name, value in result.metrics.items()}
+        chex.assert_trees_all_equal(ours, jax.device_get(scan(jnp.float32(level))))
+    assert result.steps_run > result.steps_separate
+
+
+def test_forked_traces_and_compiles_once(caplog):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(n=1)(toy_step)
+    levels = np.linspace(0, 0.5, 21)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sweep.forked(lambda *args: counted(*args), TOY_STATE, toy_batches(150), levels)
+    compiled = [m for m in caplog.messages if "XLA compilation of jit(advance)" in m]
+    assert len(compiled) == 1
+
+
+def test_forked_state_may_hold_keys_weak_types_and_integers():
+    def step(state, x, level):
+        w, metrics = descent(state["w"], x, level)
+        key = jax.random.split(state["key"])[0]
+        draw = jax.random.uniform(key)
+        return {"w": w, "key": key, "n": state["n"] + 1}, {**metrics, "draw": draw}
+
+    state = {"w": 1.0, "key": jax.random.key(0), "n": 0}
+    rates = jnp.full(20, 1 / 16, jnp.bfloat16)  # a weak 1.0 would become bfloat16
+    result = sweep.forked(step, state, rates, [0.5, 0.0])
+    np.testing.assert_array_equal(*result.metrics["draw"])
+    assert result.metrics["loss"].dtype == np.float32
+    assert result.metrics["loss"][0].min() == 0.4375
+
+
+def test_forked_16_bit_losses_are_compared_in_float32():
+    # 0.1 in bfloat16 is 0.10009765625, which is not below the float32 level 0.1.
+    losses = np.array([1, 0.1, 0.0996], jnp.bfloat16)
+    np.testing.assert_array_equal(fork._below(losses, np.float32(0.1)), [0, 0, 1])
+
+
+STEP_ERRORS = {
+    "no pair": (lambda w, x, b: w, "must return .state, metrics., got .*Tracer"),
+    "no dict": (lambda w, x, b: (w, w), "as a dict of arrays"),
+    "no loss": (lambda w, x, b: (w, {"cost": w}), "the metric 'loss', got 'cost'"),
+    "vector": (lambda w, x, b: (w, {"loss": w[None]}), r"scalar, got shape \(1,\)"),
+    "integer": (lambda w, x, b: (w, {"loss": 1}), "real float dtype, got int32"),
+    "tree": (lambda w, x, b: ((w, w), {"loss": w}), "structure of the state"),
+    "shape": (
+        lambda w, x, b: (w[None], {"loss": w}),
+        r"shapes and dtypes of the state, got float32\[1\] from float32\[\]",
+    ),
+    "dtype": (
+        lambda w, x, b: (w.astype(jnp.float16), {"loss": w}),
+        r"got float16\[\] from float32\[\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_ERRORS)
+def test_forked_step_that_returns_something_else_is_refused(case):
+    step, message = STEP_ERRORS[case]
+    error = ValueError if case == "vector" else TypeError
+    with pytest.raises(error, match=r"`sweep.forked\(step\).*" + message):
+        sweep.forked(step, TOY_STATE, toy_batches(3), [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [(), jnp.float32(1), (jnp.zeros(3), jnp.zeros((4, 2))), jnp.zeros((0, 2))],
+    ids=["none", "scalar", "uneven", "empty"],
+)
+def test_forked_batches_without_one_leading_axis_are_refused(batches):
+    with pytest.raises(ValueError, match=r"`sweep.forked\(batches\)` must have one"):
+        sweep.forked(toy_step, TOY_STATE, batches, [0.0, 0.1])
+
+
+def test_forked_progress_counts_every_step(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.1, 0.2], progress=True)
+    assert (27, 27) in bars

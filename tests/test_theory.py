@@ -1,0 +1,435 @@
+"""What flooding does, exactly and in the limit: docs/theory.md, claim by claim.
+
+The oracles are double backward, dense Hessians, an adaptive ODE solver and closed
+forms; the flooded runs are made by the library.
+"""
+
+import functools
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings, strategies as st
+from jax.flatten_util import ravel_pytree
+from scipy import stats
+
+from benchmarks import penalty as benchmark
+from flood_optax import flood_mean, flooded, penalty, scale_by_flood, shapes
+
+RNG = np.random.default_rng(11)
+INPUTS, NOISE = RNG.normal(size=(30, 3)), RNG.normal(size=30)
+TARGETS = np.sin(INPUTS @ [1.0, -1.5, 0.5]) + 0.3 * NOISE
+
+
+class TanhMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(4, param_dtype=jnp.float64)(x))
+        return nn.Dense(1, param_dtype=jnp.float64)(x)[..., 0]
+
+
+def tanh_mlp():
+    model = TanhMLP()
+    params = model.init(jax.random.key(2), INPUTS)
+    return lambda p: jnp.mean((model.apply(p, INPUTS) - TARGETS) ** 2), params
+
+
+def logistic_regression():
+    signs = np.sign(TARGETS)  # not separable: the minimum is finite
+
+    def loss_fn(p):
+        return jnp.mean(jax.nn.softplus(-signs * (INPUTS @ p["w"] + p["b"])))
+
+    return loss_fn, {"w": jnp.array([0.9, 0.4, -0.8]), "b": jnp.array(-0.5)}
+
+
+def quartic():
+    """Not convex: its Hessian has eigenvalues of both signs at the start."""
+
+    def loss_fn(w):
+        x, y, z = w
+        return 0.25 * (x**2 - y) ** 2 + 0.5 * (x - 1) ** 2 * z + 0.1 * z**4 + y * z
+
+    return loss_fn, jnp.array([0.4, -0.6, 0.8])
+
+
+PROBLEMS = {f.__name__: f for f in (tanh_mlp, logistic_regression, quartic)}
+
+
+@functools.cache
+def vector_problem(make):
+    """A loss of one vector, where to start, and how to make the tree again."""
+    loss_fn, params = make()
+    flat, unravel = ravel_pytree(params)
+    return jax.jit(lambda w: loss_fn(unravel(w))), flat, jax.jit(loss_fn), unravel
+
+
+@pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS)
+def problem(request, x64):
+    return vector_problem(request.param)
+
+
+def move(loss_fn, w, signed_rate):
+    return w - signed_rate * jax.grad(loss_fn)(w)
+
+
+def level_between(loss_fn, w, eta, order):
+    """A level such that the first step goes the way `order` says."""
+    signed = eta if order == "down-up" else -eta
+    losses = loss_fn(w), loss_fn(move(loss_fn, w, signed))
+    assert (losses[0] > losses[1]) == (order == "down-up")
+    return (losses[0] + losses[1]) / 2
+
+
+def double_backward(loss_fn, w):
+    """H g, as the gradient of |g|^2 / 2."""
+    return jax.grad(lambda w: 0.5 * jnp.sum(jax.grad(loss_fn)(w) ** 2))(w)
+
+
+def flooded_pair_loss_form(problem, level, eta):
+    _, flat, tree_loss, unravel = problem
+    params = unravel(flat)
+    gradient = jax.grad(flooded(tree_loss, level))
+    for _ in range(2):
+        step = lambda p, g: p - eta * g
+        params = jax.tree.map(step, params, gradient(params))
+    return ravel_pytree(params)[0] - flat
+
+
+def flooded_pair_optax_form(problem, level, eta):
+    _, flat, tree_loss, unravel = problem
+    params = unravel(flat)
+    optimizer = optax.chain(scale_by_flood(level), optax.sgd(eta))
+    state = optimizer.init(params)
+    for _ in range(2):
+        value, grads = jax.value_and_grad(tree_loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    assert optax.tree.get(state, "flood_below") == 1
+    return ravel_pytree(params)[0] - flat
+
+
+FORMS = {"loss": flooded_pair_loss_form, "optax": flooded_pair_optax_form}
+ORDERS = {"down-up": "backward", "up-down": "forward"}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_flooded_pair_is_one_step_along_a_finite_difference(problem, order, form):
+    """Of size eta^2 and radius eta, to the rounding of the parameters."""
+    loss_fn, w, *_ = problem
+    eta = 0.02
+    pair = form(problem, level_between(loss_fn, w, eta, order), eta)
+    g = jax.grad(loss_fn)
+    if order == "down-up":
+        difference = (g(w) - g(w - eta * g(w))) / eta
+    else:
+        difference = (g(w + eta * g(w)) - g(w)) / eta
+    rounding = 8 * np.spacing(float(jnp.abs(w).max()))
+    assert jnp.linalg.norm(pair) > 1e5 * rounding
+    np.testing.assert_allclose(pair, -(eta**2) * difference, rtol=0, atol=rounding)
+    _, penalised = penalty.value_and_grad(
+        loss_fn, eta**2, method=ORDERS[order], radius=eta
+    )(w)
+    np.testing.assert_allclose(pair, g(w) - penalised, rtol=0, atol=rounding)
+    if order == "down-up":
+        library = penalty.pair_displacement(loss_fn, w, eta)
+        np.testing.assert_allclose(pair, library, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flooded_pair_differs_from_the_penalty_at_third_order(problem, order):
+    """|pair + eta^2 H g| over three decades of eta, H g by double backward."""
+    loss_fn, w, *_ = problem
+    product = double_backward(loss_fn, w)
+
+    @jax.jit
+    def distance(eta, level):
+        gradient = jax.grad(flooded(loss_fn, level))
+        once = w - eta * gradient(w)
+        twice = once - eta * gradient(once)
+        return jnp.linalg.norm(twice - w + eta**2 * product)
+
+    etas = np.logspace(-4, -1, 7)
+    distances = [distance(e, level_between(loss_fn, w, e, order)) for e in etas]
+    slope = np.polyfit(np.log(etas), np.log(np.array(distances)), 1)[0]
+    assert abs(slope - 3) < 0.05
+    assert distances[0] < 1e-3 * etas[0] ** 2 * jnp.linalg.norm(product)
+
+
+def project(loss_fn, w, level):
+    """Newton's method along the gradient."""
+
+    def step(_, w):
+        loss, g = jax.value_and_grad(loss_fn)(w)
+        return w - (loss - level) * g / (g @ g)
+
+    return jax.lax.fori_loop(0, 12, step, w)
+
+
+def reference_flow(loss_fn, w, times):
+    """Solves dw/dtau = -P_T H g with the dense Hessian."""
+
+    def field(_, w, __):
+        g, hessian = jax.grad(loss_fn)(w), jax.hessian(loss_fn)(w)
+        projection = jnp.eye(w.size) - jnp.outer(g, g) / (g @ g)
+        return -projection @ hessian @ g
+
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        diffrax.Dopri5(),
+        t0=0.0,
+        t1=times[-1],
+        dt0=None,
+        y0=w,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=1e-9, atol=1e-11),
+    ).ys
+
+
+def flooded_run(loss_fn, level, w, eta, steps):
+    """Flooded SGD, seen five times after so many steps each."""
+    gradient = jax.grad(flooded(loss_fn, level))
+
+    def stretch(w, _):
+        w = jax.lax.fori_loop(0, steps, lambda _, w: w - eta * gradient(w), w)
+        return w, w
+
+    return jax.lax.scan(stretch, w, length=5)[1]
+
+
+def leaning_bowl():
+    return benchmark.leaning_bowl, jnp.array([0.6, 0.8])
+
+
+# For each loss how long to follow the flow, and the largest learning rate.
+LONG_RUNS = {
+    "leaning_bowl": (leaning_bowl, 4, 0.1),
+    "logistic_regression": (logistic_regression, 60, 0.5),
+    "tanh_mlp": (tanh_mlp, 0.5, 0.04),
+}
+
+
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_flooded_sgd_follows_the_penalty_flow_on_the_level_set(x64, name):
+    """Seen at tau = steps eta^2 / 2, on the level set: their distance is O(eta^2)."""
+    make, duration, eta = LONG_RUNS[name]
+    loss_fn, w, *_ = vector_problem(make)
+    level = float(loss_fn(w))
+    times = np.linspace(0, duration, 6)[1:]
+    onto = jax.jit(jax.vmap(lambda w: project(loss_fn, w, level)))
+    run = jax.jit(functools.partial(flooded_run, loss_fn, level))
+    flow = onto(reference_flow(loss_fn, w, jnp.array(times)))
+    etas, errors = eta / 2.0 ** np.arange(4), []
+    for rate in etas:
+        seen = onto(run(w, rate, round(times[0] * 2 / rate**2)))
+        errors.append(float(jnp.linalg.norm(seen - flow, axis=1).max()))
+    order = np.polyfit(np.log(etas), np.log(errors), 1)[0]
+    assert 1.6 < order < 2.4, (order, errors)
+    assert errors[-1] < 1e-3 * jnp.linalg.norm(flow[-1] - w)
+    points = jnp.concatenate([w[None], seen])
+    squared = jnp.sum(jax.vmap(jax.grad(loss_fn))(points) ** 2, axis=1)
+    assert (jnp.diff(squared) < 0).all(), squared
+    assert squared[-1] < 0.97 * squared[0]
+
+
+def test_flooded_iterate_finds_the_flattest_point_of_the_level_set(x64):
+    """On {L = b}, |g|^2 = 2b (1 + 2kx) + (kb / (1 + kx))^2: least at the left end."""
+    bowl, level, k, eta = benchmark.leaning_bowl, 0.45, benchmark.LEAN, 0.05
+    gradient = jax.grad(flooded(bowl, level))
+    descend = lambda _, w: w - eta * gradient(w)
+    w = jax.lax.fori_loop(0, 48_000, descend, jnp.array([0.9, 0.6]))
+    # (1 + kx) x^2 = 2b there. The iterate swings along g, which points along x: y is
+    # exact and x within a step.
+    left = -1.5
+    assert 0.5 * (1 + k * left) * left**2 == pytest.approx(level, rel=1e-15)
+    np.testing.assert_allclose(w, [left, 0], atol=eta)
+    flattest = project(bowl, w, level)
+    np.testing.assert_allclose(flattest, [left, 0], atol=1e-9)
+    squared = jnp.sum(jax.grad(bowl)(flattest) ** 2)
+    closed_form = 2 * level * (1 + 2 * k * left) + (k * level / (1 + k * left)) ** 2
+    np.testing.assert_allclose(squared, closed_form, rtol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def drift():
+    """The benchmark's measurement: ratio to the penalty's flow, by rule and rate."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        rows = benchmark.drift_by_rule(rates=(0.02,), num_runs=50)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    return {row["rule"]: row for row in rows}
+
+
+def test_drift_of_sgd_equals_the_penalty(drift):
+    row = drift["SGD"]
+    assert abs(row["ratio"] - 1) < 0.005
+    assert row["cosine"] > 0.9999
+    assert row["alternating"] > 0.95
+
+
+# Where the drift is not the penalty's: bounds of the ratio and of the cosine.
+OTHERS = {
+    "heavy ball 0.5": ((1.5, 2.2), (0.99, 1)),
+    "heavy ball 0.9": ((8, 25), (0.9, 1)),
+    "Nesterov 0.9": ((8, 25), (0.9, 1)),
+    "Adam": ((0.0, 0.4), (0.0, 0.6)),
+    "asymmetric, ascent 0.5": ((0.45, 0.55), (0.99, 1)),
+}
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_drift_of_other_optimizers_differs_from_the_penalty(drift, rule):
+    ratios, cosines = OTHERS[rule]
+    row = drift[rule]
+    assert ratios[0] < row["ratio"] < ratios[1], row
+    assert cosines[0] < row["cosine"] <= cosines[1] + 1e-9, row
+
+
+@pytest.mark.parametrize(
+    "rule", ["soft (SoftAD), scale 1", "soft (SoftAD), scale 0.01", "pause"]
+)
+def test_shapes_that_come_to_rest_do_not_drift(drift, rule):
+    """What little they move, they move on their way to the level: O(eta)."""
+    assert abs(drift[rule]["ratio"]) < 0.01
+    assert drift[rule]["alternating"] < 0.01
+
+
+def test_drift_of_mini_batches_is_not_the_penalty(drift):
+    """They descend on the mean of the flooded batch losses, at first order in eta."""
+    row = drift["SGD, mini-batches"]
+    assert row["cosine"] < 0.7
+    assert abs(row["ratio"] - 1) > 2
+
+
+def test_pairs_on_independent_mini_batches_drift_as_the_penalty_in_the_mean(x64):
+    """With given signs, over all pairs of batches; the noise is of first order."""
+    coarse, fine = benchmark.pairs_of_batches(1e-2), benchmark.pairs_of_batches(1e-3)
+    assert fine["independent_error"] < 0.01
+    assert 7 < coarse["independent_error"] / fine["independent_error"] < 13
+    assert fine["independent_noise"] > 100
+    assert 7 < fine["independent_noise"] / coarse["independent_noise"] < 13
+    assert abs(fine["same_batch_ratio"] - 1) > 0.2
+
+
+def test_pairs_on_one_mini_batch_penalise_the_mean_of_its_squared_gradient(x64):
+    """Twice the same batch: -eta^2 E[H_B g_B], the gradient of E|g_B|^2 / 2."""
+    loss_fn, w = benchmark.net()
+    batches, eta = jnp.arange(benchmark.BATCHES), 1e-4
+
+    def mean_square(w):
+        gradients = jax.vmap(jax.grad(loss_fn), (None, 0))(w, batches)
+        return 0.5 * jnp.mean(jnp.sum(gradients**2, axis=1))
+
+    pair = lambda i: penalty.pair_displacement(loss_fn, w, eta, i)
+    pairs = jax.jit(jax.vmap(pair))(batches)
+    expected = -(eta**2) * jax.jit(jax.grad(mean_square))(w)
+    np.testing.assert_allclose(pairs.mean(0), expected, rtol=0, atol=2e-3 * eta**2)
+
+
+def test_flooded_mini_batches_move_at_first_order_in_the_learning_rate(x64):
+    """The mean step at the level is -eta grad E|L_B - b|; tangent to it, eta^0 of it.
+
+    So it dwarfs eta/2 |P_T H g|, the penalty's drift: the ratio grows as 1 / eta.
+    """
+    loss_fn, w = benchmark.net()
+    level, g = float(loss_fn(w)), jax.grad(loss_fn)(w)
+    batches = jnp.arange(benchmark.BATCHES)
+    flooded_gradient = jax.grad(flooded(loss_fn, level))
+    step = jax.vmap(flooded_gradient, (None, 0))(w, batches).mean(0)
+    bound = lambda w: jnp.mean(
+        jnp.abs(jax.vmap(lambda i: loss_fn(w, i))(batches) - level) + level
+    )
+    np.testing.assert_allclose(step, jax.grad(bound)(w), rtol=1e-12)
+    tangent = step - g * (g @ step) / (g @ g)
+    drift = jnp.linalg.norm(penalty.level_set_drift(loss_fn, w))
+    assert jnp.linalg.norm(tangent) > 1.0 * drift
+
+
+MEAN, SIZE, DRAWS = 0.3, 5, 200_000  # protocol: losses Exp(0.3), five of them
+EXACT = {
+    0.20: 4.9404e-03,
+    0.25: 5.6985e-03,
+    0.30: 0.0,
+    0.35: -1.6810e-02,
+    0.45: -9.7802e-02,
+}
+
+
+def mean_gain(level):
+    """4 (R - b) E[(b - Rh)+] in closed form, Rh ~ Gamma(SIZE, MEAN / SIZE)."""
+    scale = MEAN / SIZE
+    below = level * stats.gamma.cdf(level, SIZE, scale=scale)
+    below -= MEAN * stats.gamma.cdf(level, SIZE + 1, scale=scale)
+    return 4 * (MEAN - level) * below
+
+
+@pytest.mark.parametrize("level", EXACT)
+def test_theorem_1_is_an_identity(x64, level):
+    """MSE(Rh) - MSE(Rt) = 4 (R - b) E[(b - Rh)+], draw by draw and in the mean."""
+    losses = np.random.default_rng(5).exponential(MEAN, (DRAWS, SIZE))
+    empirical = losses.mean(1)
+    estimate = jax.jit(jax.vmap(lambda batch: flood_mean(batch, level)))(losses)
+    gain = (empirical - MEAN) ** 2 - (np.asarray(estimate) - MEAN) ** 2
+    identity = 4 * (MEAN - level) * np.maximum(level - empirical, 0)
+    np.testing.assert_allclose(gain, identity, rtol=0, atol=1e-14)
+    exact = mean_gain(level)
+    np.testing.assert_allclose(exact, EXACT[level], rtol=1e-4, atol=1e-17)
+    standard_error = gain.std() / DRAWS**0.5
+    assert abs(gain.mean() - exact) <= 4 * standard_error + 1e-15
+    if level != MEAN:  # the sign of the theorem, and of its converse
+        assert np.sign(gain.mean()) == np.sign(MEAN - level)
+        assert standard_error < 0.02 * abs(exact)
+
+
+SHAPES = {
+    "reflect": shapes.reflect(),
+    "soft": shapes.soft(0.5),
+    "pause": shapes.pause(),
+    "asymmetric": shapes.asymmetric(ascent=0.5, dead_band=0.1),
+}
+LOSSES = st.lists(st.floats(-2, 5), min_size=24, max_size=24)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(losses=LOSSES, level=st.floats(-3, 6))
+def test_jensen_full_batch_below_mini_batches_below_examples(shape, losses, level):
+    losses = jnp.array(losses, jnp.float32)
+    full, mini, single = JENSEN(losses, level, shape)
+    assert full <= mini + 1e-5
+    assert mini <= single + 1e-5
+    residuals = np.asarray(losses) - np.float32(level)
+    if (
+        shape is SHAPES["reflect"]
+        and (np.sign(residuals) == np.sign(residuals[0])).all()
+    ):
+        np.testing.assert_allclose([mini, single], full, rtol=1e-5, atol=1e-5)
+
+
+def jensen(losses, level, shape):
+    per_batch = lambda batch: flood_mean(batch, level, shape=shape)
+    return (
+        flood_mean(losses, level, shape=shape),
+        jax.vmap(per_batch)(losses.reshape(6, 4)).mean(),
+        flood_mean(losses, level, over="example", shape=shape),
+    )
+
+
+JENSEN = jax.jit(jensen, static_argnums=2)
+
+
+def test_jensen_is_strict_where_losses_lie_on_both_sides():
+    losses = jnp.array(np.random.default_rng(0).uniform(size=1000), jnp.float32)
+    full = flood_mean(losses, 0.5)
+    mini = jax.vmap(lambda batch: flood_mean(batch, 0.5))(
+        losses.reshape(10, 100)
+    ).mean()
+    single = flood_mean(losses, 0.5, over="example")
+    assert full < mini < single
+    np.testing.assert_allclose(single, 0.75, atol=0.02)  # E|U - 1/2| + 1/2
