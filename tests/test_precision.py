@@ -36,7 +36,7 @@ def runs(request):
     wanted = [
         item.callspec.params["mode"]
         for item in request.session.items
-        if item.module is request.module and hasattr(item, "callspec")
+        if getattr(item, "module", None) is request.module and hasattr(item, "callspec")
         if "mode" in item.callspec.params
     ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
