@@ -451,6 +451,7 @@ CONTRIB_TESTS = pathlib.Path(__file__).with_name("optax_conformance.py")
 OPTAX = importlib.metadata.version("optax")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not OPTAX.startswith("0.2.8"),
     reason="optax's test file is private: its form is known for optax 0.2.8 alone.",

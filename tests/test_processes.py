@@ -12,7 +12,7 @@ from benchmarks import distributed
 STEPS = distributed.STEPS
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request):
     """What each process ends with, by form."""
     return distributed.launch(request.param, STEPS)

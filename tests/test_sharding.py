@@ -845,7 +845,12 @@ def report(devices):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices"), [(name, n) for n, checks in CHECKS.items() for name in checks]
+    ("name", "devices"),
+    [
+        pytest.param(name, n, marks=[pytest.mark.slow] if n > 4 else [])
+        for n, checks in CHECKS.items()
+        for name in checks
+    ],
 )
 def test_sharding(name, devices):
     outcomes, otherwise = report(devices)
