@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,9 +153,7 @@ class Jax:
 
 def torch_loop(given: Problem) -> np.ndarray:
     """The same training as a PyTorch loop."""
-    import torch  # noqa: PLC0415 - the extra `rivals`
-
-    torch = cast(Any, torch)
+    torch: Any = importlib.import_module("torch")  # the extra `rivals`
     x = torch.tensor(given.split.train_x)
     y = torch.tensor(given.split.train_y).long()
     losses = np.zeros((len(given.levels), given.num_seeds, given.steps), np.float32)
@@ -209,8 +208,7 @@ def peak_megabytes() -> float:
 def measure(rival: str, given: Problem) -> dict[str, Any]:
     """Runs one rival in this process, which has done nothing before."""
     if rival == TORCH:
-        import torch  # noqa: F401, PLC0415 # pyright: ignore[reportUnusedImport]
-
+        importlib.import_module("torch")
         before, start = peak_megabytes(), time.perf_counter()
         losses = torch_loop(given)
         counts: dict[str, Any] = {}
