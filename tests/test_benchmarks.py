@@ -34,6 +34,7 @@ from flood_optax import sweep
 
 OWN_TESTS = {"quickstart", "report"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
+LONGEST = {"overhead", "penalty", "sweep"}
 
 
 @pytest.fixture
@@ -46,7 +47,13 @@ def flags(monkeypatch):
 
 
 @pytest.mark.usefixtures("flags")
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONGEST else [])
+        for name in BENCHMARKS
+    ],
+)
 def test_benchmark_smoke_writes_a_record_and_its_tables(
     name, tmp_path, capsys, monkeypatch
 ):
