@@ -234,7 +234,7 @@ def test_file_of_something_else_is_refused_and_kept(tmp_path, content):
 
 
 def test_path_in_a_missing_directory_fails_before_training(tmp_path, computed):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing"):
         sweep.run(train, LEVELS, KEYS, path=tmp_path / "missing" / "sweep.jsonl")
     assert computed == []
 
