@@ -1,24 +1,42 @@
 """Measures what a flooded training step costs beside the plain one and its rivals."""
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import record, report, timing
+from benchmarks import record, report, timing, torch_rivals
 from flood_optax import penalty
 
 LEVEL, RHO, ACCUMULATION = 0.3, 0.05, 4
 OPTIMIZERS = {"sgd": lambda: optax.sgd(0.1), "adam": lambda: optax.adam(1e-3)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REFERENCE_OF = {f"wrapper, every_k={ACCUMULATION}": f"MultiSteps({ACCUMULATION})"}
+REFERENCE_OF = {  # the others: the plain step, all in one interleaved run
+    f"wrapper, every_k={ACCUMULATION}": f"MultiSteps({ACCUMULATION})",
+    "PyTorch": "plain",
+    "PyTorch, one-liner": "PyTorch",
+}
+EAGER: dict[str, Any] = {  # PyTorch compiles nothing, and says nothing of these
+    "flops": None,
+    "temp_bytes": None,
+    "kernels": None,
+    "compile_seconds": None,
+}
+
+
+SHORT = (  # of the variants, for the README
+    *("plain, again", "loss form", "optax form", "wrapper", "jnp.abs one-liner"),
+    *("PyTorch, one-liner", "SAM", "exact penalty"),
+)
 
 
 class MLP(nn.Module):
@@ -102,7 +120,9 @@ def steps(
 
 
 def train_step(value_and_grad: Any, optimizer: Any, *, is_sam: bool) -> Any:
-    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
+    """One step, which returns its loss, as training loops do to log it."""
+
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
         value, grads = value_and_grad(params, x, y)
 
         def grad_fn(params: Any, _: Any) -> Any:
@@ -110,7 +130,7 @@ def train_step(value_and_grad: Any, optimizer: Any, *, is_sam: bool) -> Any:
 
         extra: dict[str, Any] = {"grad_fn": grad_fn} if is_sam else {"value": value}
         updates, state = optimizer.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, value
 
     return step
 
@@ -138,19 +158,25 @@ def measure(
         step = train_step(value_and_grad, transform, is_sam=name == "SAM")
         arguments = (params, transform.init(params), x, y)
         costs[name] = timing.compiled_cost(step, *arguments, donate=(0, 1))
-        compiled = cast(Callable[..., tuple[Any, Any]], jax.jit(step))
-        later = (*compiled(*arguments), x, y)
+        compiled = cast(Callable[..., tuple[Any, Any, Any]], jax.jit(step))
+        later = (*compiled(*arguments)[:2], x, y)
         compiles[name] = timing.traces(step, arguments, later, later)
         calls[name] = functools.partial(compiled, *arguments)
     timings = timing.compare(calls, rounds=rounds, calls=3)
+    if rivals and record.version("torch") is not None:
+        images, labels = np.asarray(x), np.asarray(y)
+        eager = torch_rivals.steps(model, optimizer, images, labels, level=LEVEL)
+        calls |= eager
+        costs |= dict.fromkeys(eager, EAGER)
+        compiles |= dict.fromkeys(eager, 0)
+    for name, reference in REFERENCE_OF.items():
+        if name in calls:  # another reference, or other threads: a run of their own
+            pair = {key: calls[key] for key in (reference, name)}
+            timings[name] = timing.compare(pair, rounds=rounds, calls=3)[name]
     rows: list[dict[str, Any]] = []
     for name, seen in timings.items():
         reference = REFERENCE_OF.get(name, "plain")
-        base = costs[reference]
-        paired = seen
-        if reference != "plain":  # another reference: its own interleaved run
-            pair = {key: calls[key] for key in (reference, name)}
-            paired = timing.compare(pair, rounds=rounds, calls=3)[name]
+        own, base = costs[name], costs[reference]
         rows.append(
             {
                 "model": model,
@@ -159,61 +185,112 @@ def measure(
                 "variant": name,
                 "reference": reference,
                 "seconds_median": seen["seconds_median"],
-                "time_ratio_median": paired["time_ratio_median"],
-                "time_ratio_iqr": paired["time_ratio_iqr"],
-                "flops_ratio": costs[name]["flops"] / base["flops"],
-                "temp_memory_ratio": costs[name]["temp_bytes"] / base["temp_bytes"],
-                "temp_bytes": costs[name]["temp_bytes"],
-                "kernels": costs[name]["kernels"],
-                "compile_seconds": costs[name]["compile_seconds"],
+                "time_ratio_median": seen["time_ratio_median"],
+                "time_ratio_iqr": seen["time_ratio_iqr"],
+                "flops_ratio": ratio(own["flops"], base["flops"]),
+                "temp_memory_ratio": ratio(own["temp_bytes"], base["temp_bytes"]),
+                "temp_bytes": own["temp_bytes"],
+                "kernels": own["kernels"],
+                "compile_seconds": own["compile_seconds"],
                 "compiles": compiles[name],
             }
         )
     return rows
 
 
-def tables(payload: dict[str, Any]) -> dict[str, str]:
-    """Medians over models, optimizers and dtypes, and every row."""
-    rows = payload["rows"]
+def ratio(own: float | None, base: float | None) -> float | None:
+    """None where one of them is not known."""
+    return None if own is None or base is None else own / base
 
-    def summary(variant: str) -> list[str]:
-        chosen = [row for row in rows if row["variant"] == variant]
-        ratios = sorted(row["time_ratio_median"] for row in chosen)
-        middle = float(jnp.median(jnp.array(ratios)))
+
+def known(rows: Sequence[dict[str, Any]], measure: str) -> list[float]:
+    """What the rows say of a measure, without those that do not know it."""
+    return [row[measure] for row in rows if row[measure] is not None]
+
+
+def in_digits(x: float | None, digits: int = 4) -> str:
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with kernels and compile time beside those of their reference."""
+
+    def setting(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["model"], row["optimizer"], row["dtype"]
+
+    found = {(*setting(row), row["variant"]): row for row in rows}
+
+    def beside(row: dict[str, Any]) -> dict[str, Any]:
+        base = found[(*setting(row), row["reference"])]
+        more = None if row["kernels"] is None else row["kernels"] - base["kernels"]
+        slower = ratio(row["compile_seconds"], base["compile_seconds"])
+        return row | {"more_kernels": more, "compile_ratio": slower}
+
+    return [beside(row) for row in rows if row["variant"] != "plain"]
+
+
+def tables(payload: dict[str, Any]) -> dict[str, str]:
+    """Medians over models, optimizers and dtypes, short and whole, and every row."""
+    rows = compared(payload["rows"])
+    of = {
+        name: [row for row in rows if row["variant"] == name]
+        for name in dict.fromkeys(row["variant"] for row in rows)
+    }
+
+    def middle(name: str, measure: str) -> str:
+        seen = known(of[name], measure)
+        return in_digits(statistics.median(seen) if seen else None, 3)
+
+    def most(name: str, measure: str, digits: int = 4) -> str:
+        return in_digits(max(known(of[name], measure), default=None), digits)
+
+    def summary(name: str) -> list[str]:
+        ratios = known(of[name], "time_ratio_median")
         return [
-            variant,
-            chosen[0]["reference"],
-            f"{middle:.3f}",
-            f"{ratios[0]:.3f} to {ratios[-1]:.3f}",
-            f"{max(row['flops_ratio'] for row in chosen):.4f}",
-            f"{max(row['temp_memory_ratio'] for row in chosen):.4f}",
+            *(name, of[name][0]["reference"], middle(name, "time_ratio_median")),
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
+            *(most(name, "flops_ratio"), middle(name, "temp_memory_ratio")),
+            *(most(name, "temp_memory_ratio"), most(name, "more_kernels", 0)),
+            *(middle(name, "compile_ratio"), most(name, "compiles", 0)),
         ]
 
-    variants = dict.fromkeys(
-        row["variant"] for row in rows if row["variant"] != "plain"
+    header = [
+        *("variant", "against", "step time, median", "range", "FLOPs, max"),
+        *("memory, median", "memory, max", "more kernels, max"),
+        *("compile time, median", "traces"),
+    ]
+    whole = report.table(header, [summary(name) for name in of])
+    short = report.table(
+        ["step", "against", "time, median", "FLOPs, max", "memory, median"],
+        [
+            [
+                *(name, of[name][0]["reference"], middle(name, "time_ratio_median")),
+                *(most(name, "flops_ratio"), middle(name, "temp_memory_ratio")),
+            ]
+            for name in SHORT
+            if name in of
+        ],
     )
-    header = ["variant", "against", "step time, median", "range", "FLOPs, max"]
-    short = report.table([*header, "memory, max"], [summary(v) for v in variants])
     full = report.table(
         ["model", "optimizer", "dtype", "variant", "time (IQR)", "FLOPs", "memory"],
         [
             [
-                row["model"],
-                row["optimizer"],
-                row["dtype"],
-                row["variant"],
+                *(row["model"], row["optimizer"], row["dtype"], row["variant"]),
                 "{:.3f} ({:.3f} to {:.3f})".format(
                     row["time_ratio_median"], *row["time_ratio_iqr"]
                 ),
-                f"{row['flops_ratio']:.4f}",
-                f"{row['temp_memory_ratio']:.4f}",
+                in_digits(row["flops_ratio"]),
+                in_digits(row["temp_memory_ratio"]),
             ]
             for row in rows
-            if row["variant"] != "plain"
         ],
     )
     source = report.provenance(payload)
-    return {"overhead": f"{short}\n\n{source}", "overhead-all": full}
+    return {
+        "overhead": f"{whole}\n\n{source}",
+        "overhead-short": f"{short}\n\n{source}",
+        "overhead-all": full,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = args.rounds
     if args.smoke:
         settings, rounds = [("cnn", "sgd", "float32")], 2
+    if record.version("torch") is None:
+        print("PyTorch is not measured: pip install 'flood_optax[rivals]'.")
     rows: list[dict[str, Any]] = []
     for model, optimizer, dtype in tqdm(settings, unit="setting"):
         rows += measure(

@@ -354,9 +354,15 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
         f"in {behind}; in the other {len(pairs) - ahead - behind} the 95% interval of "
         "the paired gain includes 0."
     )
-    body = report.table(header, rows)
+    parts = (report.table(header, rows), summary, report.provenance(payload))
+    last_epoch, *short = [
+        [line[i] for i in (0, 1, 3, 4, 6, 7, 9)]
+        for line in (header, *rows)
+        if line[2] != "yes"
+    ]
     return {
-        "synthetic": f"{body}\n\n{summary}\n\n{report.provenance(payload)}",
+        "synthetic": "\n\n".join(parts),
+        "synthetic-short": f"{report.table(last_epoch, short)}\n\n{summary}",
         "synthetic-descent": descents(payload),
     }
 

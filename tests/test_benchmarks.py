@@ -25,13 +25,18 @@ from benchmarks import (
     data,
     images,
     models,
+    overhead,
     record,
     report,
     synthetic,
     timing,
+    torch_rivals,
 )
 from flood_optax import sweep
 
+ENVIRONMENT = dict.fromkeys(
+    ("commit", "dirty", "command", "jax", "optax", "cpu_count", "cpu")
+)
 OWN_TESTS = {"quickstart", "report"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
 LONGEST = {"overhead", "penalty", "sweep"}
@@ -450,6 +455,77 @@ def test_synthetic_splits_flip_an_exact_share_each(name, noise):
     assert (other.noisy != sets[2].noisy).any()
 
 
+# PyTorch as a rival
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
+def test_pytorch_rival_is_the_same_network_and_floods(model):
+    pytest.importorskip("torch", reason="the rivals need the extra `rivals`")
+    net, _ = overhead.MODELS[model]
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = np.asarray(jax.random.normal(keys[0], (16, 28, 28, 1)))
+    params = net.init(keys[1], x)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(p.numel() for p in torch_rivals.network(model).parameters()) == count
+    y = np.arange(16) % 10
+    reached = {
+        name: [step() for _ in range(150)]
+        for name, step in torch_rivals.steps(model, "adam", x, y, level=0.3).items()
+    }
+    plain, flooded = reached["PyTorch"], reached["PyTorch, one-liner"]
+    same = next(i for i, loss in enumerate(plain) if loss < 0.3) + 1  # then they part
+    np.testing.assert_allclose(flooded[:same], plain[:same], rtol=1e-3)
+    assert plain[-1] < 0.1
+    assert 0.2 < np.mean(flooded[-50:]) < 0.4
+
+
+def test_overhead_tables_compare_each_row_with_its_own_reference():
+    def row(variant, reference, time, kernels, seconds):
+        return {
+            "model": "mlp",
+            "optimizer": "sgd",
+            "dtype": "float32",
+            "variant": variant,
+            "reference": reference,
+            "compiles": 1,
+            "time_ratio_median": time,
+            "time_ratio_iqr": [time, time],
+            "flops_ratio": time,
+            "temp_memory_ratio": time,
+            "kernels": kernels,
+            "compile_seconds": seconds,
+        }
+
+    eager = dict.fromkeys(
+        ("flops_ratio", "temp_memory_ratio", "kernels", "compile_seconds")
+    )
+    rows = [
+        row("plain", "plain", 1.0, 40, 2.0),
+        row("loss form", "plain", 1.25, 42, 3.0),
+        row("MultiSteps(4)", "plain", 1.0, 90, 8.0),
+        row("wrapper, every_k=4", "MultiSteps(4)", 0.5, 85, 6.0),
+        row("PyTorch", "plain", 3.0, 0, 0) | eager,
+        row("PyTorch, one-liner", "PyTorch", 1.5, 0, 0) | eager,
+    ]
+    second = {"model": "cnn", "time_ratio_median": 1.5, "kernels": 47}
+    rows += [row("plain", "plain", 1.0, 42, 2.0) | {"model": "cnn"}, rows[1] | second]
+    made = overhead.tables({"environment": ENVIRONMENT, "rows": rows})
+    lines = {line.split(" | ")[0]: line for line in made["overhead"].splitlines()}
+    # kernels: 42 - 40 and 47 - 42, at most 5; compile time: 3 over 2 twice
+    assert lines["| loss form"] == (
+        "| loss form | plain | 1.375 | 1.250 to 1.500 | 1.2500 | 1.250 | 1.2500 | 5 "
+        "| 1.500 | 1 |"
+    )
+    assert (
+        "| MultiSteps(4) | 0.500 | 0.500 to 0.500 | 0.5000 | 0.500 | 0.5000 | -5"
+        in (lines["| wrapper, every_k=4"])
+    )
+    assert lines["| PyTorch, one-liner"].startswith(
+        "| PyTorch, one-liner | PyTorch | 1.500 | 1.500 to 1.500 | - | - | - | - | - |"
+    )
+    assert "MultiSteps" not in made["overhead-short"]
+
+
 # The training of the synthetic table
 
 
@@ -608,9 +684,7 @@ def test_synthetic_table_shows_paper_difference_and_interval():
     entries = synthetic.summarise("spiral", 0.05, planted())
     made = synthetic.tables(
         {
-            "environment": dict.fromkeys(
-                ("commit", "dirty", "command", "jax", "optax", "cpu_count", "cpu")
-            ),
+            "environment": ENVIRONMENT,
             "cells": entries,
             "by_level": [],
             "curves": [],
