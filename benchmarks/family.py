@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import optax
 from jax import lax
 from scipy import stats
 
-from benchmarks import data, models, record, report
-from benchmarks.images import TITLES, Images, draw
+from benchmarks import models, record, report
+from benchmarks.images import TITLES, Images, draw, load
 from benchmarks.synthetic import interval, new_figure, one_thread_per_run, sd
 from flood_optax import flood_loss, flood_mean, levels, shapes, sweep
 from flood_optax.objective import relax_loss
@@ -176,26 +176,6 @@ def candidates(name: str, noise: float) -> tuple[float, ...]:
     """The numbers a method may choose from."""
     given = METHODS[name].candidates
     return tuple(given[noise] if isinstance(given, Mapping) else given)
-
-
-def load(name: str, directory: pathlib.Path | None) -> Images:
-    """The images of a set; missing ones are an error that says how to get them."""
-    train, validation = SIZES[name]
-    pool = train + validation
-    if name == "digits":
-        split = data.digits(train=pool)
-    elif name == "mnist-5k":
-        split = data.mnist_5k(train=pool)
-    else:
-        known = cast(Literal["mnist", "fashion-mnist"], name)
-        split = data.idx_split(known, train=pool, directory=directory)
-    return Images(
-        np.round(255 * split.train_x).astype(np.uint8),
-        split.train_y,
-        np.round(255 * split.test_x).astype(np.uint8),
-        split.test_y,
-        train,
-    )
 
 
 class Run(NamedTuple):
@@ -592,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.smoke:
         protocol, name, seeds, noises = SMOKE, "digits", 2, NOISES[1:]
         methods = ["plain", "sam", "adaflood_last_layer"]
-    images = load(name, args.data)
+    images = load(name, args.data, SIZES)
     one_thread_per_run(args.workers)
     keys = jax.random.split(jax.random.key(0), seeds)
     rows: list[dict[str, Any]] = []

@@ -66,9 +66,13 @@ class Images(NamedTuple):
     train_size: int
 
 
-def load(name: str, directory: pathlib.Path | None) -> Images:
+def load(
+    name: str,
+    directory: pathlib.Path | None,
+    sizes: Mapping[str, tuple[int, int]] = SIZES,
+) -> Images:
     """The images of a set; missing ones are an error that says how to get them."""
-    train, validation = SIZES[name]
+    train, validation = sizes[name]
     pool = train + validation
     if name == "digits":
         split = data.digits(train=pool)
