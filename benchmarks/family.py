@@ -26,6 +26,7 @@ SIZES = {  # training, validation; test is what is left, or the official one
     "fashion-mnist": (48_000, 12_000),
     "digits": (100, 50),  # for --smoke
 }
+DEFAULT = "mnist-5k"
 NOISES = (0.0, 0.2)
 LEVELS = {  # by the share of flipped labels
     0.0: (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
@@ -51,6 +52,8 @@ class Protocol:
     patience: int = 3  # of the level on the plateau, in epochs
 
 
+# 60 times as many images, so fewer rounds of them
+FULL = Protocol(epochs=10, held_out_epochs=2, warm_epochs=1, patience=1)
 SMOKE = Protocol((8,), batch=50, epochs=2, held_out_epochs=1, warm_epochs=1, patience=1)
 
 
@@ -466,6 +469,11 @@ def summarise(name: str, noise: float, result: sweep.Result) -> list[dict[str, A
     return rows
 
 
+def record_name(data: str) -> str:
+    """One record for each set of images."""
+    return "family" if data in (DEFAULT, "digits") else f"family-{data}"
+
+
 def half_width(row: Mapping[str, Any]) -> float:
     """Half of the 95% interval of the mean accuracy."""
     n = len(row["accuracies"])
@@ -518,7 +526,8 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
         f"comparisons a few intervals miss by chance."
     )
     body = report.table(header, lines)
-    return {"family": f"{body}\n\n{summary}\n\n{report.provenance(payload)}"}
+    parts = (body, summary, report.provenance(payload))
+    return {record_name(payload["protocol"]["data"]): "\n\n".join(parts)}
 
 
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -552,22 +561,23 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
         axis.set(title=f"{noise:.0%} flips", xlabel="test accuracy, %")
         axis.label_outer()
     axes[0].legend(loc="lower left", fontsize=8)
-    return {"family": fig}
+    return {record_name(payload["protocol"]["data"]): fig}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = record.arguments("family", __doc__)
     sets = [name for name in SIZES if name != "digits"]
-    parser.add_argument("--set", choices=sets, default=sets[0])
+    parser.add_argument("--set", choices=sets, default=DEFAULT)
     parser.add_argument("--data", type=pathlib.Path, help="directory of the IDX files")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=Protocol.epochs)
+    parser.add_argument("--epochs", type=int, help="100, or 10 of a whole set")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--work", type=pathlib.Path, help="keeps finished runs here, and resumes them"
     )
     args = parser.parse_args(argv)
-    protocol = dataclasses.replace(Protocol(), epochs=args.epochs)
+    protocol = Protocol() if args.set == DEFAULT else FULL
+    protocol = dataclasses.replace(protocol, epochs=args.epochs or protocol.epochs)
     name, seeds, noises, methods = args.set, args.seeds, NOISES, list(METHODS)
     if args.smoke:
         protocol, name, seeds, noises = SMOKE, "digits", 2, NOISES[1:]
@@ -617,7 +627,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
         "by_number": by_number,
     }
-    written = record.write("family", payload, args.out)
-    document = record.read("family", args.out)
-    figures(document)["family"].savefig(args.out / "family.png", dpi=150)
+    written = record.write(record_name(name), payload, args.out)
+    document = record.read(record_name(name), args.out)
+    for which, fig in figures(document).items():
+        fig.savefig(args.out / f"{which}.png", dpi=150)
     print("\n" + "\n\n".join(tables(document).values()), f"\n\nWrote {written}")

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import record
@@ -30,12 +30,19 @@ def provenance(payload: Mapping[str, Any]) -> str:
     )
 
 
+def records(results: pathlib.Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each record with its benchmark; `NAME-WHAT.json` is another record of NAME."""
+    for path in sorted(results.glob("*.json")):
+        name = path.stem.partition("-")[0]
+        module = importlib.import_module(f"benchmarks.{name}")
+        yield module, record.read(path.stem, results)
+
+
 def tables(results: pathlib.Path) -> dict[str, str]:
     """Every table the results give: each benchmark's `tables(payload)`, by marker."""
     found: dict[str, str] = {}
-    for path in sorted(results.glob("*.json")):
-        module = importlib.import_module(f"benchmarks.{path.stem}")
-        made = module.tables(record.read(path.stem, results))
+    for module, payload in records(results):
+        made = module.tables(payload)
         if again := found.keys() & made.keys():
             raise ValueError(f"Two benchmarks make the table {sorted(again)}.")
         found |= made
@@ -93,10 +100,9 @@ def check(
 def figures(repository: pathlib.Path, results: pathlib.Path) -> list[pathlib.Path]:
     """Draws each benchmark's `figures(payload)`, if it has any, into docs/figures."""
     drawn: list[pathlib.Path] = []
-    for path in sorted(results.glob("*.json")):
-        module = importlib.import_module(f"benchmarks.{path.stem}")
+    for module, payload in records(results):
         if hasattr(module, "figures"):
-            for name, fig in module.figures(record.read(path.stem, results)).items():
+            for name, fig in module.figures(payload).items():
                 target = repository / "docs" / "figures" / f"{name}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 fig.savefig(target, dpi=150, metadata={"Software": None})

@@ -219,6 +219,20 @@ def test_report_check_finds(pages, change, message, capsys):
     capsys.readouterr()
 
 
+def test_report_reads_further_records_of_a_benchmark(pages, monkeypatch, capsys):
+    results = pages.parent / "benchmarks" / "results"
+    (results / "fake-other-data.json").write_text('{"rows": [2.5], "of": "more"}')
+    fake = types.SimpleNamespace(
+        tables=lambda payload: {payload.get("of", "numbers"): f"| {payload['rows']} |"}
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks.fake", fake)
+    pages.write_text(PAGE.format("") + "<!-- table:more -->\n<!-- /table:more -->\n")
+    report.main([])
+    assert "| [1.5] |" in pages.read_text()
+    assert "| [2.5] |" in pages.read_text()
+    capsys.readouterr()
+
+
 def test_report_check_finds_a_result_that_changed(pages, capsys):
     report.main([])
     capsys.readouterr()
