@@ -464,7 +464,7 @@ def digits():
 
 
 def accuracy(params, digits):
-    return float((logits_of(params, digits.test_x).argmax(-1) == digits.test_y).mean())
+    return (logits_of(params, digits.test_x).argmax(-1) == digits.test_y).mean()
 
 
 def fit_classifier(digits, objective, steps=300, seed=2, learning_rate=1e-2):
@@ -639,8 +639,7 @@ def test_level_on_plateau_is_driven_by_validation(digits):
     init, update = levels.on_plateau(0.0, step=0.1, patience=2, maximum=2.0, mode="min")
     optimizer = optax.adam(1e-2)
 
-    @jax.jit
-    def train(active):
+    def train(active, key):
         def step(carry, level):
             params, state = carry
 
@@ -659,17 +658,20 @@ def test_level_on_plateau_is_driven_by_validation(digits):
             _, plateau = update(plateau, losses.mean())
             return (params, state, plateau), (plateau.level, losses.mean())
 
-        params = mlp(jax.random.key(2), 64, 64, 10)
+        params = mlp(key, 64, 64, 10)
         carry = (params, optimizer.init(params), init())
-        (params, *_), logs = jax.lax.scan(epoch, carry, length=100)
-        return params, logs
+        (params, *_), (path, losses) = jax.lax.scan(epoch, carry, length=100)
+        return path, losses[-1], accuracy(params, digits)
 
-    plain, (_, decayed) = train(False)
-    driven, (path, held) = train(True)
-    assert path[0] == 0
-    assert path.max() > 0.3
-    assert held[-1] < 0.6 * decayed[-1], (held[-1], decayed[-1])
-    assert accuracy(driven, digits) > accuracy(plain, digits)
+    # Single paths follow the rounding of the processor; their means over keys do not.
+    keys = jax.random.split(jax.random.key(2), 4)
+    run = jax.jit(lambda active: jax.lax.map(lambda key: train(active, key), keys))
+    _, decayed, plain = run(False)
+    path, held, driven = run(True)
+    np.testing.assert_array_equal(path[:, 0], 0)
+    assert (path.max(1) > 0.25).all()  # .3 to .5 when written
+    assert held.mean() < 0.6 * decayed.mean()  # .51
+    assert driven.mean() > plain.mean() + 0.015  # .750 against .712
 
 
 # What to log
