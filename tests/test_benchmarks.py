@@ -41,7 +41,7 @@ ENVIRONMENT = dict.fromkeys(
 )
 OWN_TESTS = {"quickstart", "report"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
-LONGEST = {"overhead", "penalty", "sweep"}
+LONGEST = {"family", "fashion", "overhead", "penalty", "sweep"}
 
 
 @pytest.fixture
