@@ -1,6 +1,8 @@
 """What a loss and a level may be: the rules every entry point enforces."""
 
 import numbers
+import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -14,6 +16,63 @@ DROPS_VALUE = (
     "`TrainState.apply_gradients` drop extra arguments; where the loss cannot be "
     "passed, flood the loss instead: `flood_optax.flooded(loss_fn, level)`."
 )
+
+
+def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> None:
+    """Demands one real number for which ``holds``, which a tracer is not asked."""
+    kinds = numbers.Real | np.generic | np.ndarray | jax.Array
+    if isinstance(given, bool) or not isinstance(given, kinds):
+        raise TypeError(
+            f"`{call}` must be a real number, got {given!r} of type "
+            f"{type(given).__name__}."
+        )
+    dtype, shape = jnp.result_type(given), jnp.shape(given)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
+    if shape != ():
+        raise ValueError(f"`{call}` must be a scalar, got shape {shape}.")
+    if not isinstance(given, Tracer) and not holds(float(given)):
+        raise ValueError(f"`{call}` must be {rule}, got {given}.")
+
+
+def integer(call: str, given: Any, *, least: int) -> int:
+    """Demands a static int that is not below ``least``, and returns it."""
+    try:
+        if isinstance(given, bool):  # operator.index takes True for 1
+            raise TypeError
+        found = operator.index(given)
+    except TypeError:
+        raise TypeError(f"`{call}` must be a static int, got {given!r}.") from None
+    if found < least:
+        raise ValueError(f"`{call}` must be at least {least}, got {found}.")
+    return found
+
+
+def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
+    """Demands one of these words."""
+    if not (isinstance(given, str) and given in words):
+        *others, last = (f'"{word}"' for word in words)
+        raise ValueError(
+            f"`{call}` must be {', '.join(others)} or {last}, got {given!r}."
+        )
+
+
+def loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
+    """Splits what loss_fn returned into the loss and aux, None without ``has_aux``."""
+    length = len(result) if isinstance(result, tuple) else None
+    if length is None and not has_aux:
+        return result, None
+    if length == 2 and has_aux:
+        return result
+    got = type(result).__name__ if length is None else f"a tuple of {length}"
+    if has_aux:
+        raise TypeError(
+            f"`{call}(loss_fn, has_aux=True)` needs loss_fn to return (loss, aux), "
+            f"got {got}."
+        )
+    raise TypeError(
+        f"`{call}(loss_fn)` returned {got}: pass `has_aux=True` if it is (loss, aux)."
+    )
 
 
 def check_level(level: Any, call: str) -> None:
