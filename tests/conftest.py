@@ -6,7 +6,7 @@ import jax
 import pytest
 
 # scripts, which tests start in processes of their own
-collect_ignore = ["precision_matrix.py", "optax_conformance.py"]
+collect_ignore = ["contract/precision_matrix.py", "contract/optax_conformance.py"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 import flood_optax
 from flood_optax import fork, shapes, sweep
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 LEVELS = (0.0, 0.2, -np.inf, 0.7)
 KEYS = jax.random.split(jax.random.key(0), 3)
 

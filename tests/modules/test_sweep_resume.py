@@ -16,7 +16,7 @@ import pytest
 
 from flood_optax import journal, sweep
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # What is swept stands in a string, so that another process can sweep the same.
 SWEPT = """
