@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
+from flood_optax.bend import compare_dtype
 from flood_optax.checks import scalar_loss
 from flood_optax.extras import progress_bar
 from flood_optax.results import Result
-from flood_optax.shapes import compare_dtype
 from flood_optax.traced import Traced, checked_levels, checked_metrics, trace
 
 Array = npt.NDArray[Any]

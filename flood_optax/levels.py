@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flood_optax.accordance import accordance_level, gradient_accordance
+from flood_optax.bend import compare_dtype
 from flood_optax.checks import broadcast_level, check_scalar_level, real_array
-from flood_optax.shapes import compare_dtype
 
 __all__ = [
     "PlateauState",

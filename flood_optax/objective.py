@@ -2,25 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flood_optax.bend import AxisName, flood_share
 from flood_optax.checks import (
     broadcast_level,
     check_level,
     check_scalar_level,
-    loss_mask,
+    loss_and_aux,
     real_array,
     scalar_loss,
-    segments,
 )
-from flood_optax.shapes import Shape, bend, compare_dtype, reflect
+from flood_optax.mean import flood_mean
+from flood_optax.relax import relax_loss
+from flood_optax.shapes import Shape, reflect
 
-AxisName = str | tuple[str, ...]
+__all__ = ["FloodInfo", "flood_loss", "flood_mean", "flooded", "relax_loss"]
 
 
 class FloodInfo(NamedTuple):
@@ -78,123 +80,7 @@ def flood_loss(
     losses = real_array(loss, "flood_loss(loss)")
     check_level(level, "flood_loss(level=...)")
     levels = broadcast_level(level, losses.shape, "flood_loss(level=...)")
-    return _flood(losses, losses, levels, shape)
-
-
-def flood_mean(
-    losses: ArrayLike,
-    level: ArrayLike,
-    *,
-    over: Literal["batch", "example", "segment"] = "batch",
-    segment_ids: ArrayLike | None = None,
-    num_segments: int | None = None,
-    where: ArrayLike | None = None,
-    axis_name: AxisName | None = None,
-    shape: Shape = reflect(),
-) -> jax.Array:
-    r"""Floods the mean of losses over a partition of the batch.
-
-    With :math:`\phi` = ``shape`` and b = ``level``, for n counted losses:
-
-    * ``over="batch"``: :math:`\phi(\bar\ell - b) + b`, flooding;
-    * ``over="example"``: :math:`\frac1n\sum_i \phi(\ell_i - b_i) + b_i`, iFlood and
-      AdaFlood, SoftAD with the soft shape;
-    * ``over="segment"``: :math:`\sum_k \frac{n_k}{n}[\phi(\bar\ell_k - b_k) + b_k]`,
-      per class or per task; empty segments count nothing.
-
-    These are different objectives: flooding examples or devices one by one bounds
-    flooding the batch from above (Jensen). At a tie a group descends. A NaN loss that
-    counts gives NaN. Means are taken in float32 at least.
-
-    Args:
-      losses: real floats of any shape, one entry per example (and step, ...).
-      level: a scalar for "batch"; broadcasts to ``losses`` for "example", to
-        (num_segments,) for "segment". -inf means off.
-      over: what is averaged before it is bent.
-      segment_ids: for "segment", integers in [0, num_segments), shaped as ``losses``.
-        An id out of range raises if the ids are a NumPy array, and gives NaN otherwise.
-      num_segments: for "segment", their number, a static int.
-      where: boolean mask shaped as ``losses``; entries that are False count nowhere,
-        even if NaN. If all are masked the result is NaN; for a NumPy mask, which is
-        known at trace time, that is an error unless ``axis_name`` is given.
-      axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
-        The value is then that of the global batch and the gradient is this device's
-        share, whose mean over devices is the gradient of the whole, masks and
-        segments of uneven size included.
-      shape: how to bend, see `flood_optax.shapes`.
-
-    Returns:
-      A scalar of the dtype of ``losses``.
-
-    Raises:
-      TypeError: if ``losses`` are no real floats, ``level`` no number, ``where`` not
-        boolean or ``segment_ids`` not integers.
-      ValueError: if ``over`` is unknown, segment_ids or num_segments are missing or
-        out of place, a shape does not fit, or the batch is empty.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> losses = jnp.array([0.01, 0.02, 0.2, 0.3])
-      >>> print(f"{flood_mean(losses, 0.1):.4f}")
-      0.1325
-      >>> print(f"{flood_mean(losses, 0.1, over='example'):.4f}")
-      0.2175
-      >>> classes = jnp.array([0, 0, 1, 1])
-      >>> per_class = flood_mean(
-      ...     losses, 0.1, over="segment", segment_ids=classes, num_segments=2
-      ... )
-      >>> print(f"{per_class:.4f}")
-      0.2175
-
-    References:
-      Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709;
-      Xie et al., iFlood, ICLR 2022; Bae et al., AdaFlood, TMLR 2024.
-    """
-    losses = real_array(losses, "flood_mean(losses)")
-    check_level(level, "flood_mean(level=...)")
-    if over not in ("batch", "example", "segment"):
-        raise ValueError(
-            '`flood_mean(over=...)` must be "batch", "example" or "segment", '
-            f"got {over!r}."
-        )
-    if over != "segment" and (segment_ids is not None or num_segments is not None):
-        raise ValueError(
-            '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '
-            f"got over={over!r}."
-        )
-    mask = loss_mask(where, losses.shape, split=axis_name is not None)
-    counted = jnp.ones(losses.shape, bool) if mask is None else mask
-    precise = losses.astype(compare_dtype(losses.dtype))
-    if mask is not None:
-        precise = jnp.where(mask, precise, jnp.zeros_like(precise))
-    counts = counted.astype(precise.dtype)
-    mean_of = functools.partial(_share, axis_name=axis_name)
-
-    if over == "batch":
-        check_scalar_level(level, "flood_mean(level=...)")
-        mean = mean_of(precise.sum(), counts.sum())
-        value = _flood(mean, _whole(mean, axis_name), jnp.asarray(level), shape)
-    elif over == "example":
-        levels = broadcast_level(level, losses.shape, "flood_mean(level=...)")
-        bent = _flood(precise, precise, levels, shape)
-        mean = mean_of(jnp.where(counted, bent, 0 * counts).sum(), counts.sum())
-        value = _with_slope(
-            mean, _like(_whole(mean, axis_name), mean), jnp.ones_like(mean)
-        )
-    else:
-        ids, number = segments(segment_ids, num_segments, losses.shape)
-        levels = broadcast_level(level, (number,), "flood_mean(level=...)")
-        sums = jax.ops.segment_sum(precise.ravel(), ids.ravel(), number)
-        sizes = jax.ops.segment_sum(counts.ravel(), ids.ravel(), number)
-        total = _whole(counts.sum(), axis_name)
-        sizes = _whole(sizes, axis_name)
-        means = sums / jnp.where(sizes > 0, sizes, jnp.ones_like(sizes))
-        bent = _flood(means, _whole(means, axis_name), levels, shape)
-        value = jnp.where(sizes > 0, sizes / total * bent, jnp.zeros_like(bent)).sum()
-        lost = jnp.any(counted & ((ids < 0) | (ids >= number)))
-        valid = jnp.where(lost | (total == 0), jnp.zeros_like(value), 1)
-        value = value * (valid / valid)  # NaN, without a NaN in a branch not taken
-    return value.astype(losses.dtype)
+    return flood_share(losses, levels, shape)[0]
 
 
 def flooded(
@@ -273,160 +159,17 @@ def flooded(
     @functools.wraps(loss_fn)
     def flooded_fn(*args: Any, **kwargs: Any) -> Any:
         result = loss_fn(*args, **kwargs)
-        loss, aux = _split(result, has_aux)
+        loss, aux = loss_and_aux("flooded", result, has_aux=has_aux)
         loss = scalar_loss(
             loss,
             "flooded(loss_fn)'s loss",
             "`flood_mean(losses, level)` says over what to average.",
         )
-        bound = jnp.asarray(level)
-        raw = loss
-        if axis_name is not None:
-            precise = loss.astype(compare_dtype(loss.dtype))
-            raw = _whole(precise, axis_name).astype(loss.dtype)
-        value = _flood(loss, raw, bound, shape)
+        value, bent = flood_share(loss, jnp.asarray(level), shape, axis_name)
         if return_info:
-            _, multiplier = bend(raw, bound, shape)
-            bound = bound.astype(multiplier.dtype)
-            info = FloodInfo(*lax.stop_gradient((raw, bound, multiplier)), aux)
-            return value, info
+            raw = bent.loss.astype(loss.dtype)
+            seen = lax.stop_gradient((raw, bent.level, bent.multiplier))
+            return value, FloodInfo(*seen, aux)
         return (value, aux) if has_aux else value
 
     return flooded_fn
-
-
-def relax_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    level: ArrayLike,
-    *,
-    epoch: ArrayLike,
-    upper: float = 1.0,
-) -> jax.Array:
-    r"""Floods in even epochs and flattens predictions in odd ones (RelaxLoss).
-
-    With L the mean cross-entropy and b = ``level``:
-
-    * even ``epoch``: :math:`|L - b| + b`, flooding;
-    * odd ``epoch``, L > b: L;
-    * odd ``epoch`` otherwise: :math:`\frac1n\sum_i (1 - c_i) H(t_i, p_i) - \ell_i`,
-      ascent on the losses, and where a prediction is wrong (:math:`c_i = 0`) descent on
-      the cross-entropy H with the flattened target :math:`t_i`: on the label
-      min(:math:`p_i`, ``upper``), the rest spread evenly over the other classes.
-
-    Loss distributions of training and unseen examples so come to overlap, against
-    membership inference. No gradient flows into level and targets; NaN gives NaN.
-
-    Args:
-      logits: real floats [..., num_classes], two classes at least.
-      labels: integers [...]; one that is no class gives NaN.
-      level: a scalar; -inf means off, in all epochs.
-      epoch: an integer scalar, from 0; a traced one is fine.
-      upper: in (0, 1], the largest probability that a target keeps on its label.
-
-    Returns:
-      A scalar of the dtype of ``logits``.
-
-    Raises:
-      TypeError: if ``logits`` are no real floats, ``labels`` or ``epoch`` no integers.
-      ValueError: if a shape does not fit, or ``level`` or ``upper`` is out of range.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]])  # L = 0.767
-      >>> labels = jnp.array([0, 2])
-      >>> print([f"{relax_loss(logits, labels, 1.0, epoch=e):.3f}" for e in (0, 1)])
-      ['1.233', '-0.211']
-
-    References:
-      Chen, Yu and Fritz, RelaxLoss, ICLR 2022, https://arxiv.org/abs/2207.05801
-    """
-    logits = real_array(logits, "relax_loss(logits)")
-    labels, epoch = jnp.asarray(labels), jnp.asarray(epoch)
-    for name, given in (("labels", labels), ("epoch", epoch)):
-        if not jnp.issubdtype(given.dtype, jnp.integer):
-            raise TypeError(
-                f"`relax_loss({name})` must be integers, got {given.dtype}."
-            )
-    if epoch.shape != () or logits.shape[:-1] != labels.shape or labels.size == 0:
-        raise ValueError(
-            "`relax_loss(logits, labels, epoch=...)` must be of shapes [..., "
-            f"num_classes], [...] and (), got {logits.shape}, {labels.shape} and "
-            f"{epoch.shape}."
-        )
-    check_scalar_level(level, "relax_loss(level=...)")
-    classes = logits.shape[-1]
-    if classes < 2 or not 0 < upper <= 1:
-        raise ValueError(
-            "`relax_loss(logits, upper=...)` needs two classes and 0 < upper <= 1, got "
-            f"{classes} and {upper}."
-        )
-    log_probs = jax.nn.log_softmax(logits.astype(compare_dtype(logits.dtype)))
-    is_label = jax.nn.one_hot(labels, classes, dtype=bool)
-    known = is_label.any(-1).astype(log_probs.dtype)
-    losses = -jnp.where(is_label, log_probs, 0).sum(-1) * (known / known)
-    kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
-    targets = jnp.where(is_label, kept, (1 - kept) / (classes - 1))
-    wrong = log_probs.argmax(-1) != labels
-    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), 0) - losses
-    loss = losses.mean()
-    odd = jnp.where(loss > jnp.asarray(level, loss.dtype), loss, flat.mean())
-    value = jnp.where(epoch % 2 == 0, flood_loss(loss, level), odd)
-    return value.astype(logits.dtype)
-
-
-@jax.custom_jvp
-def _with_slope(loss: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
-    """`value`, whose derivative with respect to `loss` is `slope`."""
-    del loss, slope
-    return value
-
-
-def _slope_times(tangent: jax.Array, out: jax.Array, *primals: jax.Array) -> jax.Array:
-    del out
-    return primals[2] * tangent
-
-
-_with_slope.defjvps(_slope_times, None, None)
-
-
-def _flood(
-    share: jax.Array, whole: jax.Array, level: jax.Array, shape: Shape
-) -> jax.Array:
-    """Floods `whole` and differentiates `share`; on one device they are the same."""
-    level = lax.stop_gradient(level)
-    value, slope = (x.astype(share.dtype) for x in bend(whole, level, shape))
-    if share is not whole:
-        value, slope = _like(value, share), _like(slope, share)
-    return _with_slope(share, lax.stop_gradient(value), slope)
-
-
-def _share(total: jax.Array, count: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """This device's share of the mean: the mean of the shares is the global mean."""
-    return total / _whole(count, axis_name)
-
-
-def _whole(share: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    return share if axis_name is None else lax.pmean(share, axis_name)
-
-
-def _like(x: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns x, typed as varying over the mapped axes over which `share` varies."""
-    return jnp.where(lax.stop_gradient(share) > 0, x, x)
-
-
-def _split(result: Any, has_aux: bool) -> tuple[Any, Any]:
-    kind = type(result).__name__
-    if not has_aux:
-        if isinstance(result, tuple):
-            raise TypeError(
-                "`flooded(loss_fn)` returned a tuple: pass `has_aux=True` if it is "
-                "(loss, aux)."
-            )
-        return result, None
-    if not (isinstance(result, tuple) and len(result) == 2):  # pyright: ignore[reportUnknownArgumentType]
-        raise TypeError(
-            "`flooded(loss_fn, has_aux=True)` needs loss_fn to return (loss, aux), "
-            f"got {kind}."
-        )
-    return result  # pyright: ignore[reportUnknownVariableType]

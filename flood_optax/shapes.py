@@ -6,7 +6,7 @@ gradient is then the plain one times the multiplier ``m = phi'(loss - level)``.
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,39 +180,6 @@ def asymmetric(
         return _keep_nan(r, jnp.where(r >= -d, jnp.ones_like(r), -a))
 
     return Shape(value, multiplier)
-
-
-def compare_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype in which a loss is compared with its level: float32 at least."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def aligned(loss: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Loss and level in the dtype in which they are compared."""
-    dtype = compare_dtype(loss.dtype)
-    return _rounded(loss).astype(dtype), level.astype(dtype)
-
-
-def bend(
-    loss: jax.Array, level: jax.Array, shape: Shape
-) -> tuple[jax.Array, jax.Array]:
-    """The flooded value and the multiplier of a real loss, in its compare dtype."""
-    loss, level = aligned(loss, level)
-    off = level == -jnp.inf
-    level = jnp.where(off, jnp.zeros_like(level), level)
-    residual = loss - level
-    phi = shape.value(residual)
-    value = jnp.where(off | (phi == residual), loss, phi + level)
-    multiplier = shape.multiplier(residual).astype(loss.dtype)
-    return value, jnp.where(off, jnp.ones_like(multiplier), multiplier)
-
-
-def _rounded(loss: jax.Array) -> jax.Array:
-    """Rounds a 16-bit loss to its dtype, which XLA may otherwise skip."""
-    if loss.dtype.itemsize > 2:
-        return loss
-    info = cast(Callable[[Any], Any], jnp.finfo)(loss.dtype)
-    return jax.lax.reduce_precision(loss, info.nexp, info.nmant)
 
 
 def _reflect_value(r: jax.Array) -> jax.Array:

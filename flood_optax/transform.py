@@ -11,13 +11,14 @@ import optax
 from jax import export, lax
 from jax.typing import ArrayLike
 
+from flood_optax.bend import bend, compare_dtype
 from flood_optax.checks import (
     DROPS_VALUE,
     check_level,
     check_scalar_level,
     scalar_loss,
 )
-from flood_optax.shapes import Shape, aligned, bend, compare_dtype, reflect
+from flood_optax.shapes import Shape, reflect
 
 Level = ArrayLike | Callable[[jax.Array], ArrayLike]
 AxisName = str | tuple[str, ...]
@@ -191,8 +192,7 @@ def flood_step(
 ) -> FloodStep:
     """Compares the loss with the level of this step and counts it."""
     level = level_at(state.flood_step)
-    value, multiplier = bend(loss, level, shape)
-    compared, bound = aligned(loss, level)
+    compared, bound, value, multiplier = bend(loss, level, shape)
     below = (compared < bound).astype(jnp.int32)
     return FloodStep(
         level=level,

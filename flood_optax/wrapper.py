@@ -12,8 +12,9 @@ from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from flood_optax.bend import compare_dtype
 from flood_optax.objective import flooded
-from flood_optax.shapes import Shape, compare_dtype, reflect
+from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
     AxisName,
     FloodState,

@@ -171,7 +171,8 @@ CASES = {
     "flooded_tuple": (
         lambda: flooded(lambda: (1.0, 2), 0.5)(),
         TypeError,
-        "`flooded(loss_fn)` returned a tuple: pass `has_aux=True` if it is (loss, aux)",
+        "`flooded(loss_fn)` returned a tuple of 2: pass `has_aux=True` if it is "
+        "(loss, aux)",
     ),
     "flooded_no_aux": (
         lambda: flooded(lambda: 1.0, 0.5, has_aux=True)(),

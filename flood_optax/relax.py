@@ -1,0 +1,91 @@
+"""RelaxLoss: flooding in even epochs, flattened predictions in odd ones."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from flood_optax.bend import flood_share, wide
+from flood_optax.checks import check_scalar_level, real_array
+from flood_optax.shapes import reflect
+
+
+def relax_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    level: ArrayLike,
+    *,
+    epoch: ArrayLike,
+    upper: float = 1.0,
+) -> jax.Array:
+    r"""Floods in even epochs and flattens predictions in odd ones (RelaxLoss).
+
+    With L the mean cross-entropy and b = ``level``:
+
+    * even ``epoch``: :math:`|L - b| + b`, flooding;
+    * odd ``epoch``, L > b: L;
+    * odd ``epoch`` otherwise: :math:`\frac1n\sum_i (1 - c_i) H(t_i, p_i) - \ell_i`,
+      ascent on the losses, and where a prediction is wrong (:math:`c_i = 0`) descent on
+      the cross-entropy H with the flattened target :math:`t_i`: on the label
+      min(:math:`p_i`, ``upper``), the rest spread evenly over the other classes.
+
+    Loss distributions of training and unseen examples so come to overlap, against
+    membership inference. No gradient flows into level and targets; NaN gives NaN.
+
+    Args:
+      logits: real floats [..., num_classes], two classes at least.
+      labels: integers [...]; one that is no class gives NaN.
+      level: a scalar; -inf means off, in all epochs.
+      epoch: an integer scalar, from 0; a traced one is fine.
+      upper: in (0, 1], the largest probability that a target keeps on its label.
+
+    Returns:
+      A scalar of the dtype of ``logits``.
+
+    Raises:
+      TypeError: if ``logits`` are no real floats, ``labels`` or ``epoch`` no integers.
+      ValueError: if a shape does not fit, or ``level`` or ``upper`` is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]])  # L = 0.767
+      >>> labels = jnp.array([0, 2])
+      >>> print([f"{relax_loss(logits, labels, 1.0, epoch=e):.3f}" for e in (0, 1)])
+      ['1.233', '-0.211']
+
+    References:
+      Chen, Yu and Fritz, RelaxLoss, ICLR 2022, https://arxiv.org/abs/2207.05801
+    """
+    logits = real_array(logits, "relax_loss(logits)")
+    labels, epoch = jnp.asarray(labels), jnp.asarray(epoch)
+    for name, given in (("labels", labels), ("epoch", epoch)):
+        if not jnp.issubdtype(given.dtype, jnp.integer):
+            raise TypeError(
+                f"`relax_loss({name})` must be integers, got {given.dtype}."
+            )
+    if epoch.shape != () or logits.shape[:-1] != labels.shape or labels.size == 0:
+        raise ValueError(
+            "`relax_loss(logits, labels, epoch=...)` must be of shapes [..., "
+            f"num_classes], [...] and (), got {logits.shape}, {labels.shape} and "
+            f"{epoch.shape}."
+        )
+    check_scalar_level(level, "relax_loss(level=...)")
+    classes = logits.shape[-1]
+    if classes < 2 or not 0 < upper <= 1:
+        raise ValueError(
+            "`relax_loss(logits, upper=...)` needs two classes and 0 < upper <= 1, got "
+            f"{classes} and {upper}."
+        )
+    log_probs = jax.nn.log_softmax(wide(logits))
+    is_label = jax.nn.one_hot(labels, classes, dtype=bool)
+    known = is_label.any(-1).astype(log_probs.dtype)
+    losses = -jnp.where(is_label, log_probs, 0).sum(-1) * (known / known)
+    kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
+    targets = jnp.where(is_label, kept, (1 - kept) / (classes - 1))
+    wrong = log_probs.argmax(-1) != labels
+    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), 0) - losses
+    loss = losses.mean()
+    odd = jnp.where(loss > jnp.asarray(level, loss.dtype), loss, flat.mean())
+    even, _ = flood_share(loss, jnp.asarray(level), reflect())
+    value = jnp.where(epoch % 2 == 0, even, odd)
+    return value.astype(logits.dtype)
