@@ -1,0 +1,1 @@
+"""Tests by purpose: modules, contract, around (other tools), claims, benchmarks."""
