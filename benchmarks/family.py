@@ -448,7 +448,7 @@ def summarise(name: str, noise: float, result: sweep.Result) -> list[dict[str, A
     rows: list[dict[str, Any]] = []
     for early_stopping in (False, True):
         which, at = ("best", "best") if early_stopping else ("last", -1)
-        picked = result.best("validation_accuracy", at=cast(Any, at))
+        picked = result.best("validation_accuracy", "max", at=cast(Any, at))
         reached = result.curves(which, picked).astype(np.float64)
         train_loss = result.curves("train_loss", picked)[:, -1]
         accuracies = 100 * reached[:, 1]

@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method, theirs in PUBLISHED.items():
         levels = (-np.inf,) if method == "plain" else grid
         result = run(method, levels, keys, protocol)
-        picked = result.best("validation_accuracy", at=-1)
+        picked = result.best("validation_accuracy", "max", at=-1)
         rows.append(summarise(method, protocol.epochs, "picked", result, picked))
         if method != "plain":
             every_level += by_level(method, result)

@@ -221,7 +221,7 @@ def summarise(name: str, noise: float, result: sweep.Result) -> list[dict[str, A
         seeds = result.metrics["entered"].shape[1]
         picks = {
             False: np.zeros(seeds),
-            True: result.best("validation_accuracy", at=cast(Any, at)),
+            True: result.best("validation_accuracy", "max", at=cast(Any, at)),
         }
         for flooded, levels in picks.items():
             reached = result.curves(which, levels).astype(np.float64)

@@ -211,7 +211,7 @@ def summarise(data: str, noise: float, result: sweep.Result) -> list[dict[str, A
         at = "best" if early_stopping else -1
         picks = {
             False: np.zeros(len(result.metrics["train_loss"][0])),
-            True: result.best("validation_accuracy", at=at),
+            True: result.best("validation_accuracy", "max", at=at),
         }
         which = "best" if early_stopping else "last"
         paper = PAPER[data, noise, early_stopping]

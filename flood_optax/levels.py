@@ -192,15 +192,17 @@ def held_out_losses(
             )
         return losses
 
-    order_key, *keys = jax.random.split(key, num_folds + 1)
-    order = jax.random.permutation(order_key, num_examples)
+    # Slices, not single keys stacked again: JAX's check of key reuse follows them.
+    keys = jax.random.split(key, num_folds + 1)
+    order_key, fold_keys = keys[0], keys[1:]
+    order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
     blocks = jnp.array_split(order, num_folds)
     rests = [jnp.concatenate(blocks[:k] + blocks[k + 1 :]) for k in range(num_folds)]
     if vmap:
-        folds = jnp.stack(rests), jnp.stack(blocks), jnp.stack(keys)
+        folds = jnp.stack(rests), jnp.stack(blocks), fold_keys
         losses = jax.vmap(fold)(*folds).ravel()
     else:
-        losses = jnp.concatenate(list(map(fold, rests, blocks, keys)))
+        losses = jnp.concatenate(list(map(fold, rests, blocks, fold_keys)))
     return jnp.zeros_like(losses).at[order].set(losses)
 
 
@@ -306,9 +308,9 @@ def on_plateau(
     *,
     step: float,
     patience: int,
+    mode: Literal["max", "min"],
     minimum: float = 0.0,
     maximum: float = float("inf"),
-    mode: Literal["max", "min"] = "max",
 ) -> tuple[
     Callable[[], PlateauState],
     Callable[[PlateauState, ArrayLike], tuple[jax.Array, PlateauState]],
@@ -333,9 +335,9 @@ def on_plateau(
       initial: the level to start from, in [minimum, maximum].
       step: > 0, by how much it moves.
       patience: an int >= 1; in updates, usually epochs.
+      mode: "max" if a higher metric is better (accuracy), "min" for a validation loss.
       minimum: the lowest level, finite.
       maximum: the highest, +inf for none.
-      mode: "max" if a higher metric is better (accuracy), "min" for a validation loss.
 
     Returns:
       (init, update): ``init()`` gives a PlateauState and ``update(state, metric)`` the
@@ -347,7 +349,7 @@ def on_plateau(
       ValueError: if one is out of range, ``mode`` unknown or a metric no scalar.
 
     Examples:
-      >>> init, update = on_plateau(0.0, step=0.25, patience=1)
+      >>> init, update = on_plateau(0.0, step=0.25, patience=1, mode="max")
       >>> state, levels = init(), []
       >>> for accuracy in (0.7, 0.8, 0.7, 0.6, 0.5, 0.6, 0.7):
       ...     level, state = update(state, accuracy)
@@ -372,9 +374,13 @@ def on_plateau(
         )
 
     def init() -> PlateauState:
-        worst = jnp.full([], -jnp.inf, jnp.float32)
-        level = jnp.full([], initial, jnp.float32)
-        return PlateauState(level, worst, jnp.zeros([], jnp.int32), worst, -worst)
+        # An array for each field: a train step that donates the state frees them all.
+        level, best, window_best, before = (
+            jnp.full([], number, jnp.float32)
+            for number in (initial, -jnp.inf, -jnp.inf, jnp.inf)
+        )
+        waited = jnp.zeros([], jnp.int32)
+        return PlateauState(level, best, waited, window_best, before)
 
     def update(
         state: PlateauState, metric: ArrayLike

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,8 @@ class Choice(NamedTuple):
     Attributes:
       level: the level.
       mean: the mean of the metric over the keys at this level.
-      standard_error: of that mean, s / sqrt(n) with s over n - 1; NaN for one key.
+      standard_error: of that mean, s / sqrt(n) with s over n - 1; NaN for one key, and
+        where a run is infinite.
       num_keys: n.
     """
 
@@ -55,9 +57,9 @@ class Result:
       >>> import warnings
       >>> with warnings.catch_warnings():  # which report the NaN
       ...     warnings.simplefilter("ignore")
-      ...     print(result.best("accuracy"))
-      ...     choice = result.best_overall("accuracy")
-      ...     careful = result.best_overall("accuracy", one_standard_error=True)
+      ...     print(result.best("accuracy", "max"))
+      ...     choice = result.best_overall("accuracy", "max")
+      ...     careful = result.best_overall("accuracy", "max", one_standard_error=True)
       [0.1 0. ]
       >>> print(f"{choice.level} ({choice.mean:.3f} +- {choice.standard_error:.3f})")
       0.1 (0.825 +- 0.075)
@@ -72,7 +74,7 @@ class Result:
     steps_run: int | None = None
     steps_separate: int | None = None
 
-    def best(self, metric: str, mode: Mode = "max", *, at: At = None) -> Array:
+    def best(self, metric: str, mode: Mode, *, at: At = None) -> Array:
         """Returns the level that is best for each key.
 
         NaN is never chosen, and a warning counts the runs that have it; a key with
@@ -81,7 +83,7 @@ class Result:
 
         Args:
           metric: the name of a metric of one number per run, or per step with ``at``.
-          mode: "max" or "min", what is good.
+          mode: "max" or "min", what is good: an accuracy, or a loss.
           at: of a learning curve, the step to compare, -1 for the last, or "best" for
             each run's own best step (early stopping). Required for curves.
 
@@ -105,7 +107,7 @@ class Result:
     def best_overall(
         self,
         metric: str,
-        mode: Mode = "max",
+        mode: Mode,
         *,
         at: At = None,
         one_standard_error: bool = False,
@@ -137,17 +139,16 @@ class Result:
         self._report_nan(metric, scores)
         scores = scores.reshape(len(self.levels), -1)
         number = scores.shape[1]
-        means = scores.mean(axis=1)
+        means, errors = _mean_and_deviation(scores.T)
+        errors /= np.sqrt(number)
         if np.isnan(means).all():
             raise ValueError(
                 f"`Result.best_overall({metric!r})` needs a level without NaN, got NaN "
                 "at every level."
             )
         loss = np.where(np.isnan(means), np.inf, -means if mode == "max" else means)
-        errors = np.full(len(means), np.nan)
-        if number > 1:
-            errors = scores.std(axis=1, ddof=1) / np.sqrt(number)
-        candidates = loss == loss.min()
+        # A level whose mean is the worst there is, infinite, still goes before NaN.
+        candidates = (loss == loss.min()) & ~np.isnan(means)
         if one_standard_error:
             if number < 2:
                 raise ValueError(
@@ -155,7 +156,8 @@ class Result:
                     f"least, got {number}: one run has no standard error."
                 )
             best = min(np.flatnonzero(candidates), key=lambda i: self.levels[i])
-            candidates = (loss <= loss[best] + errors[best]) & ~np.isnan(means)
+            # An infinite best mean has no standard error, only its equals beside it.
+            candidates |= (loss <= loss[best] + errors[best]) & ~np.isnan(means)
         index = min(np.flatnonzero(candidates), key=lambda i: self.levels[i])
         return Choice(
             level=float(self.levels[index]),
@@ -209,7 +211,9 @@ class Result:
         """Returns the metrics as an `xarray.Dataset` with named axes.
 
         The axes are "level" (with the levels as coordinate), "key" or "step", and of a
-        curve from `run` "step"; further axes are "axis_3", ...
+        curve from `run` "step"; further axes are "axis_3", ... An axis that is not
+        equally long in all metrics carries the metric's name: "step_loss". A metric
+        named like an axis gets an underscore: "level_".
 
         Returns:
           The dataset.
@@ -218,9 +222,17 @@ class Result:
           ImportError: if xarray is not installed.
         """
         xarray = optional("xarray", "Result.to_xarray()")
-        variables = {
-            name: (self._names(value), value) for name, value in self.metrics.items()
-        }
+        lengths: dict[str, set[int]] = {"level": {len(self.levels)}}
+        for value in self.metrics.values():
+            for axis, length in zip(self._names(value), value.shape, strict=True):
+                lengths.setdefault(axis, set()).add(length)
+        variables: dict[str, Any] = {}
+        for name, value in self.metrics.items():
+            axes = [
+                axis if len(lengths[axis]) == 1 else f"{axis}_{name}"
+                for axis in self._names(value)
+            ]
+            variables[f"{name}_" if name in lengths else name] = (axes, value)
         return xarray.Dataset(variables, coords={"level": self.levels})
 
     def to_json(self) -> str:
@@ -273,7 +285,12 @@ class Result:
         )
 
     def plot(
-        self, metric: str, mode: Mode = "max", *, at: At = None, ax: Any = None
+        self,
+        metric: str,
+        mode: Mode | None = None,
+        *,
+        at: At = None,
+        ax: Any = None,
     ) -> Any:
         """Plots a metric against the level: the runs, their mean, and the spread.
 
@@ -282,7 +299,7 @@ class Result:
 
         Args:
           metric: as in `best`.
-          mode: as in `best`; it matters for ``at="best"``.
+          mode: as in `best`; needed for ``at="best"`` alone.
           at: as in `best`.
           ax: matplotlib axes to draw on; new ones by default.
 
@@ -293,14 +310,18 @@ class Result:
           ImportError: if matplotlib is not installed.
           ValueError: as `best`.
         """
-        scores = self._scores(metric, mode, at, "plot").reshape(len(self.levels), -1)
+        if mode is None and at == "best":
+            raise ValueError(
+                '`Result.plot(at="best")` needs `mode`, "max" or "min", got None.'
+            )
+        scores = self._scores(metric, mode or "max", at, "plot")
+        scores = scores.reshape(len(self.levels), -1)
         ax = _axes(ax, "Result.plot()")
         order = np.argsort(self.levels)
         order = order[np.isfinite(self.levels[order])]
         levels, finite = self.levels[order], scores[order]
-        (line,) = ax.plot(levels, finite.mean(axis=1), label="mean")
+        line = _mean_with_band(ax, levels, finite.T, "mean")
         if scores.shape[1] > 1:
-            _band(ax, levels, finite.T, line.get_color())
             ax.plot(levels, finite, ".", color=line.get_color(), alpha=0.4)
         for plain in scores[~np.isfinite(self.levels)]:
             ax.axhline(plain.mean(), color="0.4", linestyle="--", label="no flooding")
@@ -328,9 +349,7 @@ class Result:
         ax = _axes(ax, "Result.plot_curves()")
         steps = np.arange(curves.shape[1], dtype=np.float64)
         name = f"level {level:g}" if np.ndim(level) == 0 else "level per key"
-        (line,) = ax.plot(steps, curves.mean(axis=0), label=name)
-        if len(curves) > 1:
-            _band(ax, steps, curves, line.get_color())
+        _mean_with_band(ax, steps, curves, name)
         ax.set(xlabel="step", ylabel=metric)
         ax.legend()
         return ax
@@ -420,24 +439,52 @@ def _axes(ax: Any, call: str) -> Any:
     return optional("matplotlib.pyplot", call).subplots()[1] if ax is None else ax
 
 
-def _band(ax: Any, x: Array, runs: Array, color: Any) -> None:
-    """One standard deviation around the mean of the runs, [runs, x]."""
-    mean, spread = runs.mean(axis=0), runs.std(axis=0, ddof=1)
-    ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+def _mean_with_band(ax: Any, x: Array, runs: Array, label: str) -> Any:
+    """The line of the mean of the runs, [runs, x], and one deviation around it."""
+    mean, spread = _mean_and_deviation(runs)
+    (line,) = ax.plot(x, mean, label=label)
+    if len(runs) > 1:
+        band = mean - spread, mean + spread
+        ax.fill_between(x, *band, color=line.get_color(), alpha=0.2, lw=0)
+    return line
+
+
+def _mean_and_deviation(runs: Array) -> tuple[Array, Array]:
+    """Of [runs, ...] over the runs; one run, or an infinite one, deviates by NaN."""
+    # Infinite metrics are results like others: inf - inf is no reason for a warning.
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = runs.mean(axis=0)
+        if len(runs) < 2:
+            return mean, np.full_like(mean, np.nan)
+        return mean, runs.std(axis=0, ddof=1)
 
 
 def _encoded(value: Array) -> dict[str, Any]:
-    """Shape, dtype and numbers; what JSON has no number for is a string."""
+    """Shape, dtype and numbers; what JSON has no number for is a string.
+
+    Infinities are "inf" and "-inf", a NaN is its bits, of which there are many.
+    """
     flat = value.ravel()
-    numbers = (
-        flat.astype(np.float64) if flat.dtype.kind not in "biu" else flat
-    ).tolist()
-    strict = [x if np.isfinite(x) else str(x) for x in numbers]
-    return {"dtype": str(value.dtype), "shape": list(value.shape), "values": strict}
+    if flat.dtype.kind in "biu":
+        numbers = flat.tolist()
+    else:
+        bits = flat.view(f"u{flat.itemsize}").tolist()
+        with np.errstate(invalid="ignore"):  # a signalling NaN warns of the cast
+            wide = flat.astype(np.float64).tolist()
+        numbers = [
+            x if math.isfinite(x) else hex(b) if math.isnan(x) else str(x)
+            for x, b in zip(wide, bits, strict=True)
+        ]
+    return {"dtype": str(value.dtype), "shape": list(value.shape), "values": numbers}
 
 
 def _decoded(document: dict[str, Any]) -> Array:
-    values: list[Any] = document["values"]
-    numbers = [float(x) if isinstance(x, str) else x for x in values]
     # JAX's own dtypes, such as bfloat16, are known by name once jax is imported.
-    return np.array(numbers).astype(document["dtype"]).reshape(document["shape"])
+    dtype, values = np.dtype(document["dtype"]), document["values"]
+    if dtype.kind in "biu":
+        return np.array(values, dtype).reshape(document["shape"])
+    nan_bits = {i: int(x, 16) for i, x in enumerate(values) if str(x).startswith("0x")}
+    numbers = [0.0 if i in nan_bits else float(x) for i, x in enumerate(values)]
+    flat = np.array(numbers).astype(dtype)
+    flat.view(f"u{dtype.itemsize}")[list(nan_bits)] = list(nan_bits.values())
+    return flat.reshape(document["shape"])

@@ -870,7 +870,7 @@ def test_fashion_row_holds_each_seed_at_its_picked_level():
     metrics = {"reached": reached, "norm": np.full((2, 3, 4), 7.0)}
     metrics["validation_accuracy"] = reached[..., 1, 1]
     result = sweep.Result(np.array([0.1, 0.2]), metrics)
-    picked = result.best("validation_accuracy", at=-1)
+    picked = result.best("validation_accuracy", "max", at=-1)
     row = fashion.summarise("iflood", 20, "picked", result, picked)
     assert row["levels"] == [0.1, 0.2, 0.1]
     losses = np.array([0.5, 1.6, 0.7])

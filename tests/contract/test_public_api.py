@@ -43,7 +43,7 @@ SIGNATURES = {
     "levels.held_out_losses": "(fit, evaluate, num_examples, *, num_folds, key)",
     "levels.wavebound": "(target_loss, epsilon)",
     "levels.entropy_floor": "(target_probs)",
-    "levels.on_plateau": "(initial, *, step, patience, minimum, maximum, mode)",
+    "levels.on_plateau": "(initial, *, step, patience, mode, minimum, maximum)",
     "levels.gradient_accordance": "(grads_a, grads_b)",
     "levels.accordance_level": "(losses, accordances, *, threshold)",
     "objective.relax_loss": "(logits, labels, level, *, epoch, upper)",

@@ -208,6 +208,46 @@ def test_held_out_losses_vmapped_are_one_program_with_the_same_folds():
     np.testing.assert_allclose(jax.jit(lambda: run(fit))(), together, atol=1e-5)
 
 
+@pytest.mark.parametrize("vmap", [False, True])
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_held_out_losses_pass_the_check_of_key_reuse(vmap, compile_):
+    def losses(key):
+        return levels.held_out_losses(
+            lambda indices, key: jax.random.normal(key),
+            lambda noise, indices: noise + indices,
+            6,
+            num_folds=3,
+            key=key,
+            vmap=vmap,
+        )
+
+    expected = losses(jax.random.key(4))
+    with jax.debug_key_reuse(True):
+        found = compile_(losses)(jax.random.key(4))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_held_out_losses_give_int32_indices_with_64_bit_types(vmap):
+    seen = []
+
+    def evaluate(train, indices):
+        seen.extend([train.dtype, indices.dtype])
+        return indices * 1.0
+
+    losses = levels.held_out_losses(
+        lambda indices, key: indices,
+        evaluate,
+        6,
+        num_folds=2,
+        key=jax.random.key(0),
+        vmap=vmap,
+    )
+    assert set(seen) == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(losses, np.arange(6.0))
+
+
 def test_held_out_losses_depend_on_the_key_alone():
     run = functools.partial(
         levels.held_out_losses, *least_squares(*regression()), 12, num_folds=3
@@ -356,23 +396,28 @@ def test_on_plateau_follows_its_rule(seed, patience):
     metrics = rng.integers(0, 12, 200).astype(np.float32) - 0.02 * np.arange(200)
     metrics = metrics.astype(np.float32)
     expected = plateau_rule(metrics, 0.25, 0.125, patience, maximum=0.5)
-    result = run_plateau(metrics, 0.25, step=0.125, patience=patience, maximum=0.5)
+    result = run_plateau(
+        metrics, 0.25, step=0.125, patience=patience, mode="max", maximum=0.5
+    )
     np.testing.assert_array_equal(result, expected)
     assert len(set(expected)) > 2, "the rule hardly moved"
     mirrored = run_plateau(
-        -metrics, 0.25, step=0.125, patience=patience, maximum=0.5, mode="min"
+        -metrics, 0.25, step=0.125, patience=patience, mode="min", maximum=0.5
     )
     np.testing.assert_array_equal(mirrored, expected)
 
 
 def test_on_plateau_keeps_the_level_while_the_metric_improves():
     np.testing.assert_array_equal(
-        run_plateau(np.arange(20), 0.1, step=0.05, patience=1), np.float32(0.1)
+        run_plateau(np.arange(20), 0.1, step=0.05, patience=1, mode="max"),
+        np.float32(0.1),
     )
 
 
 def test_on_plateau_raises_to_the_maximum_while_it_costs_nothing():
-    result = run_plateau(np.ones(20), 0.0, step=0.25, patience=3, maximum=0.6)
+    result = run_plateau(
+        np.ones(20), 0.0, step=0.25, patience=3, mode="max", maximum=0.6
+    )
     assert result[3] == 0.25
     assert result[2] == 0.0
     assert result[-1] == np.float32(0.6)
@@ -380,14 +425,14 @@ def test_on_plateau_raises_to_the_maximum_while_it_costs_nothing():
 
 def test_on_plateau_nan_is_never_a_new_best():
     metrics = [0.5, np.nan, 0.4, 0.6, np.nan, np.nan]
-    result = run_plateau(metrics, 0.0, step=0.25, patience=2)
+    result = run_plateau(metrics, 0.0, step=0.25, patience=2, mode="max")
     np.testing.assert_array_equal(result, [0, 0, 0.25, 0.25, 0.25, 0.5])
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0], ids=["from_below", "from_above"])
 def test_on_plateau_hovers_at_the_lowest_level_that_stops_the_decay(start):
     # a model that overfits by 0.3 - level each epoch, and underfits above that level
-    init, update = levels.on_plateau(start, step=0.05, patience=3)
+    init, update = levels.on_plateau(start, step=0.05, patience=3, mode="max")
 
     def epoch(carry, _):
         state, damage = carry
@@ -404,12 +449,33 @@ def test_on_plateau_hovers_at_the_lowest_level_that_stops_the_decay(start):
 
 
 def test_on_plateau_state_is_stable_under_jit():
-    init, update = levels.on_plateau(0.1, step=0.05, patience=2)
+    init, update = levels.on_plateau(0.1, step=0.05, patience=2, mode="max")
     before = jax.tree.map(jax.typeof, init())
     _, state = jax.jit(update)(init(), jnp.float16(0.5))
     assert jax.tree.map(jax.typeof, state) == before
     _, eager = update(init(), 0.5)
     chex.assert_trees_all_equal(eager, state)
+
+
+def test_on_plateau_state_may_be_donated():
+    # Two fields that are one array crash a train step that donates its state.
+    init, update = levels.on_plateau(0.5, step=0.25, patience=1, mode="min")
+    step = jax.jit(update, donate_argnums=0)
+    state, path = init(), []
+    for loss in (1.0, 2.0, 3.0):
+        level, state = step(state, jnp.float32(loss))
+        path.append(float(level))
+    assert path == [0.5, 0.75, 0.75]
+
+
+def test_on_plateau_as_good_as_its_best_after_decay_moves_up():
+    # 1 is best, the window .9 is worse: up. Then 1 again, a tie with the best, in the
+    # first window after a move, which moves the level in this case alone: up.
+    path = run_plateau([1, 0.9, 1, 0.9], 0.0, step=0.25, patience=1, mode="max")
+    np.testing.assert_array_equal(path, [0, 0.25, 0.5, 0.5])
+    # The same where the window before at this level was worse: up, and not down.
+    path = run_plateau([1, 0.9, 0.8, 1], 0.0, step=0.25, patience=1, mode="max")
+    np.testing.assert_array_equal(path, [0, 0.25, 0.25, 0.5])
 
 
 def test_live_edit_of_the_level_neither_recompiles_nor_resets():
@@ -697,7 +763,8 @@ def hold_out(
 
 
 def plateau(**changes):
-    arguments = {"initial": 0.1, "step": 0.1, "patience": 2, "maximum": 0.5} | changes
+    given = {"initial": 0.1, "step": 0.1, "patience": 2, "maximum": 0.5, "mode": "max"}
+    arguments = given | changes
     return levels.on_plateau(arguments.pop("initial"), **arguments)
 
 

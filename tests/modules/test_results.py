@@ -1,12 +1,16 @@
 """What a sweep found: choosing a level, and taking the result elsewhere."""
 
+import inspect
 import json
+import re
 import sys
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from flood_optax import levels
 from flood_optax.sweep import Result
 
 NAN = np.nan
@@ -23,8 +27,17 @@ def ignoring_nan(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "function", [Result.best, Result.best_overall, levels.on_plateau]
+)
+def test_what_is_good_has_no_default(function):
+    # A default would return the worst level of a loss without a word.
+    mode = inspect.signature(function).parameters["mode"]
+    assert mode.default is inspect.Parameter.empty
+
+
 def test_best_is_the_level_per_key_the_lowest_of_equals():
-    best = ignoring_nan(result().best, "acc")
+    best = ignoring_nan(result().best, "acc", "max")
     np.testing.assert_array_equal(best, [0.0, 0.1, 0.1])
 
 
@@ -51,7 +64,7 @@ def test_best_equals_a_search_in_python(seed, mode):
 def test_best_reports_nan_and_gives_nan_where_nothing_else_is():
     scores = np.array([[NAN, 1.0], [NAN, NAN], [NAN, -np.inf]])
     with pytest.warns(UserWarning, match="'acc' is NaN in 4 of 6 runs"):
-        best = result(acc=scores).best("acc")
+        best = result(acc=scores).best("acc", "max")
     np.testing.assert_array_equal(best, [NAN, 0.2])
     np.testing.assert_array_equal(
         result(acc=scores).nan_runs("acc"), [[0, 0], [1, 0], [1, 1], [2, 0]]
@@ -69,9 +82,9 @@ def test_best_prefers_the_worst_number_to_nan(mode, worst):
 def test_best_of_a_curve_takes_the_step_asked_for():
     curves = np.array([[[1, 5, 2]], [[3, 3, 3]], [[4, 1, NAN]]], float)
     made = result(acc=curves)
-    np.testing.assert_array_equal(made.best("acc", at=0), [0.1])
-    np.testing.assert_array_equal(ignoring_nan(made.best, "acc", at=-1), [0.0])
-    np.testing.assert_array_equal(made.best("acc", at="best"), [0.2])
+    np.testing.assert_array_equal(made.best("acc", "max", at=0), [0.1])
+    np.testing.assert_array_equal(ignoring_nan(made.best, "acc", "max", at=-1), [0.0])
+    np.testing.assert_array_equal(made.best("acc", "max", at="best"), [0.2])
     np.testing.assert_array_equal(made.best("acc", "min", at="best"), [0.1])
 
 
@@ -79,8 +92,8 @@ def test_best_of_integers_and_half_precision():
     counts = np.array([[1], [3], [2]], np.int32)
     half = np.array([[0.5], [0.25], [2.0]], jnp.bfloat16)
     made = result(counts=counts, half=half)
-    np.testing.assert_array_equal(made.best("counts"), [0.0])
-    np.testing.assert_array_equal(made.best("half"), [0.1])
+    np.testing.assert_array_equal(made.best("counts", "max"), [0.0])
+    np.testing.assert_array_equal(made.best("half", "max"), [0.1])
 
 
 def test_best_without_keys_is_one_level():
@@ -93,7 +106,7 @@ def test_best_without_keys_is_one_level():
 
 def test_best_overall_is_the_best_mean_with_its_standard_error():
     scores = np.array([[0.9, 0.7, 0.8], [0.8, 0.6, 0.76], [1.0, NAN, 1.0]])
-    choice = ignoring_nan(result(acc=scores).best_overall, "acc")
+    choice = ignoring_nan(result(acc=scores).best_overall, "acc", "max")
     assert choice.level == 0.2  # 0.1 is better where it is known, but has a NaN
     assert choice.mean == pytest.approx(0.8, rel=1e-12)
     # Deviations .1, -.1, 0: s = sqrt(.02 / 2), divided by sqrt(3).
@@ -105,23 +118,43 @@ def test_one_standard_error_takes_the_lowest_level_within_it():
     # The mean of level 0 is .72, below .8 - .0577 = .7423; that of 0.1 is .75, within.
     scores = np.array([[0.9, 0.7, 0.8], [0.72] * 3, [0.75] * 3])
     made = result(acc=scores)
-    assert made.best_overall("acc").level == 0.2
-    careful = made.best_overall("acc", one_standard_error=True)
+    assert made.best_overall("acc", "max").level == 0.2
+    careful = made.best_overall("acc", "max", one_standard_error=True)
     assert (careful.level, careful.standard_error) == (0.1, 0.0)
     assert made.best_overall("acc", "min", one_standard_error=True).level == 0.0
 
 
 def test_one_standard_error_needs_two_keys():
     made = result(acc=SCORES[:, :1])
-    assert np.isnan(made.best_overall("acc").standard_error)
+    assert np.isnan(made.best_overall("acc", "max").standard_error)
     with pytest.raises(ValueError, match="needs two keys at least, got 1"):
-        made.best_overall("acc", one_standard_error=True)
+        made.best_overall("acc", "max", one_standard_error=True)
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize(
+    ("scores", "mode", "level", "mean"),
+    [
+        ([[1, 2], [np.inf, 3], [4, 4.5]], "max", 0.0, np.inf),
+        ([[1, 2], [np.inf, 3], [4, 4.5]], "min", 0.2, 1.5),
+        ([[1, 2], [np.inf, 3], [np.inf, np.inf]], "max", 0.0, np.inf),
+        ([[np.inf, 2], [NAN, 3], [np.inf, np.inf]], "min", 0.1, np.inf),
+        ([[np.inf, -np.inf], [5, 5], [4, 4]], "max", 0.0, 5.0),
+        ([[-np.inf, 2], [3, 3], [3, 4]], "min", 0.2, -np.inf),
+    ],
+)
+def test_best_overall_with_infinite_runs(scores, mode, level, mean, careful):
+    # Warnings are errors: an infinite run is a result, not a fault of the arithmetic.
+    made = result(m=np.array(scores, float))
+    call = ignoring_nan if np.isnan(scores).any() else lambda f, *a, **k: f(*a, **k)
+    choice = call(made.best_overall, "m", mode, one_standard_error=careful)
+    assert (choice.level, choice.mean) == (level, mean)
 
 
 def test_best_overall_without_a_level_free_of_nan_is_refused():
     scores = np.array([[1, NAN], [NAN, 1], [NAN, NAN]])
     with pytest.raises(ValueError, match="got NaN at every level"):
-        ignoring_nan(result(acc=scores).best_overall, "acc")
+        ignoring_nan(result(acc=scores).best_overall, "acc", "max")
 
 
 CURVES = np.arange(24.0).reshape(3, 2, 4)
@@ -137,15 +170,18 @@ def test_curves_of_a_level_and_of_one_level_per_key():
 
 
 ERRORS = {
-    "metric": (lambda r: r.best("auc"), "must be one of 'acc', 'loss', got 'auc'"),
-    "metric overall": (lambda r: r.best_overall("auc"), "`Result.best_overall"),
+    "metric": (
+        lambda r: r.best("auc", "max"),
+        "must be one of 'acc', 'loss', got 'auc'",
+    ),
+    "metric overall": (lambda r: r.best_overall("auc", "max"), "`Result.best_overall"),
     "metric nan": (lambda r: r.nan_runs("auc"), "`Result.nan_runs"),
     "metric curves": (lambda r: r.curves("auc", 0.1), "`Result.curves"),
     "mode": (lambda r: r.best("acc", "most"), 'must be "max" or "min", got \'most\''),
-    "curve": (lambda r: r.best("loss"), "got a curve of 4 steps: pass `at=-1`"),
-    "no curve": (lambda r: r.best("acc", at=-1), "needs a curve, got 'acc'"),
-    "step": (lambda r: r.best("loss", at=4), r"step in \[-4, 4\), got 4"),
-    "step word": (lambda r: r.best("loss", at="last"), "got 'last'"),
+    "curve": (lambda r: r.best("loss", "max"), "got a curve of 4 steps: pass `at=-1`"),
+    "no curve": (lambda r: r.best("acc", "max", at=-1), "needs a curve, got 'acc'"),
+    "step": (lambda r: r.best("loss", "max", at=4), r"step in \[-4, 4\), got 4"),
+    "step word": (lambda r: r.best("loss", "max", at="last"), "got 'last'"),
     "level": (lambda r: r.curves("loss", 0.3), "got 0.3; there are 0.2, 0, 0.1"),
     "levels": (lambda r: r.curves("loss", [0.1] * 3), r"got shape \(3,\) for the axes"),
     "no curve plot": (lambda r: r.plot_curves("acc", 0.1), "one number per step"),
@@ -161,7 +197,7 @@ def test_result_refuses(case):
 
 def test_best_of_more_than_a_curve_is_refused():
     with pytest.raises(ValueError, match=r"one number per step, got .* 'axis_3'\)"):
-        result(confusion=np.zeros((3, 2, 4, 4))).best("confusion", at=-1)
+        result(confusion=np.zeros((3, 2, 4, 4))).best("confusion", "max", at=-1)
 
 
 def test_json_round_trip_is_exact():
@@ -184,6 +220,58 @@ def test_json_round_trip_is_exact():
     for ours, theirs in pairs:
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         assert ours.tobytes() == theirs.tobytes()
+
+
+def every_bit_pattern(dtype):
+    """All 2**8 or 2**16 numbers of a dtype; of a wider one the odd and many more."""
+    dtype = np.dtype(dtype)
+    if dtype == np.bool_:
+        return np.array([True, False, True])
+    if dtype.itemsize == 1:
+        return np.arange(256, dtype=np.uint8).view(dtype)
+    if dtype.itemsize == 2:
+        return np.arange(2**16, dtype=np.uint16).view(dtype)
+    bits = np.random.default_rng(0).integers(
+        0, 2 ** (8 * dtype.itemsize) - 1, 3000, f"u{dtype.itemsize}", endpoint=True
+    )
+    odd = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1 / 3]
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        odd = [0, info.min, info.max, info.max - 1, info.max // 2 + 1]
+    return np.concatenate([bits.view(dtype), np.array(odd, dtype)])
+
+
+EVERY_DTYPE = [
+    *(np.dtype(f"{kind}{n}") for kind in "iu" for n in (1, 2, 4, 8)),
+    *(np.dtype(name) for name in ("bool", "f2", "f4", "f8")),
+    *map(np.dtype, [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]),
+    *map(np.dtype, [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fnuz]),
+]
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_json_gives_every_number_back_bit_for_bit(dtype):
+    values = every_bit_pattern(dtype)
+    made = Result(LEVELS, {"m": np.stack([values] * 3)})
+    again = Result.from_json(made.to_json()).metrics["m"]
+    assert (again.dtype, again.shape) == (dtype, (3, len(values)))
+    assert again.tobytes() == made.metrics["m"].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn"])
+def test_json_gives_numbers_of_four_bits_back(dtype):
+    dtype = np.dtype(getattr(ml_dtypes, dtype))
+    values = np.array([[0], [1.0], [2.0]]).astype(dtype)
+    again = Result.from_json(Result(LEVELS, {"m": values}).to_json()).metrics["m"]
+    assert again.dtype == dtype
+    assert again.tobytes() == values.tobytes()
+
+
+def test_json_written_before_nan_had_bits_is_still_read():
+    text = Result(LEVELS, {"m": SCORES}).to_json()
+    (bits,) = set(re.findall(r'"0x[0-9a-f]+"', text))
+    again = Result.from_json(text.replace(bits, '"nan"'))
+    np.testing.assert_array_equal(again.metrics["m"], SCORES)
 
 
 def test_json_is_strict_and_keeps_what_forked_counts():
@@ -219,6 +307,27 @@ def test_xarray_names_the_axes():
     assert forked["loss"].dims == ("level", "step", "axis_2")
 
 
+def test_xarray_of_metrics_of_different_lengths_and_names_of_axes():
+    pytest.importorskip("xarray")
+    metrics = {
+        "loss": CURVES,
+        "valid": CURVES[..., ::2],
+        "level": SCORES[:, :2],
+        "grid": np.zeros((3, 2, 4, 5)),
+        "other": np.zeros((3, 2, 4, 5)),
+    }
+    data = result(**metrics).to_xarray()
+    assert data["loss"].dims == ("level", "key", "step_loss")
+    assert data["valid"].dims == ("level", "key", "step_valid")
+    assert data["grid"].dims == ("level", "key", "step_grid", "axis_3")
+    assert data["level_"].dims == ("level", "key")
+    np.testing.assert_array_equal(data["valid"].sel(level=0.1), CURVES[2, :, ::2])
+    np.testing.assert_array_equal(data["level"], LEVELS)
+    np.testing.assert_array_equal(data["level_"], SCORES[:, :2])
+    equal = result(loss=CURVES, valid=-CURVES).to_xarray()
+    assert equal["valid"].dims == ("level", "key", "step")
+
+
 @pytest.fixture
 def pyplot():
     matplotlib = pytest.importorskip("matplotlib")
@@ -242,6 +351,17 @@ def test_plot_shows_mean_and_runs_in_order_of_levels(pyplot):
     low, high = band.get_datalim(ax.transData).get_points()[:, 1]
     assert (low, high) == pytest.approx((2 - np.sqrt(2), 4 + np.sqrt(2)))
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("flood level", "acc")
+
+
+def test_plot_of_infinite_runs_and_of_each_best_step(pyplot):
+    scores = np.array([[3.0, np.inf], [1.0, 3.0], [2.0, 4.0]])
+    mean, *_ = result(acc=scores).plot("acc").get_lines()
+    np.testing.assert_array_equal(mean.get_ydata(), [2.0, 3.0, np.inf])
+    pyplot.close("all")
+    mean, *_ = result(loss=CURVES).plot("loss", "min", at="best").get_lines()
+    np.testing.assert_array_equal(mean.get_ydata(), CURVES.min(-1).mean(-1)[[1, 2, 0]])
+    with pytest.raises(ValueError, match='needs `mode`, "max" or "min", got None'):
+        result(loss=CURVES).plot("loss", at="best")
 
 
 def test_plot_curves_shows_the_chosen_level(pyplot):
