@@ -16,7 +16,7 @@ from scipy import stats
 
 from benchmarks import models, record, report
 from benchmarks.images import TITLES, Images, draw, load
-from benchmarks.synthetic import interval, new_figure, one_thread_per_run, sd
+from benchmarks.synthetic import epoch_of, interval, new_figure, one_thread_per_run, sd
 from flood_optax import flood_loss, flood_mean, levels, shapes, sweep
 from flood_optax.objective import relax_loss
 
@@ -485,6 +485,26 @@ def half_width(row: Mapping[str, Any]) -> float:
 def with_error(mean: float, half: float, sign: str = "") -> str:
     """A mean, and its interval where there is one."""
     return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns, intervals and gain of each method."""
+
+    def base_of(row: Mapping[str, Any]) -> str:
+        return f"{row['noise']:.0%}/{epoch_of(row)}"
+
+    def name_of(row: Mapping[str, Any]) -> str:
+        return f"{base_of(row)}/{row['method']}"
+
+    rows = payload["rows"]
+    found = report.named(rows, name_of)
+    plain = {base_of(row): row for row in rows if row["method"] == "plain"}
+    for row in rows:
+        gain, half = interval(row, plain[base_of(row)])
+        found[f"{name_of(row)}/accuracy_half"] = half_width(row)
+        found[f"{name_of(row)}/picked_median"] = float(np.median(row["picked"]))
+        found |= {f"{name_of(row)}/gain": gain, f"{name_of(row)}/gain_half": half}
+    return found
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:

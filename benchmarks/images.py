@@ -14,7 +14,7 @@ from jax import lax
 
 import flood_optax
 from benchmarks import data, models, record, report
-from benchmarks.synthetic import interval, one_thread_per_run, sd
+from benchmarks.synthetic import epoch_of, interval, one_thread_per_run, sd
 from flood_optax import sharpness, sweep
 
 TITLES = {
@@ -264,6 +264,29 @@ def by_level(name: str, noise: float, result: sweep.Result) -> list[dict[str, An
             row[f"{measure}_after"] = float(metrics["flatness_after"][:, j].mean())
         rows.append(row)
     return rows
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and gain of each pair, and of each level."""
+    rows = payload["rows"]
+
+    def base_of(row: Mapping[str, Any]) -> str:
+        return f"{row['data']}/{row['noise']:.0%}"
+
+    def pair_of(row: Mapping[str, Any]) -> str:
+        return f"{base_of(row)}/{epoch_of(row)}"
+
+    def entry_of(row: Mapping[str, Any]) -> str:
+        return f"{pair_of(row)}/{'flooded' if row['flooded'] else 'plain'}"
+
+    def level_of(row: Mapping[str, Any]) -> str:
+        return f"{base_of(row)}/level-{row['level']:g}"
+
+    found = report.named(rows, entry_of) | report.named(payload["by_level"], level_of)
+    for plain, flooded in zip(rows[::2], rows[1::2], strict=True):
+        gain, half = interval(flooded, plain)
+        found |= {f"{pair_of(plain)}/gain": gain, f"{pair_of(plain)}/gain_half": half}
+    return found
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:

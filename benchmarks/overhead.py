@@ -39,6 +39,12 @@ SHORT = (  # of the variants, for the README
 )
 
 
+COMPARED = (  # with the reference
+    *("time_ratio_median", "flops_ratio", "temp_memory_ratio"),
+    *("more_kernels", "compile_ratio", "compiles"),
+)
+
+
 class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -227,6 +233,26 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return row | {"more_kernels": more, "compile_ratio": slower}
 
     return [beside(row) for row in rows if row["variant"] != "plain"]
+
+
+def numbers(payload: dict[str, Any]) -> dict[str, Any]:
+    """Columns of each row, and over all settings their least, median and greatest."""
+    rows = compared(payload["rows"])
+    found = report.named(
+        rows,
+        lambda row: "/".join(
+            report.slug(row[part])
+            for part in ("variant", "model", "optimizer", "dtype")
+        ),
+    )
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        for column in COMPARED:
+            if seen := known(mine, column):
+                base = f"{report.slug(name)}/{column}"
+                found |= {f"{base}/min": min(seen), f"{base}/max": max(seen)}
+                found[f"{base}/median"] = statistics.median(seen)
+    return found
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Trains a digit classifier on noisy labels, plain and flooded in both forms."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The generated tables of the README."""
     return {"quickstart": table(payload["rows"])}
+
+
+def numbers(payload: dict[str, Any]) -> dict[str, Any]:
+    """Columns of each row, of either form, and where plain training was best."""
+
+    def row_of(row: Mapping[str, Any]) -> str:
+        return "plain" if row["level"] is None else f"flooded/{row['level']:g}"
+
+    shown = [row for row in payload["rows"] if row["form"] != "loss form"]
+    found = report.named(shown, row_of)
+    name = "largest_parameter_difference_between_forms"
+    found["forms_apart"] = payload[name]
+    curve = np.asarray(payload["curves"]["plain"]).mean(0)  # [epochs, metrics]
+    best = int(curve[:, METRICS.index("test_loss")].argmin())
+    found["plain/best/epoch"] = best + 1
+    at_best = zip(METRICS, curve[best].tolist(), strict=True)
+    return found | {f"plain/best/{metric}": value for metric, value in at_best}
 
 
 def figures(payload: dict[str, Any]) -> dict[str, Any]:

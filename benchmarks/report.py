@@ -1,16 +1,33 @@
-"""Regenerates the tables and figures of README.md and docs/ from the results."""
+"""Regenerates the tables, numbers and figures of README.md and docs/ from the results.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`, each on a line
+of its own. A number in running text stands between markers of its own,
+
+    gains <!-- figure:synthetic/spiral/5%/last/gain .1f -->4.1<!-- /figure --> points
+
+with its name, and after a space Python's format for it, `g` if left out; a line may end
+at any space. `python -m benchmarks report` writes the number, `report --check` finds it
+changed, misspelt or left open, `report --names WORDS` lists the names that hold every
+word, with their values. A name begins with that of the record. What follows is a key of
+the study's `numbers(payload)` or, without one, the words of a row and the column.
+"""
 
 import argparse
+import difflib
 import importlib
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import record
 
 MARKER = re.compile(
     r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table:(?P=name) -->", re.S
+)
+FIGURE = re.compile(
+    r"(?P<opening><!--\s+figure:(?P<name>\S+)(?:\s+(?P<format>\S+?))?\s+-->)"
+    r"(?P<body>[^<]*)(?P<closing><!--\s+/figure\s+-->)"
 )
 
 
@@ -30,18 +47,46 @@ def provenance(payload: Mapping[str, Any]) -> str:
     )
 
 
-def records(results: pathlib.Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each record with its benchmark; `NAME-WHAT.json` is another record of NAME."""
+def named(
+    rows: Iterable[Mapping[str, Any]],
+    name: Callable[[Mapping[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """The numbers of the rows by NAME/COLUMN; without `name` by the words of the row.
+
+    Raises:
+      ValueError: if two rows have one name.
+    """
+
+    def words(row: Mapping[str, Any]) -> str:
+        return "/".join(slug(value) for value in row.values() if isinstance(value, str))
+
+    found: dict[str, Any] = {}
+    for row in rows:
+        base = (name or words)(row)
+        for column, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if (key := f"{base}/{column}") in found:
+                    raise ValueError(f"Two rows make the number {key}.")
+                found[key] = value
+    return found
+
+
+def slug(words: str) -> str:
+    """Words as one: in a name there is no space."""
+    return re.sub(r"[^\w.%+-]+", "-", words).strip("-")
+
+
+def records(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each record, its name and benchmark; `NAME-WHAT` is another record of NAME."""
     for path in sorted(results.glob("*.json")):
-        name = path.stem.partition("-")[0]
-        module = importlib.import_module(f"benchmarks.{name}")
-        yield module, record.read(path.stem, results)
+        module = importlib.import_module(f"benchmarks.{path.stem.partition('-')[0]}")
+        yield path.stem, module, record.read(path.stem, results)
 
 
 def tables(results: pathlib.Path) -> dict[str, str]:
     """Every table the results give: each benchmark's `tables(payload)`, by marker."""
     found: dict[str, str] = {}
-    for module, payload in records(results):
+    for _, module, payload in records(results):
         made = module.tables(payload)
         if again := found.keys() & made.keys():
             raise ValueError(f"Two benchmarks make the table {sorted(again)}.")
@@ -49,15 +94,52 @@ def tables(results: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def render(text: str, made: Mapping[str, str]) -> str:
-    """The page with the tables that exist written between their markers."""
+def numbers(results: pathlib.Path) -> dict[str, Any]:
+    """Every number that running text may show, by its name."""
+    found: dict[str, Any] = {}
+    for name, module, payload in records(results):
+        if hasattr(module, "numbers"):
+            made = module.numbers(payload)
+        else:
+            made = named(payload.get("rows", ()))
+        found |= {f"{name}/{key}": value for key, value in made.items()}
+    return found
+
+
+def render(text: str, made: Mapping[str, str], known: Mapping[str, Any]) -> str:
+    """The page with the tables and numbers that exist written between their markers."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         body = f"\n{made[name].strip()}\n\n" if name in made else match["body"]
         return f"<!-- table:{name} -->\n{body}<!-- /table:{name} -->"
 
-    return MARKER.sub(fill, text)
+    def write(match: re.Match[str]) -> str:
+        if match["name"] not in known:
+            return match[0]
+        body = format(known[match["name"]], match["format"] or "g")
+        return match["opening"] + body + match["closing"]
+
+    return FIGURE.sub(write, MARKER.sub(fill, text))
+
+
+def wrong_figures(text: str, known: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers in the running text of a page."""
+    complete = list(FIGURE.finditer(text))
+    closed = {match.start() for match in complete}
+    wrong = [
+        f"figure {opened[1]} has no end marker"
+        for opened in re.finditer(r"<!--\s+figure:(\S*)", text)
+        if opened.start() not in closed
+    ]
+    for match in complete:
+        name, shown = match["name"], match["body"]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            wrong.append(f"figure {name} has no result; close: {', '.join(close)}")
+        elif (due := format(known[name], match["format"] or "g")) != shown:
+            wrong.append(f"figure {name} is {due}, the page shows {shown!r}")
+    return wrong
 
 
 def pages(repository: pathlib.Path) -> list[pathlib.Path]:
@@ -71,11 +153,11 @@ def check(
     """What differs between pages and results; an empty list if nothing does.
 
     A marker without a result, an opening marker without its end and a table no page
-    shows are differences as well.
+    shows are differences as well; a number no page shows is none.
     """
     repository = repository or record.REPOSITORY
     results = results or repository / "benchmarks" / "results"
-    made = tables(results)
+    made, known = tables(results), numbers(results)
     shown: set[str] = set()
     wrong: list[str] = []
     for page in pages(repository):
@@ -91,8 +173,9 @@ def check(
         wrong += [
             f"{name}: table {marker} differs from its result"
             for marker, match in complete.items()
-            if marker in made and render(match[0], made) != match[0]
+            if marker in made and render(match[0], made, {}) != match[0]
         ]
+        wrong += [f"{name}: {fault}" for fault in wrong_figures(text, known)]
     wrong += [f"no page shows the table {name}" for name in sorted(made.keys() - shown)]
     return wrong
 
@@ -100,7 +183,7 @@ def check(
 def figures(repository: pathlib.Path, results: pathlib.Path) -> list[pathlib.Path]:
     """Draws each benchmark's `figures(payload)`, if it has any, into docs/figures."""
     drawn: list[pathlib.Path] = []
-    for module, payload in records(results):
+    for _, module, payload in records(results):
         if hasattr(module, "figures"):
             for name, fig in module.figures(payload).items():
                 target = repository / "docs" / "figures" / f"{name}.png"
@@ -111,16 +194,26 @@ def figures(repository: pathlib.Path, results: pathlib.Path) -> list[pathlib.Pat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument(
+        "--names", nargs="*", metavar="WORD", help="list the numbers named so"
+    )
     args = parser.parse_args(argv)
     repository = record.REPOSITORY
     results = repository / "benchmarks" / "results"
+    if args.names is not None:
+        for name, value in numbers(results).items():
+            if all(word in name for word in args.names):
+                print(f"{name}  {value:.6g}")
+        return
     if not args.check:
-        made = tables(results)
+        made, known = tables(results), numbers(results)
         for page in pages(repository):
             before = page.read_text(encoding="utf-8")
-            after = render(before, made)
+            after = render(before, made, known)
             if after != before:
                 page.write_text(after, encoding="utf-8")
                 print(f"Wrote {page.relative_to(repository)}")

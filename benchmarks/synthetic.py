@@ -313,6 +313,42 @@ def interval(entry: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[float,
     return float(gains.mean()), t * sd(gains) / math.sqrt(len(gains))
 
 
+def epoch_of(row: Mapping[str, Any]) -> str:
+    """Where a row was read off: at the last epoch, or at the best one."""
+    return "best" if row["early_stopping"] else "last"
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and gain of each cell, each level, the troughs of each curve."""
+    cells = payload["cells"]
+
+    def cell_of(row: Mapping[str, Any]) -> str:
+        return f"{row['data']}/{row['noise']:.0%}"
+
+    def entry_of(cell: Mapping[str, Any]) -> str:
+        training = "flooded" if cell["flooded"] else "plain"
+        return f"{cell_of(cell)}/{epoch_of(cell)}/{training}"
+
+    found = report.named(cells, entry_of)
+    for plain, flooded in zip(cells[::2], cells[1::2], strict=True):
+        gain, half = interval(flooded, plain)
+        base = f"{cell_of(plain)}/{epoch_of(plain)}"
+        found |= {f"{base}/gain": gain, f"{base}/gain_half": half}
+    for cell in payload["by_level"]:
+        for i, level in enumerate(cell["level"]):
+            for column in cell.keys() - {"data", "noise", "level"}:
+                found[f"{cell_of(cell)}/level-{level:g}/{column}"] = cell[column][i]
+    for curve in payload["curves"]:
+        loss, descent = curve["test_loss"], second_descent(curve["test_loss"])
+        base = f"{cell_of(curve)}/curve-{'flooded' if curve['level'] else 'plain'}"
+        at = {"lowest": int(np.argmin(loss)), "last": len(loss) - 1}
+        at |= {} if descent is None else descent._asdict()
+        for name, epoch in at.items():
+            found[f"{base}/{name}"] = loss[epoch]
+            found[f"{base}/{name}_epoch"] = epoch
+    return found
+
+
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The table of the paper beside ours, and a sentence on what it shows."""
     cells = payload["cells"]
