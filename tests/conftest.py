@@ -30,8 +30,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")  # the workers share the cores already
 
-# scripts, which tests start in processes of their own
-collect_ignore = ["contract/precision_matrix.py", "contract/optax_conformance.py"]
+# a script, which a test starts in a process of its own
+collect_ignore = ["contract/optax_conformance.py"]
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -44,7 +44,7 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs the test with 64-bit types."""
-    import jax
+    import jax  # noqa: PLC0415 - after the variables above
 
     jax.config.update("jax_enable_x64", True)
     try:

@@ -1,13 +1,13 @@
-"""Both forms against numpy in one numeric mode of JAX, in a process of its own.
+"""Both forms against numpy in every numeric mode of JAX.
 
-`python precision_matrix.py MODE [CHECK ...]`; exits with 1 and names what failed.
+This file is also a script, `python test_modes.py MODE`: a mode has a process of
+its own, which runs every check and reports each by name.
 """
 
 import contextlib
 import functools
 import itertools
 import sys
-import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import pytest
 
 from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood, shapes
 from flood_optax.levels import warmup
+from tests import processes
 
 
 class Mode(NamedTuple):
@@ -69,7 +70,7 @@ MODES = {
     "guarded": Mode(guarded, {"leaks": leak, "transfers": lambda: jnp.ones(3) + 1.5}),
     "disable_jit": Mode(jax.disable_jit, {}),
 }
-NAME = sys.argv[1]
+NAME = sys.argv[1] if __name__ == "__main__" else "plain"
 MODE = MODES[NAME]
 X64 = NAME == "x64"
 THOROUGH = NAME in ("plain", "x64")
@@ -412,20 +413,18 @@ def check_vector_losses_are_refused():
             optimizer.update(params, state, params, value=vector)
 
 
-CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_")
+}
 
 
-def main(names):
-    failed = []
-    for name in names or CHECKS:
-        try:
-            CHECKS[name]()
-        except Exception:
-            failed.append(name)
-            traceback.print_exc(limit=-4)
-    print(f"{len(names or CHECKS)} checks in mode {NAME}, failed: {failed}")  # noqa: T201
-    sys.exit(bool(failed))
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("mode", MODES)
+def test_both_forms_equal_numpy_in_mode(mode, check):
+    processes.assert_held(check, __file__, mode)
 
 
 if __name__ == "__main__":
-    main(sys.argv[2:])
+    processes.report(CHECKS)
