@@ -32,8 +32,12 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     bound = jnp.where(off, jnp.zeros_like(level), level)  # -inf would make a NaN below
     residual = loss - bound
     phi = shape.value(residual)
-    # Above the level (loss - level) + level would round: take the loss as it is.
-    value = jnp.where(off | (phi == residual), loss, phi + bound)
+    # Above the level (loss - level) + level would round: take the loss as it is. At a
+    # tie it takes off a zero that carries phi': where custom rules do not count, as in
+    # `jax.experimental.jet`, the value is differentiated.
+    at_tie = jnp.logical_not(off) & (residual == 0)
+    exact = jnp.where(at_tie, loss - (residual - phi), loss)
+    value = jnp.where(off | (phi == residual), exact, phi + bound)
     multiplier = shape.multiplier(residual).astype(dtype)
     multiplier = jnp.where(off, jnp.ones_like(multiplier), multiplier)
     return Bent(loss, level, value, multiplier)
@@ -51,9 +55,23 @@ def flood_share(
     return with_slope(share, value, slope), bent
 
 
+def check_shape(shape: Any, call: str) -> None:
+    """Demands a Shape."""
+    if isinstance(shape, Shape):
+        return
+    got = type(shape).__name__
+    if callable(shape):
+        name = getattr(shape, "__name__", got)
+        got = f"the function {name}: if it makes a shape, call it: {name}()"
+    raise TypeError(f"`{call}` must be a `flood_optax.Shape`, got {got}.")
+
+
 @jax.custom_jvp
 def with_slope(loss: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
     """`value`, whose derivative with respect to `loss` is `slope`."""
+    # The rule of `value` is None, which stops its gradient; stopped by `stop_gradient`
+    # it would be a constant to `jax.experimental.jet`. Stopping the slope would take
+    # away the second derivative of `soft`.
     del loss, slope
     return value
 

@@ -16,17 +16,17 @@ DROPS_VALUE = (
     "`TrainState.apply_gradients` drop extra arguments; where the loss cannot be "
     "passed, flood the loss instead: `flood_optax.flooded(loss_fn, level)`."
 )
+NUMBERS = numbers.Real | np.generic | np.ndarray | jax.Array
 
 
 def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> None:
     """Demands one real number for which ``holds``, which a tracer is not asked."""
-    kinds = numbers.Real | np.generic | np.ndarray | jax.Array
-    if isinstance(given, bool) or not isinstance(given, kinds):
+    if isinstance(given, bool) or not isinstance(given, NUMBERS):
         raise TypeError(
             f"`{call}` must be a real number, got {given!r} of type "
             f"{type(given).__name__}."
         )
-    dtype, shape = jnp.result_type(given), jnp.shape(given)
+    dtype, shape = jnp.result_type(given), np.shape(cast(ArrayLike, given))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
     if shape != ():
@@ -46,6 +46,13 @@ def integer(call: str, given: Any, *, least: int) -> int:
     if found < least:
         raise ValueError(f"`{call}` must be at least {least}, got {found}.")
     return found
+
+
+def function(call: str, given: Any, remedy: str = "") -> None:
+    """Demands something to call."""
+    if not callable(given):
+        got = type(given).__name__
+        raise TypeError(f"`{call}` must be callable, got {got}{remedy}.")
 
 
 def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
@@ -80,12 +87,15 @@ def check_level(level: Any, call: str) -> None:
 
     -inf is legal and means off, negative levels are legal (densities).
     """
-    if isinstance(level, bool) or not isinstance(
-        level, numbers.Real | np.generic | np.ndarray | jax.Array
-    ):
+    if level is None:
+        raise TypeError(
+            f"`{call}` must be a number or an array of numbers, got None. "
+            "To switch flooding off, use -inf: the loss is never below it."
+        )
+    if isinstance(level, bool) or not isinstance(level, NUMBERS):
         raise TypeError(
             f"`{call}` must be a number or an array of numbers, "
-            f"got {level!r} of type {type(level).__name__}."
+            f"got {level!r} of type {type(level).__name__}.{_unwrapping(level)}"
         )
     dtype = jnp.result_type(level)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -117,19 +127,33 @@ def check_scalar_level(level: Any, call: str) -> None:
 
 
 def real_array(loss: Any, call: str) -> jax.Array:
-    """The loss as an array; only real floats can be flooded."""
-    kind = type(loss).__name__
+    """The loss as an array; only real floats of 16 bits or more can be flooded."""
     if isinstance(loss, tuple):
         raise TypeError(
-            f"`{call}` must be the loss alone, got a {kind}: "
+            f"`{call}` must be the loss alone, got a tuple of {len(loss)}: "
             "pass the loss without aux, or use has_aux=True where there is one."
         )
-    if loss is None or isinstance(loss, str | list | dict):
-        raise TypeError(f"`{call}` must be an array of real floats, got {kind}.")
+    if loss is None or isinstance(loss, str | list | dict) or _unwrapping(loss):
+        raise TypeError(
+            f"`{call}` must be an array of real floats, got {type(loss).__name__}."
+            f"{_unwrapping(loss)}"
+        )
     array = jnp.asarray(loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"`{call}` must be of a real float dtype, got {array.dtype}.")
+    if array.dtype.itemsize < 2:  # the largest of these also stands for inf or NaN
+        raise TypeError(
+            f"`{call}` must have 16 bits at least, got {array.dtype}: compute it in a "
+            "wider dtype, or cast it, `.astype(jnp.float32)`."
+        )
     return array
+
+
+def _unwrapping(given: Any) -> str:
+    """How to get at the array in an array with named axes, which hides it from JAX."""
+    if not callable(getattr(given, "scalar", None)):
+        return ""
+    return " Pass the array in it: `.scalar()` where it has no axes, else `.array`."
 
 
 def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
@@ -149,9 +173,13 @@ def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.
     sizes = zip(array.shape[::-1], shape[::-1], strict=False)
     fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in sizes)
     if not fits:
+        hint = ""
+        if array.shape == shape[: array.ndim]:
+            axes = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
+            hint = f" A level per entry of the leading axes is `level[{axes}]`."
         raise ValueError(
             f"`{call}` must broadcast to the shape {shape} of the losses, "
-            f"got shape {array.shape}."
+            f"got shape {array.shape}.{hint}"
         )
     return jnp.broadcast_to(array, shape)
 
@@ -193,15 +221,7 @@ def segments(
         raise ValueError(
             '`flood_mean(over="segment")` needs `num_segments`, a static int, got None.'
         )
-    if isinstance(num_segments, bool) or not isinstance(num_segments, int | np.integer):
-        raise TypeError(
-            "`flood_mean(num_segments=...)` must be a static int, "
-            f"got {num_segments!r}."
-        )
-    if num_segments < 1:
-        raise ValueError(
-            f"`flood_mean(num_segments=...)` must be positive, got {num_segments}."
-        )
+    count = integer("flood_mean(num_segments=...)", num_segments, least=1)
     ids = jnp.asarray(segment_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
@@ -213,10 +233,10 @@ def segments(
             f"got {ids.shape}."
         )
     if isinstance(segment_ids, np.ndarray) and (
-        segment_ids.min() < 0 or segment_ids.max() >= num_segments
+        segment_ids.min() < 0 or segment_ids.max() >= count
     ):
         raise ValueError(
-            f"`flood_mean(segment_ids=...)` must lie in [0, {num_segments}), got "
+            f"`flood_mean(segment_ids=...)` must lie in [0, {count}), got "
             f"{segment_ids.min()} to {segment_ids.max()}."
         )
-    return ids, int(cast(int, num_segments))
+    return ids, count

@@ -1,5 +1,7 @@
 """The mean of many losses, flooded over a partition of the batch."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal
 
@@ -7,12 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, flood_share, global_mean, like, wide, with_slope
+from flood_optax.bend import (
+    AxisName,
+    check_shape,
+    flood_share,
+    global_mean,
+    like,
+    wide,
+    with_slope,
+)
 from flood_optax.checks import (
     broadcast_level,
     check_level,
     check_scalar_level,
     loss_mask,
+    one_of,
     real_array,
     segments,
 )
@@ -64,12 +75,6 @@ def flood_mean(
     Returns:
       A scalar of the dtype of ``losses``.
 
-    Raises:
-      TypeError: if ``losses`` are no real floats, ``level`` no number, ``where`` not
-        boolean or ``segment_ids`` not integers.
-      ValueError: if ``over`` is unknown, segment_ids or num_segments are missing or
-        out of place, a shape does not fit, or the batch is empty.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> losses = jnp.array([0.01, 0.02, 0.2, 0.3])
@@ -90,11 +95,8 @@ def flood_mean(
     """
     losses = real_array(losses, "flood_mean(losses)")
     check_level(level, "flood_mean(level=...)")
-    if over not in ("batch", "example", "segment"):
-        raise ValueError(
-            '`flood_mean(over=...)` must be "batch", "example" or "segment", '
-            f"got {over!r}."
-        )
+    check_shape(shape, "flood_mean(shape=...)")
+    one_of("flood_mean(over=...)", over, ("batch", "example", "segment"))
     if over != "segment" and (segment_ids is not None or num_segments is not None):
         raise ValueError(
             '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '

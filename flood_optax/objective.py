@@ -1,5 +1,7 @@
 """The loss form: flooding as a change of the objective, before `jax.grad`."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, flood_share
+from flood_optax.bend import AxisName, check_shape, flood_share
 from flood_optax.checks import (
     broadcast_level,
     check_level,
     check_scalar_level,
+    function,
     loss_and_aux,
     real_array,
     scalar_loss,
@@ -51,21 +54,18 @@ def flood_loss(
     and :math:`\phi` = ``shape``; for the default, :math:`|\ell - b| + b`. Above the
     level the result is the loss, bit for bit. At a tie the gradient descends. A NaN
     loss gives NaN and a NaN gradient. Where the level is -inf the loss is returned
-    untouched. No gradient flows into the level.
+    untouched. No gradient flows into the level and into the numbers of the shape.
 
     For the mean over a batch, `flood_mean` says over what to average before bending.
 
     Args:
-      loss: real floats of any shape; 16-bit losses are compared in float32.
+      loss: real floats of any shape; 16-bit losses are compared in float32, those of
+        8 or 4 bits are refused.
       level: a number or an array that broadcasts to the shape of ``loss``.
       shape: how to bend, see `flood_optax.shapes`.
 
     Returns:
       The flooded losses, of the shape and dtype of ``loss``.
-
-    Raises:
-      TypeError: if ``loss`` is not of a real float dtype or ``level`` not a number.
-      ValueError: if ``level`` does not broadcast to ``loss``, is NaN or +inf.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -79,6 +79,7 @@ def flood_loss(
     """
     losses = real_array(loss, "flood_loss(loss)")
     check_level(level, "flood_loss(level=...)")
+    check_shape(shape, "flood_loss(shape=...)")
     levels = broadcast_level(level, losses.shape, "flood_loss(level=...)")
     return flood_share(losses, levels, shape)[0]
 
@@ -98,17 +99,19 @@ def flooded(
     ``level`` and :math:`\phi` = ``shape``; for the default :math:`|L - b| + b`. The
     gradient is that of L times m = :math:`\phi'(L - b)`: plain at or above the level,
     negated below it, NaN for a NaN loss. ``scale_by_flood`` in front of the optimizer
-    does the same, bit for bit.
+    does the same, bit for bit: use one of the two, for two cancel. So give the raw loss
+    to `flood_optax.sharpness` and `flood_optax.penalty`; of a flooded one the signs
+    would be those of m.
 
     ``loss_fn`` must return the mean over the whole batch. Where it sees a part only, on
     a mapped axis name the axis; over accumulated micro-batches use
     ``flood_optax.flood(inner, level, every_k=k)`` instead.
 
     Args:
-      loss_fn: returns a scalar loss of a real float dtype, or (loss, aux) with
-        ``has_aux``. Any arguments; called once per call.
+      loss_fn: returns a scalar loss of a real float dtype (16 bits at least), or (loss,
+        aux) with ``has_aux``. Any arguments; called once per call.
       level: a scalar, b; an array or tracer may change without recompilation. -inf
-        means off. No gradient flows into it.
+        means off. No gradient flows into it, nor into the numbers of the shape.
       has_aux: whether ``loss_fn`` returns (loss, aux).
       axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
         The value is then the global flooded loss, the gradient this device's share:
@@ -122,11 +125,6 @@ def flooded(
       A function of the same arguments as ``loss_fn`` that returns the flooded loss,
       with ``has_aux`` (flooded loss, aux), and with ``return_info`` (flooded loss,
       FloodInfo(loss, level, multiplier, aux)), to differentiate with has_aux=True.
-
-    Raises:
-      TypeError: if ``loss_fn`` is not callable, ``level`` not a number, the loss not a
-        real float, or a tuple without ``has_aux``.
-      ValueError: if ``level`` is NaN, +inf or not a scalar, or the loss not a scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -144,17 +142,15 @@ def flooded(
       Ishida et al., ICML 2020, section 3 and algorithm 1,
       https://arxiv.org/abs/2002.08709
     """
-    if not callable(loss_fn):
-        raise TypeError(
-            f"`flooded(loss_fn)` must be callable, got {type(loss_fn).__name__}: "
-            "flood a number with `flood_loss` or `flood_mean`."
-        )
+    remedy = ": flood a number with `flood_loss` or `flood_mean`"
+    function("flooded(loss_fn)", loss_fn, remedy)
     if callable(level):
         raise TypeError(
             "`flooded(level=...)` must be a number or an array, got a schedule: "
             "call it with the step and pass the result."
         )
     check_scalar_level(level, "flooded(level=...)")
+    check_shape(shape, "flooded(shape=...)")
 
     @functools.wraps(loss_fn)
     def flooded_fn(*args: Any, **kwargs: Any) -> Any:

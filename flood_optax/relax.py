@@ -1,12 +1,14 @@
 """RelaxLoss: flooding in even epochs, flattened predictions in odd ones."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
 from flood_optax.bend import flood_share, wide
-from flood_optax.checks import check_scalar_level, real_array
+from flood_optax.checks import check_scalar_level, number, real_array
 from flood_optax.shapes import reflect
 
 
@@ -16,7 +18,7 @@ def relax_loss(
     level: ArrayLike,
     *,
     epoch: ArrayLike,
-    upper: float = 1.0,
+    upper: ArrayLike = 1.0,
 ) -> jax.Array:
     r"""Floods in even epochs and flattens predictions in odd ones (RelaxLoss).
 
@@ -42,10 +44,6 @@ def relax_loss(
     Returns:
       A scalar of the dtype of ``logits``.
 
-    Raises:
-      TypeError: if ``logits`` are no real floats, ``labels`` or ``epoch`` no integers.
-      ValueError: if a shape does not fit, or ``level`` or ``upper`` is out of range.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]])  # L = 0.767
@@ -63,22 +61,20 @@ def relax_loss(
             raise TypeError(
                 f"`relax_loss({name})` must be integers, got {given.dtype}."
             )
-    if epoch.shape != () or logits.shape[:-1] != labels.shape or labels.size == 0:
+    fit = logits.ndim > 0 and logits.shape[:-1] == labels.shape and labels.size > 0
+    if not fit or logits.shape[-1] < 2 or epoch.shape != ():
         raise ValueError(
             "`relax_loss(logits, labels, epoch=...)` must be of shapes [..., "
-            f"num_classes], [...] and (), got {logits.shape}, {labels.shape} and "
-            f"{epoch.shape}."
+            "num_classes], two classes at least, [...] and (), got "
+            f"{logits.shape}, {labels.shape} and {epoch.shape}."
         )
     check_scalar_level(level, "relax_loss(level=...)")
+    number("relax_loss(upper=...)", upper, "in (0, 1]", lambda u: 0 < u <= 1)
     classes = logits.shape[-1]
-    if classes < 2 or not 0 < upper <= 1:
-        raise ValueError(
-            "`relax_loss(logits, upper=...)` needs two classes and 0 < upper <= 1, got "
-            f"{classes} and {upper}."
-        )
     log_probs = jax.nn.log_softmax(wide(logits))
     is_label = jax.nn.one_hot(labels, classes, dtype=bool)
     known = is_label.any(-1).astype(log_probs.dtype)
+    # known / known is NaN where the label is no class, and 1 elsewhere
     losses = -jnp.where(is_label, log_probs, 0).sum(-1) * (known / known)
     kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
     targets = jnp.where(is_label, kept, (1 - kept) / (classes - 1))

@@ -4,14 +4,21 @@ Every method of the family replaces a loss by ``phi(loss - level) + level``. The
 gradient is then the plain one times the multiplier ``m = phi'(loss - level)``.
 """
 
-import numbers
+from __future__ import annotations
+
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.core import Tracer
+
+from flood_optax.checks import number
+
+__all__ = ["Shape", "asymmetric", "pause", "reflect", "soft"]
 
 
 class Shape(NamedTuple):
@@ -20,7 +27,9 @@ class Shape(NamedTuple):
     Both functions are elementwise, keep shape and dtype of r, and must be traceable.
     Wherever ``value(r) == r`` the flooded loss is the loss itself, bit for bit. The
     gradient of a flooded loss is taken from ``multiplier``, its second derivative from
-    the derivative of ``multiplier``.
+    the derivative of ``multiplier``. The shapes of this module are equal, and one
+    static argument, where their numbers are equal; no gradient flows into these. Traced
+    numbers in functions of your own need `jax.lax.stop_gradient`.
 
     Attributes:
       value: :math:`\phi`, with :math:`\phi(r) \to \infty` as r grows.
@@ -39,6 +48,14 @@ class Shape(NamedTuple):
 
     value: Callable[[jax.Array], jax.Array]
     multiplier: Callable[[jax.Array], jax.Array]
+
+    def __repr__(self) -> str:
+        """The call that made it, or the names of its functions."""
+        value, multiplier = (getattr(part, "of", None) for part in self)
+        if value is not None and value == multiplier:
+            return value
+        names = (getattr(part, "__qualname__", repr(part)) for part in self)
+        return "Shape(value={}, multiplier={})".format(*names)
 
 
 def reflect() -> Shape:
@@ -62,7 +79,7 @@ def reflect() -> Shape:
       Ishida et al., Do We Need Zero Training Loss After Achieving Zero Training
       Error?, ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    return Shape(_reflect_value, _reflect_multiplier)
+    return _shape("reflect", _reflect_value, _reflect_multiplier)
 
 
 def soft(scale: float | jax.Array = 1.0) -> Shape:
@@ -75,14 +92,10 @@ def soft(scale: float | jax.Array = 1.0) -> Shape:
     NaN gives NaN in both, m(inf) = s.
 
     Args:
-      scale: s > 0, in units of the loss.
+      scale: s > 0, in units of the loss. No gradient flows into it.
 
     Returns:
       The shape of SoftAD in the scaling of its authors' code.
-
-    Raises:
-      ValueError: if ``scale`` is a number that is not positive and finite.
-      TypeError: if ``scale`` is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -96,21 +109,8 @@ def soft(scale: float | jax.Array = 1.0) -> Shape:
       Holland and Nakatani, Soft ascent-descent as a stable and flexible alternative
       to flooding, NeurIPS 2024, https://arxiv.org/abs/2310.10006
     """
-    _check_parameter("soft(scale=...)", scale, "positive", lambda s: s > 0)
-
-    def value(r: jax.Array) -> jax.Array:
-        s = jnp.asarray(scale, r.dtype)
-        x = r / s
-        near = jnp.clip(x, -1, 1)  # the form without cancellation
-        square_root = jnp.hypot(jnp.ones_like(x), x)
-        small = near * near / (1 + jnp.sqrt(1 + near * near))
-        return s * s * jnp.where(jnp.abs(x) < 1, small, square_root - 1)
-
-    def multiplier(r: jax.Array) -> jax.Array:
-        s = jnp.asarray(scale, r.dtype)
-        return s * jnp.sin(jnp.arctan(r / s))  # = r / sqrt(1 + (r/s)^2), s at r = inf
-
-    return Shape(value, multiplier)
+    number("soft(scale=...)", scale, "positive and finite", _positive)
+    return _shape("soft", _soft_value, _soft_multiplier, scale=scale)
 
 
 def pause() -> Shape:
@@ -131,7 +131,7 @@ def pause() -> Shape:
       Yahiro, Ishida and Yokoya, Flooding Regularization for Stable Training of
       Generative Adversarial Networks, https://arxiv.org/abs/2311.00318
     """
-    return Shape(_pause_value, _pause_multiplier)
+    return _shape("pause", _pause_value, _pause_multiplier)
 
 
 def asymmetric(
@@ -146,13 +146,10 @@ def asymmetric(
     Args:
       ascent: a >= 0, the strength of the ascent; 1 is flooding, 0 a pause.
       dead_band: d >= 0, how far below the level descent goes on, in units of the loss.
+        No gradient flows into either.
 
     Returns:
       The shape of the risk correction of nnPU; flooding for the defaults.
-
-    Raises:
-      ValueError: if an argument is a number that is negative, infinite or NaN.
-      TypeError: if an argument is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -166,20 +163,57 @@ def asymmetric(
       Kiryo et al., Positive-Unlabeled Learning with Non-Negative Risk Estimator,
       NeurIPS 2017, algorithm 1, https://arxiv.org/abs/1703.00593
     """
-    _check_parameter("asymmetric(ascent=...)", ascent, "non-negative", lambda a: a >= 0)
-    _check_parameter(
-        "asymmetric(dead_band=...)", dead_band, "non-negative", lambda d: d >= 0
+    rule = "non-negative and finite"
+    number("asymmetric(ascent=...)", ascent, rule, _not_negative)
+    number("asymmetric(dead_band=...)", dead_band, rule, _not_negative)
+    return _shape(
+        "asymmetric",
+        _asymmetric_value,
+        _asymmetric_multiplier,
+        ascent=ascent,
+        dead_band=dead_band,
     )
 
-    def value(r: jax.Array) -> jax.Array:
-        a, d = jnp.asarray(ascent, r.dtype), jnp.asarray(dead_band, r.dtype)
-        return jnp.where(r >= -d, r, -a * (r + d) - d) + _nan_squared(r)
 
-    def multiplier(r: jax.Array) -> jax.Array:
-        a, d = jnp.asarray(ascent, r.dtype), jnp.asarray(dead_band, r.dtype)
-        return _keep_nan(r, jnp.where(r >= -d, jnp.ones_like(r), -a))
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Part:
+    """A function of r and numbers: equal where they are equal, and picklable."""
 
-    return Shape(value, multiplier)
+    of: str
+    function: Callable[..., jax.Array]
+    numbers: tuple[float | jax.Array, ...]
+
+    def __call__(self, r: jax.Array) -> jax.Array:
+        fixed = (lax.stop_gradient(jnp.asarray(x, r.dtype)) for x in self.numbers)
+        return self.function(r, *fixed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Part) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"{self.of}.{self.function.__name__.split('_')[-1]}"
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        # A tracer has neither a hash nor a truth value: it equals itself alone.
+        known = (x if isinstance(x, float) else id(x) for x in self.numbers)
+        return self.function, *known
+
+
+def _shape(
+    name: str,
+    value: Callable[..., jax.Array],
+    multiplier: Callable[..., jax.Array],
+    **numbers: float | jax.Array,
+) -> Shape:
+    """Binds checked numbers to both functions; one that is known as a Python float."""
+    known = {k: x if isinstance(x, Tracer) else float(x) for k, x in numbers.items()}
+    of = f"{name}({', '.join(f'{k}={x}' for k, x in known.items())})"
+    fixed = tuple(known.values())
+    return Shape(_Part(of, value, fixed), _Part(of, multiplier, fixed))
 
 
 def _reflect_value(r: jax.Array) -> jax.Array:
@@ -190,6 +224,26 @@ def _reflect_multiplier(r: jax.Array) -> jax.Array:
     return _keep_nan(r, jnp.where(r >= 0, jnp.ones_like(r), -jnp.ones_like(r)))
 
 
+def _soft_value(r: jax.Array, s: jax.Array) -> jax.Array:
+    x = r / s
+    near = jnp.clip(x, -1, 1)  # the form without cancellation
+    square_root = jnp.hypot(jnp.ones_like(x), x)
+    small = near * near / (1 + jnp.sqrt(1 + near * near))
+    return s * s * jnp.where(jnp.abs(x) < 1, small, square_root - 1)
+
+
+def _soft_multiplier(r: jax.Array, s: jax.Array) -> jax.Array:
+    x = r / s
+    near = jnp.clip(x, -1, 1)
+    # x / sqrt(1 + x^2) is inf / inf far out; there divide both by |x|. In two forms and
+    # not sin(arctan(x)), since `jax.experimental.jet` has no rule for the latter.
+    far = jnp.abs(x) > 1
+    inverse = 1 / jnp.where(far, x, jnp.ones_like(x))
+    outer = jnp.sign(x) / jnp.sqrt(1 + inverse * inverse)
+    inner = near / jnp.sqrt(1 + near * near)
+    return s * jnp.where(jnp.abs(x) <= 1, inner, outer)
+
+
 def _pause_value(r: jax.Array) -> jax.Array:
     return jnp.where(r >= 0, r, jnp.zeros_like(r)) + _nan_squared(r)
 
@@ -198,25 +252,28 @@ def _pause_multiplier(r: jax.Array) -> jax.Array:
     return _keep_nan(r, jnp.where(r >= 0, jnp.ones_like(r), jnp.zeros_like(r)))
 
 
+def _asymmetric_value(r: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+    return jnp.where(r >= -d, r, -a * (r + d) - d) + _nan_squared(r)
+
+
+def _asymmetric_multiplier(r: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+    return _keep_nan(r, jnp.where(r >= -d, jnp.ones_like(r), -a))
+
+
 def _keep_nan(r: jax.Array, multiplier: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(r), r, multiplier)
 
 
 def _nan_squared(r: jax.Array) -> jax.Array:
     """Zero with derivative zero, but NaN with derivative NaN where r is NaN."""
+    # The comparisons above send NaN down one branch, whose derivative would be +-1.
     nan = jnp.where(jnp.isnan(r), r, jnp.zeros_like(r))
     return nan * nan
 
 
-def _check_parameter(
-    call: str, given: Any, rule: str, holds: Callable[[float], bool]
-) -> None:
-    """Checks a concrete shape parameter; tracers pass."""
-    if isinstance(given, Tracer):
-        return
-    scalar = np.shape(given) == () and hasattr(given, "item")
-    number = given.item() if scalar else given
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        raise TypeError(f"`{call}` must be a real number, got {given!r}.")
-    if not (np.isfinite(float(number)) and holds(float(number))):
-        raise ValueError(f"`{call}` must be {rule} and finite, got {given}.")
+def _positive(x: float) -> bool:
+    return 0 < x < math.inf
+
+
+def _not_negative(x: float) -> bool:
+    return 0 <= x < math.inf

@@ -250,8 +250,8 @@ RELAX_ERRORS = {
     "labels_float": ({"labels": jnp.ones(2)}, TypeError, r"relax_loss\(labels\)"),
     "epoch_float": ({"epoch": 1.5}, TypeError, r"relax_loss\(epoch\)` must be int"),
     "labels_shape": ({"labels": jnp.ones(3, int)}, ValueError, r"\(2, 3\), \(3,\) and"),
-    "one_class": ({"logits": LOGITS[:, :1]}, ValueError, "needs two classes"),
-    "upper": ({"upper": 0.0}, ValueError, r"0 < upper <= 1, got 3 and 0\.0"),
+    "one_class": ({"logits": LOGITS[:, :1]}, ValueError, "two classes at least"),
+    "upper": ({"upper": 0.0}, ValueError, r"must be in \(0, 1\], got 0\.0\."),
     "level": ({"level": jnp.nan}, ValueError, r"relax_loss\(level=...\)` must not be"),
 }
 

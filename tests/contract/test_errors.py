@@ -95,7 +95,7 @@ CASES = {
     "value_tuple": (
         lambda: update((jnp.ones([]), "aux")),
         TypeError,
-        "`scale_by_flood().update(value=...)` must be the loss alone, got a tuple: "
+        "`scale_by_flood().update(value=...)` must be the loss alone, got a tuple of 2: "
         "pass the loss without aux",
     ),
     "value_integer": (
@@ -221,7 +221,7 @@ CASES = {
     "num_segments_zero": (
         lambda: segments(num_segments=0),
         ValueError,
-        "`flood_mean(num_segments=...)` must be positive, got 0.",
+        "`flood_mean(num_segments=...)` must be at least 1, got 0.",
     ),
     "segment_ids_float": (
         lambda: segments(segment_ids=LOSSES),
@@ -314,7 +314,7 @@ CASES = {
     "soft_scale_text": (
         lambda: shapes.soft("1"),
         TypeError,
-        "`soft(scale=...)` must be a real number, got '1'.",
+        "`soft(scale=...)` must be a real number, got '1' of type str.",
     ),
     "ascent_negative": (
         lambda: shapes.asymmetric(ascent=-1.0),
