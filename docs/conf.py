@@ -1,0 +1,81 @@
+"""How Sphinx builds the pages: `python -m sphinx -W docs OUT`."""
+
+import pathlib
+import sys
+import urllib.error
+import urllib.request
+
+sys.path[:0] = [str(pathlib.Path(__file__).parent / "_ext")]
+
+import flood_optax  # noqa: E402
+
+project = "flood_optax"
+author = "The flood_optax authors"
+copyright = author  # noqa: A001
+version = release = flood_optax.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "benchmark_figures",
+    "mathml",
+]
+exclude_patterns = ["_build", "_ext"]
+templates_path = ["_templates"]
+default_role = "py:obj"  # `jax.grad` in a docstring is a link where it can be one
+nitpicky = False
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 4
+
+autosummary_generate = True
+autosummary_imported_members = True
+autodoc_typehints = "none"  # the shapes and dtypes stand in the text
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_admonition_for_examples = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def reachable(url: str) -> bool:
+    """Whether the inventory is there: without a network the links are left out."""
+    try:
+        with urllib.request.urlopen(f"{url}objects.inv", timeout=10):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+intersphinx_mapping = {
+    name: (url, None)
+    for name, url in {
+        "python": "https://docs.python.org/3/",
+        "jax": "https://docs.jax.dev/en/latest/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "flax": "https://flax.readthedocs.io/en/latest/",
+    }.items()
+    if reachable(url)
+}
+
+html_theme = "sphinx_book_theme"
+html_title = "flood_optax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_copyright = False
+html_copy_source = False
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "navbar_persistent": [],
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}

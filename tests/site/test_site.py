@@ -1,0 +1,222 @@
+"""The built site: every link leads somewhere, formulas and figures are there."""
+
+import collections
+import html.parser
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import posixpath
+import re
+import subprocess
+import sys
+import urllib.parse
+
+import pytest
+
+import flood_optax
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("sphinx_book_theme") is None,
+        reason="Building the site needs the extra `docs`.",
+    ),
+]
+
+
+class Page(html.parser.HTMLParser):
+    """What a page points to, what it can be pointed at, and its text."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__()
+        self.links, self.images, self.scripts, self.ids = [], [], [], set()
+        self.tags, self.text, self.titles = collections.Counter(), "", []
+        self.classes = set()
+        self._skip = self._heading = 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags[tag] += 1
+        self.classes |= set((given.get("class") or "").split())
+        self.ids |= {given[name] for name in ("id", "name") if given.get(name)}
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        if tag == "link" and given.get("rel") == "stylesheet":
+            self.scripts.append(given["href"])
+        if tag == "img" and given.get("src"):
+            self.images.append(given["src"])
+        if tag == "script" and given.get("src"):
+            self.scripts.append(given["src"])
+        self._skip += tag in ("script", "style", "math")
+        self._heading += tag == "h1"
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("script", "style", "math")
+        self._heading -= tag == "h1"
+
+    def handle_data(self, data):
+        if not self._skip:
+            self.text += data
+        if self._heading:
+            self.titles.append(data)
+
+
+def build(source, out):
+    """Sphinx with warnings as errors, as `python -m sphinx -W docs OUT` has it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", source, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    result = build("docs", out)
+    assert result.returncode == 0, result.stderr
+    return Site(out)
+
+
+class Site(dict):
+    """The pages by their address under the root, such as `api/index.html`."""
+
+    def __init__(self, root: pathlib.Path):
+        paths = [path.relative_to(root).as_posix() for path in root.rglob("*.html")]
+        super().__init__(
+            (path, Page(root / path))
+            for path in sorted(paths)
+            if not path.startswith("_static/")
+        )
+        self.root = root
+
+    def target(self, address: str, link: str) -> tuple[str, str] | None:
+        """The file and the place in it that a link means; None for another site."""
+        url = urllib.parse.urlsplit(link)
+        if url.scheme or url.netloc:
+            return None
+        path = posixpath.join(
+            posixpath.dirname(address), urllib.parse.unquote(url.path)
+        )
+        return (
+            posixpath.normpath(path) if url.path else address,
+            urllib.parse.unquote(url.fragment),
+        )
+
+    def dead_links(self) -> list[tuple[str, str]]:
+        """The links inside the site whose page, or place on the page, is missing."""
+        dead = []
+        for address, page in self.items():
+            for link in page.links + page.images + page.scripts:
+                if (found := self.target(address, link)) is None:
+                    continue
+                path, place = found
+                if not (self.root / path).is_file() or (
+                    place and path in self and place not in self[path].ids
+                ):
+                    dead.append((address, link))
+        return dead
+
+
+GENERATED = "api/generated/"
+
+
+def test_every_internal_link_of_the_site_leads_somewhere(site):
+    assert sum(len(page.links) for page in site.values()) > 1000
+    assert site.dead_links() == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html">x</a><a href="#here">y</a><a href="#there">z</a>'
+        '<p id="there"></p>'
+    )
+    dead = [("a.html", "b.html"), ("a.html", "#here")]
+    assert Site(tmp_path).dead_links() == dead
+
+
+def test_pages_need_no_network(site):
+    for address, page in site.items():
+        for needed in page.scripts + page.images:
+            assert not urllib.parse.urlsplit(needed).netloc, (address, needed)
+
+
+def lookup(name):
+    """The public object that `flood_optax.levels.warmup` names."""
+    found = flood_optax
+    for part in name.split(".")[1:]:
+        if not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+def test_formulas_of_every_page_are_drawn(site):
+    """As many as the sources have, and no TeX is left between the words."""
+    assert site["index.html"].tags["math"] == 4
+    for address, built in site.items():
+        assert not re.search(r":math:|\$\$|\\frac|\\nabla|\\phi", built.text), address
+        if address.startswith(GENERATED):
+            doc = inspect.getdoc(lookup(pathlib.Path(address).stem)) or ""
+            written = len(re.findall(r":math:`|\.\. math::", doc))
+            assert built.tags["math"] == written, address
+
+
+def test_figures_of_every_page_are_there(site):
+    drawn = {path.name for path in (DOCS / "figures").glob("*.png")}
+    for source in DOCS.glob("*.md"):
+        text = source.read_text(encoding="utf-8")
+        figures = re.findall(r"^!\[[^\]]*\]\(figures/([^)]+)\)", text, re.MULTILINE)
+        images = [
+            pathlib.Path(image).name for image in site[f"{source.stem}.html"].images
+        ]
+        assert images == figures, source.name
+        if source.stem == "gallery":
+            assert set(images) == drawn
+
+
+def test_every_page_of_a_public_name_has_its_signature_and_examples(site):
+    pages = [address for address in site if address.startswith(GENERATED)]
+    assert len(pages) > 30
+    for address in pages:
+        name = pathlib.Path(address).stem
+        assert name in site[address].ids, name
+        if "Examples:" in (inspect.getdoc(lookup(name)) or ""):
+            assert ">>>" in site[address].text, name
+
+
+def test_every_page_is_two_clicks_from_the_front(site):
+    reached = {"index.html"}
+    for _ in range(2):
+        links = [(page, link) for page in reached for link in site[page].links]
+        found = {site.target(page, link) for page, link in links}
+        reached |= {target[0] for target in found if target and target[0] in site}
+    assert set(site) - reached <= {"genindex.html", "search.html"}
+
+
+def test_no_page_shows_a_fault_of_its_source(site):
+    for address, built in site.items():
+        assert "system-message" not in built.classes, address
+        assert built.titles, address
+
+
+def test_the_words_people_search_for_are_a_title(site):
+    titles = {"".join(page.titles) for page in site.values()}
+    (title,) = [title for title in titles if "loss = (loss - b).abs() + b" in title]
+    assert title.startswith("Training loss goes to zero")
+
+
+def test_a_warning_stops_the_build(tmp_path):
+    (tmp_path / "conf.py").write_text("extensions = ['myst_parser']\n")
+    (tmp_path / "index.md").write_text("# Title\n\n[gone](gone.md)\n")
+    result = build(tmp_path, tmp_path / "out")
+    assert result.returncode != 0
+    assert "gone.md" in result.stderr
