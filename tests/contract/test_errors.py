@@ -95,8 +95,8 @@ CASES = {
     "value_tuple": (
         lambda: update((jnp.ones([]), "aux")),
         TypeError,
-        "`scale_by_flood().update(value=...)` must be the loss alone, got a tuple of 2: "
-        "pass the loss without aux",
+        "`scale_by_flood().update(value=...)` must be the loss alone, got a tuple of "
+        "2: pass the loss without aux",
     ),
     "value_integer": (
         lambda: update(jnp.int32(1)),
