@@ -1,0 +1,235 @@
+"""One problem split over devices: its oracle, every form of it, meshes, checks.
+
+The oracle is the whole batch in NumPy, in float64. A file of checks is also a script:
+pytest starts it once per number of forced host devices.
+"""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from flood_optax import flood, flood_mean, flooded, scale_by_flood
+from tests import processes
+
+ROWS, FEATURES, CLASSES = 16, 8, 3
+LEARNING_RATE = 0.5
+
+
+class Checks:
+    """The checks of one file, by number of devices, then by name."""
+
+    def __init__(self):
+        self.by_devices = {4: {}, 8: {}}
+
+    def always(self, function):
+        """Registers a check that runs with 4 and with 8 devices."""
+        for checks in self.by_devices.values():
+            checks[function.__name__] = function
+        return function
+
+    def once(self, function):
+        """Registers a check to which the number of devices is the same."""
+        self.by_devices[4][function.__name__] = function
+        return function
+
+    def parametrize(self):
+        """One test for each check and number of devices."""
+        cases = [
+            pytest.param(name, n, marks=[pytest.mark.slow] if n > 4 else [])
+            for n, checks in self.by_devices.items()
+            for name in checks
+        ]
+        return pytest.mark.parametrize(("name", "devices"), cases)
+
+    def report(self):
+        """What the script does, in a process with so many devices."""
+        warnings.filterwarnings("ignore", ".*pmap.*", DeprecationWarning)
+        processes.report(self.by_devices[jax.device_count()])
+
+
+# ---- the problem and its oracle ----
+
+
+def batch():
+    """Rows whose errors grow, so some shards lie below any level and some above."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(ROWS, FEATURES)).astype(np.float32)
+    y = (x @ np.linspace(-1, 2, FEATURES) + np.linspace(0, 3, ROWS)).astype(np.float32)
+    return x, y
+
+
+def parameters():
+    w = np.linspace(-1, 2.1, FEATURES, dtype=np.float32)
+    return {"w": jnp.asarray(w), "b": jnp.float32(0.25)}
+
+
+def losses_fn(params, x, y):
+    return (x @ params["w"] + params["b"] - y) ** 2
+
+
+def loss_fn(params, x, y):
+    return losses_fn(params, x, y).mean()
+
+
+def numpy_losses(x, y):
+    """Losses per row, and their gradients per row, in float64."""
+    params = parameters()
+    w, b = np.asarray(params["w"], np.float64), float(params["b"])
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    r = x @ w + b - y
+    return r**2, {"w": 2 * r[:, None] * x, "b": 2 * r}
+
+
+def numpy_gradient(level, where=slice(None), groups=None):
+    """Sum over the groups of n_k/n sign(mean_k - b_k) d mean_k: value and gradient."""
+    x, y = (a[where] for a in batch())
+    losses, slopes = numpy_losses(x, y)
+    groups = np.zeros(len(x), int) if groups is None else groups[where]
+    value, grad = 0.0, {"w": np.zeros(FEATURES), "b": 0.0}
+    for k in np.unique(groups):
+        rows = groups == k
+        bound = np.broadcast_to(level, (groups.max() + 1,))[k]
+        mean = losses[rows].mean()
+        sign = 1.0 if mean >= bound else -1.0
+        flooded_mean = mean if sign > 0 else 2 * bound - mean
+        value += rows.mean() * flooded_mean
+        for name, slope in slopes.items():
+            grad[name] = grad[name] + rows.mean() * sign * slope[rows].mean(0)
+    return value, grad
+
+
+MEAN = float(numpy_losses(*batch())[0].mean())
+LEVELS = {
+    "above": np.float32(0.8 * MEAN),
+    "below": np.float32(1.2 * MEAN),
+    "off": np.float32(-np.inf),
+}
+
+
+def assert_close(got, expected, rtol=3e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+def expected_updates(level):
+    return jax.tree.map(lambda g: -LEARNING_RATE * g, numpy_gradient(level)[1])
+
+
+# ---- every form at once ----
+
+
+def optimizers(level, axis_name=None, inner=None):
+    """Each optax form, with SGD behind it."""
+    inner = optax.sgd(LEARNING_RATE) if inner is None else inner
+    skip = optax.skip_not_finite
+    return {
+        "chain": optax.chain(scale_by_flood(level, axis_name=axis_name), inner),
+        "wrapper": flood(inner, level, axis_name=axis_name),
+        "skipping": flood(
+            inner, level, axis_name=axis_name, should_skip_update_fn=skip
+        ),
+    }
+
+
+def objectives(level, axis_name=None):
+    """Each loss form of the batch's mean."""
+    return {
+        "flooded": flooded(loss_fn, level, axis_name=axis_name),
+        "flood_mean": lambda *args: flood_mean(
+            losses_fn(*args), level, axis_name=axis_name
+        ),
+    }
+
+
+def varying(tree, axes="data"):
+    """Parameters whose gradient JAX leaves to the caller to average."""
+    if not axes:
+        return tree
+    if hasattr(lax, "pcast"):
+        return lax.pcast(tree, axes, to="varying")
+    return jax.tree.map(lambda a: lax.pvary(a, axes), tree)  # before jax 0.8
+
+
+def global_mean(tree, axis_name="data"):
+    return lax.pmean(tree, axis_name) if axis_name else tree
+
+
+def every_form(params, level, batch, halves, *, axis_name=None, spread=varying):
+    """The updates of the optax forms; value and gradient of the loss forms.
+
+    `halves` holds the rows of `batch` as two micro-batches: one window is the batch.
+    """
+    whole = functools.partial(global_mean, axis_name=axis_name)
+    local = spread(params, axis_name)
+    value_and_grad = jax.value_and_grad(loss_fn)
+    value, grads = value_and_grad(local, *batch)
+    results = {}
+    for name, optimizer in optimizers(level, axis_name).items():
+        state = optimizer.init(params)
+        results[name] = optimizer.update(whole(grads), state, params, value=value)
+    sgd = optax.sgd(LEARNING_RATE)
+    optimizer = flood(sgd, level, every_k=2, axis_name=axis_name)
+    updates, state = None, optimizer.init(params)
+    for i in range(2):
+        value, grads = value_and_grad(local, *(a[i] for a in halves))
+        updates, state = optimizer.update(whole(grads), state, params, value=value)
+    results["window"] = updates, state
+    for name, objective in objectives(level, axis_name).items():
+        value, grads = jax.value_and_grad(objective)(local, *batch)
+        results[name] = (
+            (value, whole(grads)) if axis_name is None else (whole(value), whole(grads))
+        )
+    return results
+
+
+def assert_large_batch(results, level):
+    """Compares with NumPy's large batch; the optax forms also by their state."""
+    value, gradient = numpy_gradient(level)
+    assert len(results) == 6
+    for name in ("chain", "wrapper", "skipping", "window"):
+        updates, state = results.pop(name)
+        assert_close(updates, jax.tree.map(lambda g: -LEARNING_RATE * g, gradient))
+        seen = optax.tree.get(state, "flood_value")
+        np.testing.assert_allclose(seen, MEAN, rtol=1e-6)
+        assert optax.tree.get(state, "flood_below") == (level > MEAN), name
+        assert optax.tree.get(state, "flood_step") == 1, name
+    for result in results.values():
+        assert_close(result, (value, gradient))
+
+
+# ---- meshes ----
+
+
+def mesh_of(*names, kind=AxisType.Auto):
+    sizes = (jax.device_count() // 2, 2) if len(names) == 2 else (jax.device_count(),)
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
+
+
+def put(mesh, tree, spec):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def batch_and_halves(mesh, names="data"):
+    """The batch and its two halves on the mesh, with their specs."""
+    arrays = batch(), tuple(a.reshape(2, -1, *a.shape[1:]) for a in batch())
+    specs = P(names), P(None, names)
+    return tuple(put(mesh, a, s) for a, s in zip(arrays, specs, strict=True)), specs
+
+
+def mapped(function, mesh, in_specs, *, check_vma):
+    return jax.jit(
+        jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=check_vma
+        )
+    )
+
+
+def rows_on(mesh):
+    return batch_and_halves(mesh)[0][0]
