@@ -30,9 +30,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")  # the workers share the cores already
 
-# a script, which a test starts in a process of its own
-collect_ignore = ["contract/optax_conformance.py"]
-
 
 def pytest_xdist_auto_num_workers() -> int:
     """A worker per core this process may use; tests hold hundreds of MB each."""
