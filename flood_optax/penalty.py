@@ -2,22 +2,33 @@
 
 A pair of flooded SGD steps, one down and one up, is one step along a finite difference
 of the penalty's gradient H g. At the level, many pairs follow that direction along the
-level set. docs/theory.md says where this ends: momentum, Adam, soft shapes.
+level set. docs/theory.md says where this ends: momentum, Adam, soft shapes. All of it
+takes the raw loss; flood the penalised one, or its gradient, afterwards.
 """
 
+from __future__ import annotations
+
 import functools
-import numbers
+import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.sharpness import gradient_of, loss_of_params, wide
+from flood_optax.bend import wide
+from flood_optax.checks import function, number, one_of
+from flood_optax.curvature import (
+    LossOfParams,
+    gradient_of,
+    loss_of_params,
+    magnitude,
+    norm,
+)
+
+__all__ = ["level_set_drift", "objective", "pair_displacement", "value_and_grad"]
 
 Method = Literal["exact", "forward", "backward"]
 
@@ -35,7 +46,8 @@ def objective(
 
     Args:
       loss_fn: returns a scalar loss of a real float dtype, or (loss, aux) with
-        ``has_aux``; its first argument is any tree of real floating-point arrays.
+        ``has_aux``; its first argument is any tree of arrays of real
+        floats, of 16 bits at least.
       strength: a scalar, at least 0; an array or tracer may change without
         recompilation. 0 is the loss itself.
       has_aux: whether ``loss_fn`` returns (loss, aux).
@@ -44,12 +56,6 @@ def objective(
       A function of the same arguments as ``loss_fn`` that returns the penalised loss in
       the dtype of the loss, with ``has_aux`` (penalised loss, aux). Squares are summed
       in float32 at least.
-
-    Raises:
-      TypeError: if ``loss_fn`` is not callable, ``strength`` not a real number, a leaf
-        or the loss not a real float, or the loss a tuple without ``has_aux``.
-      ValueError: if ``strength`` is negative, not finite or not a scalar, or the loss
-        not a scalar.
 
     Examples:
       >>> import jax
@@ -64,8 +70,8 @@ def objective(
       https://arxiv.org/abs/2009.11162
     """
     call = "penalty.objective"
-    _check_callable(call, loss_fn)
-    _check_number(f"{call}(strength=...)", strength, minimum=0)
+    function(f"{call}(loss_fn)", loss_fn)
+    _check_size(f"{call}(strength=...)", strength)
 
     @functools.wraps(loss_fn)
     def penalised_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +79,9 @@ def objective(
             call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
         )
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-        penalty = 0.5 * jnp.asarray(strength) * _dot(gradient, gradient)
+        unit = magnitude(gradient)
+        parts = jax.tree.map(lambda g: wide(g) / unit, gradient)
+        penalty = 0.5 * jnp.asarray(strength) * unit * _dot(parts, parts) * unit
         value = (loss.astype(penalty.dtype) + penalty).astype(loss.dtype)
         return (value, aux) if has_aux else value
 
@@ -105,27 +113,16 @@ def value_and_grad(
     ``strength`` 0 gives g. A NaN loss or gradient gives NaN.
 
     Args:
-      loss_fn: returns a scalar loss of a real float dtype, or (loss, aux) with
-        ``has_aux``; its first argument is any tree of real floating-point arrays.
-      strength: a scalar, at least 0; an array or tracer may change without
-        recompilation.
+      loss_fn: as in `objective`, like has_aux.
+      strength: as in `objective`.
       method: "exact", "forward" or "backward".
       radius: a scalar above 0, for the differences only; None means ``strength``.
-      has_aux: whether ``loss_fn`` returns (loss, aux).
 
     Returns:
       A function of the same arguments as ``loss_fn`` that returns (loss, gradient),
       with ``has_aux`` ((loss, aux), gradient), as ``jax.value_and_grad`` does. The loss
       is the raw one, what `flood_optax.scale_by_flood` wants as value; the gradient has
       the structure, shapes and dtypes of the first argument.
-
-    Raises:
-      TypeError: if ``loss_fn`` is not callable, ``strength`` or ``radius`` not a real
-        number, a leaf or the loss not a real float, or the loss a tuple without
-        ``has_aux``.
-      ValueError: if ``method`` is unknown, ``strength`` negative, ``radius`` not above
-        0 or given for "exact", either not finite or not a scalar, or the loss not a
-        scalar.
 
     Examples:
       >>> loss_fn = lambda x: x**3
@@ -141,15 +138,12 @@ def value_and_grad(
       2023, section 3, https://arxiv.org/abs/2210.02720
     """
     call = "penalty.value_and_grad"
-    _check_callable(call, loss_fn)
-    _check_number(f"{call}(strength=...)", strength, minimum=0)
-    if method not in ("exact", "forward", "backward"):
-        raise ValueError(
-            f'`{call}(method=...)` must be "exact", "forward" or "backward", '
-            f"got {method!r}."
-        )
+    function(f"{call}(loss_fn)", loss_fn)
+    _check_size(f"{call}(strength=...)", strength)
+    one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
     if radius is not None:
-        _check_number(f"{call}(radius=...)", radius, above=0)
+        rule = "finite and above 0"
+        number(f"{call}(radius=...)", radius, rule, lambda a: 0 < a < math.inf)
         if method == "exact":
             raise ValueError(
                 f'`{call}(radius=...)` needs method="forward" or "backward", '
@@ -206,22 +200,12 @@ def pair_displacement(
     gives NaN.
 
     Args:
-      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
-        a real float dtype, or (loss, aux) with ``has_aux``.
-      params: any tree of real floating-point arrays.
+      loss_fn: the raw loss, as in `flood_optax.sharpness.gradient_norm`.
+      params: as there, like args, has_aux and kwargs.
       learning_rate: a scalar, at least 0.
-      *args: handed on to ``loss_fn``.
-      has_aux: whether ``loss_fn`` returns (loss, aux).
-      **kwargs: handed on to ``loss_fn``.
 
     Returns:
       The displacement, a tree like ``params`` in structure, shapes and dtypes.
-
-    Raises:
-      TypeError: if ``learning_rate`` is not a real number, a leaf or the loss not a
-        real float, or the loss a tuple without ``has_aux``.
-      ValueError: if ``learning_rate`` is negative, not finite or not a scalar, or the
-        loss not a scalar.
 
     Examples:
       >>> print(pair_displacement(lambda x: x**3, 2.0, 0.125))  # 2 -> 0.5 -> 0.59375
@@ -233,7 +217,7 @@ def pair_displacement(
       https://arxiv.org/abs/2210.02720
     """
     call = "penalty.pair_displacement"
-    _check_number(f"{call}(learning_rate=...)", learning_rate, minimum=0)
+    _check_size(f"{call}(learning_rate=...)", learning_rate)
     loss_of = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
@@ -263,20 +247,11 @@ def level_set_drift(
     Where g = 0 the drift is 0. NaN gives NaN.
 
     Args:
-      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
-        a real float dtype, or (loss, aux) with ``has_aux``.
-      params: any tree of real floating-point arrays.
-      *args: handed on to ``loss_fn``.
-      has_aux: whether ``loss_fn`` returns (loss, aux).
-      **kwargs: handed on to ``loss_fn``.
+      loss_fn: the raw loss, as in `flood_optax.sharpness.gradient_norm`.
+      params: as there, like args, has_aux and kwargs.
 
     Returns:
       The drift, a tree like ``params`` in structure, shapes and dtypes.
-
-    Raises:
-      TypeError: if a leaf or the loss is not a real float, or the loss a tuple without
-        ``has_aux``.
-      ValueError: if the loss is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -294,15 +269,19 @@ def level_set_drift(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
     _, gradient, product = _hessian_times_gradient(loss_of, params)
-    squared = _dot(gradient, gradient)
-    known = squared > 0
-    along = _dot(gradient, product) / jnp.where(known, squared, jnp.ones_like(squared))
-    tangent = _add(product, -along, gradient)
-    return _scale(-0.5, tangent)
+    length = norm(gradient)
+    length = jnp.where(length > 0, length, jnp.ones_like(length))
+    normal = jax.tree.map(lambda g: wide(g) / length, gradient)
+    along = _dot(normal, product)
+
+    def drift(product: jax.Array, normal: jax.Array) -> jax.Array:
+        return (-0.5 * (wide(product) - along * normal)).astype(product.dtype)
+
+    return jax.tree.map(drift, product, normal)
 
 
 def _hessian_times_gradient(
-    loss_of: Callable[[optax.Params], tuple[jax.Array, Any]], params: optax.Params
+    loss_of: LossOfParams, params: optax.Params
 ) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.Updates]:
     """Evaluates (loss, aux), g and H g."""
     result, gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -336,32 +315,5 @@ def _add(a: optax.Params, factor: ArrayLike, b: optax.Updates) -> optax.Params:
     return jax.tree.map(add, a, b)
 
 
-def _check_callable(call: str, loss_fn: Any) -> None:
-    if not callable(loss_fn):
-        raise TypeError(
-            f"`{call}(loss_fn)` must be callable, got {type(loss_fn).__name__}."
-        )
-
-
-def _check_number(
-    call: str, given: Any, *, minimum: float | None = None, above: float | None = None
-) -> None:
-    """Refuses what is no real scalar in range; the numbers of tracers are unknown."""
-    array = isinstance(given, np.generic | np.ndarray | jax.Array)
-    if isinstance(given, bool) or not (array or isinstance(given, numbers.Real)):
-        raise TypeError(
-            f"`{call}` must be a real number, got {given!r} of type "
-            f"{type(given).__name__}."
-        )
-    dtype, shape = jnp.result_type(given), np.shape(cast(ArrayLike, given))
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
-    if shape != ():
-        raise ValueError(f"`{call}` must be a scalar, got shape {shape}.")
-    if isinstance(given, Tracer):
-        return
-    number = float(cast(Any, given))
-    rule = f"above {above}" if minimum is None else f"at least {minimum}"
-    inside = number > cast(float, above) if minimum is None else number >= minimum
-    if not (inside and np.isfinite(number)):
-        raise ValueError(f"`{call}` must be finite and {rule}, got {given}.")
+def _check_size(call: str, given: ArrayLike) -> None:
+    number(call, given, "finite and at least 0", lambda x: 0 <= x < math.inf)

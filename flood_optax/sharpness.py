@@ -1,20 +1,29 @@
 """How sharp a minimum is: gradient norm, Hessian trace, top eigenvalue.
 
-All three see the Hessian only through its products with vectors, never whole.
+All three see the Hessian only through its products with vectors, never whole, and take
+the raw loss: of a flooded one the signs below the level would be turned round.
 """
 
-import operator
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
-from jax.typing import ArrayLike
 
-from flood_optax.checks import scalar_loss
+from flood_optax.checks import integer
+from flood_optax.curvature import (
+    flat_hessian,
+    gradient_of,
+    loss_of_params,
+    magnitude,
+    norm,
+)
+
+__all__ = ["gradient_norm", "hessian_trace", "top_eigenvalue"]
 
 
 def gradient_norm(
@@ -33,20 +42,15 @@ def gradient_norm(
     derivative there.
 
     Args:
-      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
-        a real float dtype, or (loss, aux) with ``has_aux``.
-      params: any tree of real floating-point arrays.
+      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns the raw loss, a
+        scalar of a real float dtype, or (loss, aux) with ``has_aux``.
+      params: any tree of arrays of real floats, of 16 bits at least.
       *args: handed on to ``loss_fn``.
       has_aux: whether ``loss_fn`` returns (loss, aux).
       **kwargs: handed on to ``loss_fn``.
 
     Returns:
       A scalar, float32 at least.
-
-    Raises:
-      TypeError: if a leaf of ``params`` or the loss is not a real float, or the loss a
-        tuple without ``has_aux``.
-      ValueError: if the loss is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,7 +63,7 @@ def gradient_norm(
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    return optax.tree.norm(jax.tree.map(wide, gradient_of(loss, params)))
+    return norm(gradient_of(loss, params))
 
 
 def hessian_trace(
@@ -79,24 +83,15 @@ def hessian_trace(
     diagonal Hessian. One draw costs about two gradients; one is in memory at a time.
 
     Args:
-      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
-        a real float dtype, or (loss, aux) with ``has_aux``.
-      params: any tree of real floating-point arrays.
-      *args: handed on to ``loss_fn``.
+      loss_fn: the raw loss, as in `gradient_norm`.
+      params: as in `gradient_norm`, at least one number.
+      *args: as in `gradient_norm`, like has_aux and kwargs.
       key: a random key; the same key gives the same estimate.
       num_samples: number of draws, at least 2; static under jit.
-      has_aux: whether ``loss_fn`` returns (loss, aux).
-      **kwargs: handed on to ``loss_fn``.
 
     Returns:
       The estimate and its standard error (sample standard deviation of the draws over
       the square root of their number), two scalars, float32 at least.
-
-    Raises:
-      TypeError: if a leaf of ``params`` or the loss is not a real float, the loss a
-        tuple without ``has_aux``, or ``num_samples`` not an int.
-      ValueError: if the loss is not a scalar, ``params`` is empty or ``num_samples``
-        less than 2.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -113,19 +108,21 @@ def hessian_trace(
       Laplacian smoothing splines, Communications in Statistics, 1990.
     """
     call = "sharpness.hessian_trace"
-    _check_count(f"{call}(num_samples=...)", num_samples, minimum=2)
+    num_samples = integer(f"{call}(num_samples=...)", num_samples, least=2)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    product, start, _ = _flat_hessian(call, loss, params)
+    product, start, _ = flat_hessian(call, loss, params)
 
     def draw(key: jax.Array) -> jax.Array:
         v = jax.random.rademacher(key, start.shape, start.dtype)
         return v @ product(v)
 
     keys = jax.random.split(key, num_samples)
-    draws = cast(jax.Array, jax.lax.map(draw, keys))
-    return draws.mean(), draws.std(ddof=1) / num_samples**0.5
+    draws = jax.lax.map(draw, keys)
+    unit = magnitude(draws)
+    error = unit * (draws / unit).std(ddof=1) / num_samples**0.5
+    return draws.mean(), error
 
 
 def top_eigenvalue(
@@ -147,25 +144,16 @@ def top_eigenvalue(
     times the parameters.
 
     Args:
-      loss_fn: called as ``loss_fn(params, *args, **kwargs)``; returns a scalar loss of
-        a real float dtype, or (loss, aux) with ``has_aux``.
-      params: any tree of real floating-point arrays.
-      *args: handed on to ``loss_fn``.
+      loss_fn: the raw loss, as in `gradient_norm`.
+      params: as in `gradient_norm`, at least one number.
+      *args: as in `gradient_norm`, like has_aux and kwargs.
       key: a random key for the start; the same key gives the same result.
       num_iterations: number of Hessian products, at least 1 (10 to 50 are usual, more
         than the number of parameters are not made); static under jit.
-      has_aux: whether ``loss_fn`` returns (loss, aux).
-      **kwargs: handed on to ``loss_fn``.
 
     Returns:
       The eigenvalue, a scalar, float32 at least, and its vector of norm 1, a tree like
       ``params`` in structure, shapes and dtypes; its sign is arbitrary.
-
-    Raises:
-      TypeError: if a leaf of ``params`` or the loss is not a real float, the loss a
-        tuple without ``has_aux``, or ``num_iterations`` not an int.
-      ValueError: if the loss is not a scalar, ``params`` is empty or
-        ``num_iterations`` less than 1.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -181,92 +169,16 @@ def top_eigenvalue(
       Golub and Van Loan, Matrix Computations, 4th ed., section 10.3.
     """
     call = "sharpness.top_eigenvalue"
-    _check_count(f"{call}(num_iterations=...)", num_iterations, minimum=1)
+    num_iterations = integer(f"{call}(num_iterations=...)", num_iterations, least=1)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    product, start, unravel = _flat_hessian(call, loss, params)
+    product, start, unravel = flat_hessian(call, loss, params)
     basis, tridiagonal = _lanczos(product, start, key, min(num_iterations, start.size))
-    eigenvalues, vectors = cast(Callable[[Any], Any], jnp.linalg.eigh)(tridiagonal)
+    unit = magnitude(tridiagonal)  # the solver squares
+    eigenvalues, vectors = jnp.linalg.eigh(tridiagonal / unit)
     top = jnp.argmax(jnp.abs(eigenvalues))
-    return eigenvalues[top], unravel(basis.T @ vectors[:, top])
-
-
-def loss_of_params(
-    call: str,
-    loss_fn: Callable[..., Any],
-    params: optax.Params,
-    *,
-    has_aux: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Callable[[optax.Params], tuple[jax.Array, Any]]:
-    """The function params -> (loss, aux), its other arguments bound and all checked."""
-    if not callable(loss_fn):
-        raise TypeError(
-            f"`{call}(loss_fn)` must be callable, got {type(loss_fn).__name__}."
-        )
-    leaves = cast(list[tuple[Any, Any]], jax.tree.leaves_with_path(params))
-    for path, leaf in leaves:
-        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"`{call}(params)` must hold real floats only, got dtype {dtype} at "
-                f"params{jax.tree_util.keystr(path)}: close over what is not trained."
-            )
-
-    def loss(params: optax.Params) -> tuple[jax.Array, Any]:
-        result: Any = loss_fn(params, *args, **kwargs)
-        kind, aux = type(result).__name__, None
-        parts = len(cast(tuple[Any, ...], result)) if isinstance(result, tuple) else 1
-        if has_aux and parts != 2:
-            raise TypeError(
-                f"`{call}(has_aux=True)` needs loss_fn to return (loss, aux), "
-                f"got {kind}."
-            )
-        if isinstance(result, tuple) and not has_aux:
-            raise TypeError(
-                f"`{call}(loss_fn)` returned a tuple: pass `has_aux=True` if it is "
-                "(loss, aux)."
-            )
-        if has_aux:
-            result, aux = cast(tuple[Any, Any], result)
-        remedy = "Reduce it first, say by `jnp.mean`."
-        return scalar_loss(result, f"{call}(loss_fn)'s loss", remedy), aux
-
-    return loss
-
-
-def gradient_of(
-    loss: Callable[[optax.Params], tuple[jax.Array, Any]], params: optax.Params
-) -> optax.Updates:
-    """The gradient of such a function."""
-    return cast(Any, jax.grad(loss, has_aux=True)(params)[0])
-
-
-def wide(leaf: Any) -> jax.Array:
-    """The leaf in float32 at least."""
-    double = jnp.result_type(leaf) == jnp.float64
-    return jnp.asarray(leaf, jnp.float64 if double else jnp.float32)
-
-
-def _flat_hessian(
-    call: str, loss: Callable[[optax.Params], tuple[jax.Array, Any]], params: Any
-) -> tuple[Callable[[jax.Array], jax.Array], jax.Array, Callable[[jax.Array], Any]]:
-    """Hessian-vector products and the parameters as one vector, and the way back."""
-    flat, unravel = ravel_pytree(jax.tree.map(wide, params))
-    if not flat.size:
-        raise ValueError(f"`{call}(params)` must hold at least one number, got none.")
-
-    def narrow(flat: jax.Array) -> Any:
-        return optax.tree.cast_like(unravel(flat), params)
-
-    def loss_of(flat: jax.Array) -> jax.Array:
-        return loss(narrow(flat))[0]
-
-    def product(v: jax.Array) -> jax.Array:
-        return jax.jvp(jax.grad(loss_of), (flat,), (v,))[1]
-
-    return product, flat, narrow
+    return unit * eigenvalues[top], unravel(basis.T @ vectors[:, top])
 
 
 def _lanczos(
@@ -279,47 +191,35 @@ def _lanczos(
     keys = jax.random.split(key, num_iterations + 1)
     tiny, rounding = np.finfo(start.dtype).tiny, 10 * np.finfo(start.dtype).eps
 
-    def random(i: ArrayLike) -> jax.Array:
-        return jax.random.normal(keys[i], start.shape, start.dtype)
+    def random(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, start.shape, start.dtype)
 
     def orthonormal(v: jax.Array, basis: jax.Array) -> jax.Array:
-        for _ in range(2):
+        for _ in range(2):  # once leaves what rounding brings back; twice is enough
             v -= basis.T @ (basis @ v)
-            v /= jnp.maximum(optax.tree.norm(v), tiny)
+            v /= jnp.maximum(norm(v), tiny)
         return v
 
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        basis, diagonal, off_diagonal = carry
+    def step(
+        basis: jax.Array, now: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        i, key = now
         image = product(basis[i])
         rest = image - basis.T @ (basis @ image)
-        beta = optax.tree.norm(rest)
+        beta = norm(rest)
         # An exhausted Krylov space: go on from a fresh vector orthogonal to it.
-        exhausted = beta <= rounding * optax.tree.norm(image)
-        following = orthonormal(jnp.where(exhausted, random(i + 1), rest), basis)
-        return (
-            basis.at[i + 1].set(following, mode="drop"),
-            diagonal.at[i].set(basis[i] @ image),
-            off_diagonal.at[i].set(jnp.where(exhausted, jnp.zeros_like(beta), beta)),
-        )
+        exhausted = beta <= rounding * norm(image)
+        following = orthonormal(jnp.where(exhausted, random(key), rest), basis)
+        off_diagonal = jnp.where(exhausted, jnp.zeros_like(beta), beta)
+        # After the last product there is no row left, and "drop" drops it.
+        basis = basis.at[i + 1].set(following, mode="drop")
+        return basis, (basis[i] @ image, off_diagonal)
 
     basis = jnp.zeros((num_iterations, start.size), start.dtype)
-    basis = basis.at[0].set(orthonormal(random(0), basis))
-    zeros = jnp.zeros(num_iterations, start.dtype)
-    start_carry = (basis, zeros, zeros)
-    basis, diagonal, off_diagonal = cast(
-        tuple[jax.Array, ...],
-        jax.lax.fori_loop(0, num_iterations, step, start_carry),
-    )
+    basis = basis.at[0].set(orthonormal(random(keys[0]), basis))
+    # The keys are scanned over, not looked up: to JAX's key checker an index that is
+    # traced may be any, so that the second look-up would use a key twice.
+    numbered = (jnp.arange(num_iterations), keys[1:])
+    basis, (diagonal, off_diagonal) = jax.lax.scan(step, basis, numbered)
     side = jnp.diag(off_diagonal[:-1], 1)
     return basis, jnp.diag(diagonal) + side + side.T
-
-
-def _check_count(call: str, count: Any, minimum: int) -> None:
-    try:
-        if isinstance(count, bool):
-            raise TypeError
-        number = operator.index(count)
-    except TypeError:
-        raise TypeError(f"`{call}` must be a static int, got {count!r}.") from None
-    if number < minimum:
-        raise ValueError(f"`{call}` must be at least {minimum}, got {number}.")

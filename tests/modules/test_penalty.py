@@ -346,6 +346,38 @@ def test_level_set_drift_where_gradient_is_an_eigenvector_is_zero(x64):
     np.testing.assert_allclose(drift, [0, 0], atol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e20, 1e25])
+def test_level_set_drift_of_any_gradient_equals_float64(size):
+    """In float32 the squares of such gradients vanish or overflow."""
+    curved = np.array([[3.0, 0.5, 0.0], [0.5, -1.0, 0.2], [0.0, 0.2, 2.0]])
+    slopes = size * np.array([1.0, -2.0, 0.5])
+    at = size * np.array([0.3, 0.7, -0.4])
+    loss = lambda w: (
+        w @ jnp.asarray(curved, w.dtype) @ w / 2 + jnp.asarray(slopes, w.dtype) @ w
+    )
+    drift = penalty.level_set_drift(loss, jnp.asarray(at, jnp.float32))
+    g = curved @ at + slopes
+    product = curved @ g
+    expected = -(product - g * (g @ product) / (g @ g)) / 2
+    np.testing.assert_allclose(drift, expected, rtol=2e-6, atol=2e-7 * size)
+
+
+@pytest.mark.parametrize(("slope", "strength"), [(1e-25, 1e38), (1e25, 1e-37)])
+def test_objective_squares_gradients_of_any_size(slope, strength):
+    """The penalty is a float32 though the squares in it are none."""
+    steep = lambda w: slope * w[0] - 2 * slope * w[1] + w[0] * w[1]
+    objective = penalty.objective(lambda w: steep(w) - steep(w), strength)
+    np.testing.assert_array_equal(objective(jnp.zeros(2)), 0)
+    value, gradient = jax.value_and_grad(penalty.objective(steep, strength))(
+        jnp.zeros(2)
+    )
+    half = strength / 2 * np.float64(slope) ** 2 * 5
+    np.testing.assert_allclose(value, half, rtol=1e-6)
+    # g + strength H g with g = (s, -2 s), H = ((0, 1), (1, 0))
+    expected = slope * np.array([1 - 2 * strength, -2 + strength])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
 BAD_STRENGTHS = {
     "negative": (-0.1, ValueError, "must be finite and at least 0, got -0.1"),
     "nan": (float("nan"), ValueError, "must be finite and at least 0, got nan"),
@@ -409,7 +441,7 @@ def test_unfit_loss_or_params_raise_by_name(call):
     w = jnp.ones(3)
     with pytest.raises(ValueError, match=r"must be a scalar, got shape \(3,\)"):
         call(lambda w: w**2, w)
-    with pytest.raises(TypeError, match="returned a tuple: pass `has_aux=True`"):
+    with pytest.raises(TypeError, match="returned a tuple of 2: pass `has_aux=True`"):
         call(lambda w: (jnp.sum(w), None), w)
     with pytest.raises(TypeError, match="real float dtype, got complex64"):
         call(lambda w: jnp.sum(w) + 1j, w)

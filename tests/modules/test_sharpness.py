@@ -190,6 +190,62 @@ def test_mixed_and_half_precision_params_keep_leaf_dtypes(first, second):
     chex.assert_trees_all_equal_shapes_and_dtypes(vector, params)
 
 
+@pytest.mark.parametrize("curvature", [1e-20, 1e-10, 1.0, 1e10, 1e20])
+def test_measures_of_any_magnitude_equal_float64(curvature):
+    """In float32 the squares of such numbers vanish or overflow."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))
+    unscaled = rotation @ np.diag([5.0, -2.0, 1.0, 0.5]) @ rotation.T
+    hessian = jnp.asarray(curvature * unscaled, jnp.float32)
+    w = jnp.array([1.0, -0.5, 0.25, 2.0])
+    eigenvalue, vector = top_eigenvalue(
+        quadratic, w, hessian, key=KEY, num_iterations=4
+    )
+    np.testing.assert_allclose(eigenvalue, 5 * curvature, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(vector @ rotation[:, 0]), 1, rtol=1e-5)
+    estimate, error = hessian_trace(quadratic, w, hessian, key=KEY, num_samples=50)
+    # the same draws in float64, from the same key
+    exact = np.asarray(hessian, np.float64)
+    keys = jax.random.split(KEY, 50)
+    probes = np.array([jax.random.rademacher(key, 4, jnp.float32) for key in keys])
+    draws = np.einsum("si,ij,sj->s", probes, exact, probes, dtype=np.float64)
+    np.testing.assert_allclose(estimate, draws.mean(), rtol=1e-5)
+    np.testing.assert_allclose(error, draws.std(ddof=1) / 50**0.5, rtol=1e-5)
+    expected = np.linalg.norm(exact @ np.asarray(w, np.float64))
+    np.testing.assert_allclose(
+        gradient_norm(quadratic, w, hessian), expected, rtol=1e-6
+    )
+
+
+def test_gradient_norm_of_infinite_and_nan_gradients_keeps_them():
+    for slope, expected in ((np.inf, np.inf), (np.nan, np.nan)):
+        norm = gradient_norm(lambda w, s: s * w[0] + 3 * w[1], jnp.ones(2), slope)
+        np.testing.assert_equal(float(norm), expected)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("measure", "count"),
+    [("hessian_trace", "num_samples"), ("top_eigenvalue", "num_iterations")],
+)
+def test_no_key_is_used_twice_in_the_eyes_of_the_key_checker(measure, count, jit):
+    measured = lambda w, key: getattr(sharpness, measure)(
+        lambda w: jnp.sum(w**4), w, key=key, **{count: 3}
+    )
+    with jax.debug_key_reuse(True):
+        jit(measured)(jnp.arange(3.0), jax.random.key(5))
+
+
+def test_key_checker_can_complain():
+    def twice(key):
+        return jax.random.normal(key) + jax.random.normal(key)
+
+    with (
+        jax.debug_key_reuse(True),
+        pytest.raises(jax.errors.KeyReuseError, match="consume"),
+    ):
+        jax.jit(twice)(KEY)
+
+
 def test_all_measures_under_jit_and_with_aux_equal_eager(net):
     params, x, targets = net
 
@@ -269,10 +325,12 @@ def test_unfit_loss_or_params_raise_by_name(name):
         ValueError, match=rf"`sharpness.{name}\(loss_fn\)'s loss` must be a scalar"
     ):
         call(lambda w: w**2, w)
-    with pytest.raises(TypeError, match="returned a tuple: pass `has_aux=True`"):
+    with pytest.raises(TypeError, match="returned a tuple of 2: pass `has_aux=True`"):
         call(lambda w: (jnp.sum(w), None), w)
     with pytest.raises(TypeError, match=r"got dtype int32 at params\['n'\]: close"):
         call(lambda w: jnp.sum(w["w"]), {"w": w, "n": jnp.arange(3)})
+    with pytest.raises(TypeError, match=r"16 bits at least, got dtype float8_e4m3fn"):
+        call(lambda w: jnp.sum(w.astype(jnp.float32)), w.astype(jnp.float8_e4m3fn))
     with pytest.raises(TypeError, match=r"\(loss_fn\)` must be callable, got float"):
         call(1.0, w)
 
