@@ -7,9 +7,7 @@ import os
 import pathlib
 import pickle
 import signal
-import subprocess
 import sys
-import warnings
 
 import chex
 import flax.serialization
@@ -22,6 +20,7 @@ import pytest
 
 from flood_optax import FloodState, flood, levels, scale_by_flood
 from flood_optax.flax import TrainState
+from tests import processes
 
 STEPS, STOP = 22, 11  # micro-steps; STOP is inside a window of 3 and after the warm-up
 
@@ -204,31 +203,24 @@ def run(directory, file_format, kill_at):
     print(f"resumed from {start}")  # noqa: T201
 
 
-def started(directory, *arguments):
-    return subprocess.run(
-        (sys.executable, __file__, str(directory), *arguments),
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def started(*arguments):
+    quiet = ("default", "ignore::DeprecationWarning")
+    return processes.end(processes.start(__file__, *arguments, filters=quiet))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
 @pytest.mark.parametrize("file_format", ["flax", "orbax"])
 def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):
-    killed = started(tmp_path, file_format, str(STOP))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, _, errors = started(tmp_path, file_format, STOP)
+    assert code == -signal.SIGKILL, errors
     assert not (tmp_path / "end").exists()
-    resumed = started(tmp_path, file_format)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.endswith("resumed from 8\n")
+    code, output, errors = started(tmp_path, file_format)
+    assert code == 0, errors
+    assert output.endswith("resumed from 8\n")
     end = flax_restore(tmp_path / "end", fresh("skipping"))
     chex.assert_trees_all_equal(end, train(fresh("skipping"), 0, STEPS))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", DeprecationWarning)
     last = int(sys.argv[3]) if len(sys.argv) > 3 else None
     run(pathlib.Path(sys.argv[1]), sys.argv[2], last)

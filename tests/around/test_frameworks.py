@@ -1,8 +1,5 @@
 """Training frameworks: the recipe of docs/trainers.md settles at the level."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import chex
@@ -24,6 +21,7 @@ from numpyro.infer.autoguide import AutoDelta
 
 import flood_optax.flax
 from flood_optax import flood, flooded, scale_by_flood
+from tests import processes
 
 LEVEL = 0.2
 X = jax.random.normal(jax.random.key(0), (64, 4))
@@ -299,12 +297,7 @@ KERAS = textwrap.dedent('''
 
 
 def test_keras_on_jax_floods_the_reduced_loss():
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", KERAS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    filters = ("error::UserWarning",)
+    process = processes.start("-c", KERAS, filters=filters, KERAS_BACKEND="jax")
+    code, _, errors = processes.end(process)
+    assert code == 0, errors[-3000:]

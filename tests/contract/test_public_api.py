@@ -3,12 +3,11 @@
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 
 import flood_optax
+from tests import processes
 
 PUBLIC = {
     "flood_optax": {
@@ -118,16 +117,20 @@ def test_flood_state_schema_is_stable():
 EXTRAS = {"chex", "flax", "matplotlib", "tqdm", "xarray", "diffrax", "sklearn"}
 
 
+def printed(code):
+    """What a process of its own prints."""
+    returned, output, errors = processes.end(processes.start("-c", code))
+    assert returned == 0, errors
+    return output
+
+
 def extras_imported_by(statement):
     """The optional packages that a statement loads beyond what optax itself loads."""
     code = (
         "import sys, jax, optax\nbefore = set(sys.modules)\n"
         f"{statement}\nprint(*(set(sys.modules) - before))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    return EXTRAS & set(result.stdout.split())
+    return EXTRAS & set(printed(code).split())
 
 
 def test_import_needs_jax_and_optax_alone():
@@ -152,13 +155,9 @@ os.environ["JAX_PLATFORMS"] = "no_such_platform"
     ids=["import", "meta"],
 )
 def test_import_initialises_no_backend(statement, fails):
-    result = subprocess.run(
-        [sys.executable, "-c", BACKEND.format(statement=statement)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode != 0) == fails, result.stderr
+    process = processes.start("-c", BACKEND.format(statement=statement))
+    code, _, errors = processes.end(process)
+    assert (code != 0) == fails, errors
 
 
 def test_flax_extra_missing_names_the_extra():
@@ -167,7 +166,4 @@ def test_flax_extra_missing_names_the_extra():
         "try:\n    import flood_optax.flax\n"
         "except ImportError as error:\n    print(error)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "pip install 'flood_optax[flax]'" in result.stdout
+    assert "pip install 'flood_optax[flax]'" in printed(code)

@@ -1,10 +1,8 @@
 """Many levels and seeds in one program: against single runs, one by one."""
 
 import logging
-import pathlib
 import re
 import socket
-import subprocess
 import sys
 import textwrap
 
@@ -17,8 +15,8 @@ import pytest
 
 import flood_optax
 from flood_optax import fork, shapes, sweep
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 LEVELS = (0.0, 0.2, -np.inf, 0.7)
 KEYS = jax.random.split(jax.random.key(0), 3)
 
@@ -227,22 +225,6 @@ SHARDED = """
 """
 
 
-def run_python(code, *args, devices=4):
-    environment = {
-        "PATH": "",
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
     code = (
         SHARDED
@@ -252,9 +234,9 @@ def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
     print("agree")
     """
     )
-    process = run_python(code)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (0, "agree\n"), err
+    process = processes.start("-c", textwrap.dedent(code), devices=4)
+    returned, out, err = processes.end(process)
+    assert (returned, out) == (0, "agree\n"), err
 
 
 @pytest.mark.slow
@@ -274,19 +256,19 @@ def test_shard_agrees_over_two_processes(tmp_path):
     assert not pathlib.Path(path + ".unseen").exists()
     print("agree")
     """
-    address, path = f"127.0.0.1:{port}", str(tmp_path / "sweep.jsonl")
-    processes = [
-        run_python(start + SHARDED + end, str(rank), address, path, devices=2)
-        for rank in range(2)
+    code = textwrap.dedent(start + SHARDED + end)
+    address, path = f"127.0.0.1:{port}", tmp_path / "sweep.jsonl"
+    ranks = [
+        processes.start("-c", code, rank, address, path, devices=2) for rank in range(2)
     ]
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
+        for rank in ranks:
+            returned, out, err = processes.end(rank)
+            assert returned == 0, err
             assert out.endswith("agree\n")
     finally:
-        for process in processes:
-            process.kill()
+        for rank in ranks:
+            rank.kill()
 
 
 # --- run: errors ----------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """Sweeps that are killed and started again: they do what is missing, and end equal."""
 
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -15,8 +12,7 @@ import numpy as np
 import pytest
 
 from flood_optax import journal, sweep
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import processes
 
 # What is swept stands in a string, so that another process can sweep the same.
 SWEPT = """
@@ -79,10 +75,7 @@ def computed(monkeypatch):
 
 
 def python(code):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SWEPT + textwrap.dedent(code)], env=environment
-    )
+    return processes.start("-c", SWEPT + textwrap.dedent(code))
 
 
 KILLED = """
@@ -113,7 +106,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 ):
     path = tmp_path / "sweep.jsonl"
     process = python(KILLED.format(path=str(path), torn=torn))
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert processes.end(process)[0] == -signal.SIGKILL
     resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
     assert computed == missing
     chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
@@ -140,7 +133,7 @@ def test_killed_from_outside_at_any_time_and_resumed_equals_uninterrupted(
     ):
         time.sleep(0.01)
     process.kill()
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert processes.end(process)[0] == -signal.SIGKILL
     assert 3 <= path.read_bytes().count(b"\n") < 7
     resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
     chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
