@@ -361,7 +361,7 @@ def test_levels_built_into_the_optimizer_are_a_trace_each():
     for level in (0.1, 0.2, 0.3):
         optimizer = optax.chain(scale_by_flood(level), optax.sgd(RATE))
 
-        def step(state, w, optimizer=optimizer):
+        def step(state, w, optimizer=optimizer, level=level):
             traces.append(level)
             grads, extra = raw_step(w)
             return optimizer.update(grads, state, w, **extra)
