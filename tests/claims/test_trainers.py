@@ -1,0 +1,207 @@
+"""What trainers do with a loss and an optimizer: the statements of docs/trainers.md.
+
+The trainers themselves are not installed, except Keras: a stand-in does what the source
+of the named version does, in the few lines that matter to flooding.
+"""
+
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flood_optax import flood_loss, flooded, scale_by_flood
+from tests import processes
+
+X = jax.random.normal(jax.random.key(0), (64, 4))
+Y = jnp.sin(X[:, 0]) + 0.3 * X[:, 1]
+VALID = X[::-1] * 0.5, jnp.sin(X[::-1, 0] * 0.5) + 0.15 * X[::-1, 1]
+START = jnp.zeros(4)
+LEVEL = 0.2
+
+
+def loss_fn(w, x, y):
+    return jnp.mean((x @ w - y) ** 2)
+
+
+# ---- a trainer that evaluates with its training loss ----
+
+
+def raw_value(loss_fn, level):
+    """The recipe of the page: the gradient is flooded, the value is raw."""
+
+    def wrapped(*args):
+        loss = loss_fn(*args)
+        bent = flood_loss(loss, level)
+        return bent + jax.lax.stop_gradient(loss - bent)
+
+    return wrapped
+
+
+def fit_by_its_own_loss(function, steps=80):
+    """Flowjax 19.1.2, `fit_to_data`; tunix 0.1.7, `with_loss_fn`: one loss for both."""
+    optimizer = optax.sgd(0.1)
+
+    def step(carry, _):
+        w, state = carry
+        value, grads = jax.value_and_grad(function)(w, X, Y)
+        updates, state = optimizer.update(grads, state, w)
+        return (optax.apply_updates(w, updates), state), (value, function(w, *VALID), w)
+
+    carry = START, optimizer.init(START)
+    _, (train, valid, path) = jax.lax.scan(step, carry, length=steps)
+    raw = jax.vmap(lambda w: loss_fn(w, *VALID))(path)
+    return np.asarray(train), np.asarray(valid), np.asarray(raw)
+
+
+def test_flooded_loss_given_to_a_trainer_floods_its_evaluation():
+    _, valid, raw = fit_by_its_own_loss(flooded(loss_fn, LEVEL))
+    assert raw.min() < LEVEL / 2
+    assert valid.min() >= LEVEL  # the criterion has a floor
+    assert valid.argmin() != raw.argmin()
+
+
+def test_raw_value_with_flooded_gradient_leaves_evaluation_raw():
+    train, valid, raw = fit_by_its_own_loss(raw_value(loss_fn, LEVEL))
+    np.testing.assert_allclose(valid, raw, rtol=1e-6)
+    assert abs(train[-20:].mean() - LEVEL) < 0.03  # it floods, and its log is raw
+    assert train.min() < LEVEL
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0], ids=["below", "above"])
+def test_raw_value_has_the_gradient_of_the_flooded_loss(scale):
+    w = START + scale * jnp.array([0.9, 0.3, 0.1, -0.1])
+    value, grads = jax.value_and_grad(raw_value(loss_fn, 0.3))(w, X, Y)
+    residual = np.asarray(X @ w - Y, np.float64)
+    loss, gradient = np.mean(residual**2), 2 / 64 * np.asarray(X).T @ residual
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    sign = 1 if loss >= 0.3 else -1
+    np.testing.assert_allclose(grads, sign * gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- a loss that comes as (sum, count) ----
+
+
+def test_sum_and_count_are_divided_before_the_flood():
+    """As in steps of Hugging Face's Flax examples: the padding counts nothing."""
+    mask = jnp.arange(64) % 3 > 0
+
+    def sum_and_count(w):
+        return jnp.sum((X @ w - Y) ** 2, where=mask), mask.sum()
+
+    def mean_loss(w):
+        total, count = sum_and_count(w)
+        return total / count
+
+    optimizer = optax.chain(scale_by_flood(LEVEL), optax.sgd(0.1))
+
+    def step(carry, _):
+        w, state = carry
+        value, grads = jax.value_and_grad(mean_loss)(w)
+        updates, state = optimizer.update(grads, state, w, value=value)
+        return (optax.apply_updates(w, updates), state), value
+
+    carry = START, optimizer.init(START)
+    _, values = jax.lax.scan(step, carry, length=80)
+    assert abs(values[-20:].mean() - LEVEL) < 0.03
+    rows = np.asarray(mask)
+    expected = np.mean(np.asarray(Y, np.float64)[rows] ** 2)
+    np.testing.assert_allclose(values[0], expected, rtol=1e-6)
+
+
+# ---- trainers that say `loss=` ----
+
+
+def skip_spikes(inner, limit):
+    """MaxText 0.2: takes `loss` out of the extra arguments, skips above a limit."""
+
+    def update(updates, state, params=None, *, loss, **extra_args):
+        new, new_state = inner.update(updates, state, params, **extra_args)
+        kept = jnp.asarray(loss < limit)
+        new = jax.tree.map(lambda u: jnp.where(kept, u, 0), new)
+        pick = lambda new, old: jnp.where(kept, new, old)
+        return new, jax.tree.map(pick, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+GRADS = jnp.array([1.0, -2.0])
+
+
+def test_flood_inside_spike_skipping_is_an_error():
+    inside = skip_spikes(optax.chain(scale_by_flood(0.5), optax.sgd(1.0)), 100.0)
+    with pytest.raises(ValueError, match="needs the current loss"):
+        inside.update(GRADS, inside.init(GRADS), GRADS, loss=jnp.float32(0.3))
+
+
+# ---- keras, whose backend is chosen once per process ----
+
+KERAS = textwrap.dedent("""
+    import jax
+    import keras
+    import numpy as np
+    from flood_optax import flood_loss
+
+    LEVEL = 0.2
+
+
+    class FloodedLoss(keras.losses.MeanSquaredError):
+        def __call__(self, y_true, y_pred, sample_weight=None):
+            loss = super().__call__(y_true, y_pred, sample_weight)
+            return flood_loss(loss, LEVEL)
+
+
+    class Flooded(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return flood_loss(loss, LEVEL) if training else loss
+
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(96, 4)).astype("float32")
+    y = np.sin(x[:, :1]) + 0.3 * x[:, 1:2]
+    easy = (0.5 * x[:32], np.sin(0.5 * x[:32, :1]) + 0.15 * x[:32, 1:2])
+
+
+    def history(kind, loss, sample_weight=None, **options):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(16, activation="tanh", **options)(inputs)
+        model = kind(inputs, keras.layers.Dense(1)(hidden))
+        model.compile(optimizer=keras.optimizers.SGD(0.05), loss=loss, metrics=["mse"])
+        done = model.fit(
+            x, y, epochs=100, batch_size=96, verbose=0,
+            validation_data=easy, sample_weight=sample_weight,
+        )
+        return {name: np.array(values) for name, values in done.history.items()}
+
+    shown = history(keras.Model, FloodedLoss())
+    assert shown["val_mse"].min() < LEVEL / 2, shown["val_mse"].min()
+    assert shown["val_loss"].min() >= LEVEL  # flooded: a floor under the criterion
+    assert shown["val_loss"].argmin() != shown["val_mse"].argmin()
+    assert abs(shown["mse"][-20:].mean() - LEVEL) < 0.03
+
+    shown = history(Flooded, "mse")
+    np.testing.assert_allclose(shown["val_loss"], shown["val_mse"], rtol=1e-5)
+    assert abs(shown["mse"][-20:].mean() - LEVEL) < 0.03
+    assert shown["loss"].min() >= LEVEL  # what `fit` logs in training is flooded
+
+    # weights: Keras adds w l and divides by n, so weights of .25 make the mean .8
+    shown = history(Flooded, "mse", sample_weight=np.full(96, 0.25, "float32"))
+    assert shown["mse"][-20:].min() > 1.5 * LEVEL, shown["mse"][-20:]
+
+    # a penalty of a layer is part of compute_loss, and counts
+    penalty = keras.regularizers.L2(0.01)
+    shown = history(Flooded, "mse", kernel_regularizer=penalty)
+    assert shown["mse"][-20:].mean() < LEVEL - 0.02, shown["mse"][-20:]
+""")
+
+
+def test_keras_floods_evaluation_by_the_loss_and_not_by_compute_loss():
+    process = processes.start(
+        "-c", KERAS, filters=("error::UserWarning",), KERAS_BACKEND="jax"
+    )
+    code, _, err = processes.end(process)
+    assert code == 0, err[-3000:]
