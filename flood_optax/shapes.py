@@ -226,22 +226,22 @@ def _reflect_multiplier(r: jax.Array) -> jax.Array:
 
 def _soft_value(r: jax.Array, s: jax.Array) -> jax.Array:
     x = r / s
-    near = jnp.clip(x, -1, 1)  # the form without cancellation
-    square_root = jnp.hypot(jnp.ones_like(x), x)
-    small = near * near / (1 + jnp.sqrt(1 + near * near))
-    return s * s * jnp.where(jnp.abs(x) < 1, small, square_root - 1)
+    far = jnp.abs(x) > 1
+    near = jnp.where(far, jnp.zeros_like(x), x)
+    small = near * near / (1 + jnp.sqrt(1 + near * near))  # without cancellation
+    square_root = jnp.hypot(jnp.ones_like(x), x)  # and here without overflow
+    return s * s * jnp.where(far, square_root - 1, small)
 
 
 def _soft_multiplier(r: jax.Array, s: jax.Array) -> jax.Array:
     x = r / s
-    near = jnp.clip(x, -1, 1)
-    # x / sqrt(1 + x^2) is inf / inf far out; there divide both by |x|. In two forms and
-    # not sin(arctan(x)), since `jax.experimental.jet` has no rule for the latter.
     far = jnp.abs(x) > 1
+    near = jnp.where(far, jnp.zeros_like(x), x)
+    # x / sqrt(1 + x^2) is inf / inf far out: there both are divided by |x|. These are
+    # two forms and not sin(arctan(x)), for which `jax.experimental.jet` has no rule.
     inverse = 1 / jnp.where(far, x, jnp.ones_like(x))
     outer = jnp.sign(x) / jnp.sqrt(1 + inverse * inverse)
-    inner = near / jnp.sqrt(1 + near * near)
-    return s * jnp.where(jnp.abs(x) <= 1, inner, outer)
+    return s * jnp.where(far, outer, near / jnp.sqrt(1 + near * near))
 
 
 def _pause_value(r: jax.Array) -> jax.Array:

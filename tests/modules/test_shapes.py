@@ -1,5 +1,11 @@
 """Shapes against closed forms in numpy."""
 
+import copy
+import functools
+import pickle
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +136,66 @@ def test_flood_loss_traced_scale_under_grad_and_vmap():
 def test_shapes_are_equal_and_hashable_where_they_have_no_parameter():
     assert shapes.reflect() == shapes.reflect()
     assert hash(shapes.pause()) == hash(shapes.pause())
+
+
+MAKERS = {
+    "reflect()": shapes.reflect,
+    "soft(scale=0.5)": lambda: shapes.soft(0.5),
+    "pause()": shapes.pause,
+    "asymmetric(ascent=0.25, dead_band=0.125)": lambda: shapes.asymmetric(0.25, 0.125),
+}
+
+
+@pytest.mark.parametrize("text", MAKERS)
+def test_shapes_are_equal_where_their_numbers_are_and_print_as_their_call(text):
+    one, other = MAKERS[text](), MAKERS[text]()
+    assert one == other
+    assert hash(one) == hash(other)
+    assert repr(one) == text
+    assert eval(f"shapes.{text}") == one
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert copy.deepcopy(one) == one
+    assert [name for name, make in MAKERS.items() if make() == one] == [text]
+
+
+def test_numbers_of_any_kind_make_equal_shapes():
+    made = [shapes.soft(x) for x in (2, 2.0, np.float32(2), np.array(2), jnp.array(2))]
+    assert len(set(made)) == 1
+    assert shapes.asymmetric(0.5, 0.25) != shapes.asymmetric(0.25, 0.5)
+    assert shapes.soft(2.0) != shapes.soft(3.0)
+
+
+def test_shape_of_parts_of_others_prints_and_pickles():
+    mixed = shapes.Shape(shapes.soft(0.5).value, shapes.pause().multiplier)
+    assert repr(mixed) == "Shape(value=soft(scale=0.5).value, multiplier=" + (
+        "pause().multiplier)"
+    )
+    assert pickle.loads(pickle.dumps({"nested": [mixed]})) == {"nested": [mixed]}
+    own = shapes.Shape(jnp.abs, lambda r: r)
+    assert re.fullmatch(r"Shape\(value=\S*abs, multiplier=\S*<lambda>\)", repr(own))
+
+
+def test_equal_static_shapes_are_one_trace():
+    @functools.partial(jax.jit, static_argnames="shape")
+    @chex.assert_max_traces(n=1)
+    def slope(x, shape):
+        return jax.grad(lambda x: flood_loss(x, 0.5, shape=shape))(x)
+
+    for scale in (0.5, np.float32(0.5), jnp.array(0.5)):
+        np.testing.assert_allclose(
+            slope(0.25, shape=shapes.soft(scale)), -0.25 / np.sqrt(1.25), rtol=1e-6
+        )
+
+
+def test_shape_of_traced_numbers_can_be_hashed_and_compared():
+    @jax.jit
+    def run(s):
+        one = shapes.soft(s)
+        assert one == one  # noqa: PLR0124
+        assert one != shapes.soft(s + 1)
+        assert isinstance(hash(one), int)
+        assert re.match(r"soft\(scale=", repr(one))
+        return flood_loss(0.25, 0.5, shape=one)
+
+    expected = 0.5 + 4 * (np.sqrt(1 + 0.125**2) - 1)
+    np.testing.assert_allclose(run(2.0), expected, rtol=1e-6)

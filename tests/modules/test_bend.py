@@ -1,0 +1,237 @@
+"""Where a loss meets its level: derivatives of every kind, and what takes part."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax.experimental.jet import jet
+
+from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood, shapes
+from flood_optax.objective import relax_loss
+
+SHAPES = {
+    "reflect": shapes.reflect(),
+    "soft": shapes.soft(0.7),
+    "pause": shapes.pause(),
+    "asymmetric": shapes.asymmetric(0.4, 0.125),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def numpy_phi(name, r):
+    """Value, first and second derivative of phi, and of its branch at a kink."""
+    if name == "soft":
+        root = np.sqrt(1 + (r / 0.7) ** 2)
+        return 0.49 * (root - 1), r / root, root**-3
+    kink, slope = {"reflect": (0, -1), "pause": (0, 0), "asymmetric": (-0.125, -0.4)}[
+        name
+    ]
+    above = r >= kink
+    return (r if above else kink + slope * (r - kink)), (1 if above else slope), 0
+
+
+LEVEL = 0.5
+IDS = jnp.array([0, 1, 1])
+FORMS = {
+    "flood_loss": lambda x, shape: flood_loss(x, LEVEL, shape=shape),
+    "flooded": lambda x, shape: flooded(lambda y: y, LEVEL, shape=shape)(x),
+    "batch": lambda x, shape: flood_mean(x + SPREAD, LEVEL, shape=shape),
+    "example": lambda x, shape: flood_mean(
+        x + 0 * SPREAD, LEVEL, over="example", shape=shape
+    ),
+    "segment": lambda x, shape: flood_mean(
+        x + SPREAD,
+        jnp.array([LEVEL + 0.25, LEVEL - 0.125]),
+        over="segment",
+        segment_ids=IDS,
+        num_segments=2,
+        shape=shape,
+    ),
+}
+SPREAD = np.array([0.25, -0.25, 0.0])  # means 0, and .25 and -.125 in the segments
+
+
+@pytest.mark.parametrize("residual", [-0.375, -0.125, 0.0, 0.375], ids="r={}".format)
+@every_shape
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("x64")
+def test_jet_and_reverse_mode_give_value_and_two_derivatives(form, shape, residual):
+    """`jet` looks through custom rules: the value itself has to carry them."""
+    at, inner, bent = LEVEL + residual, (0.75, 0.5), functools.partial(FORMS[form])
+
+    def objective(x):
+        # of a loss with the derivatives 0.75 and 0.5 at x = 0
+        return bent(at + inner[0] * x + inner[1] * x**2 / 2, shape)
+
+    name = next(name for name, one in SHAPES.items() if one is shape)
+    phi, slope, bend = numpy_phi(name, residual)
+    expected = (
+        phi + LEVEL,
+        slope * inner[0],
+        bend * inner[0] ** 2 + slope * inner[1],
+    )
+    value, (first, second) = jet(objective, (0.0,), ((1.0, 0.0),))
+    np.testing.assert_allclose((value, first, second), expected, rtol=1e-13, atol=1e-14)
+    gradient = jax.grad(objective)
+    reverse = (objective(0.0), gradient(0.0), jax.grad(gradient)(0.0))
+    np.testing.assert_allclose(reverse, expected, rtol=1e-13, atol=1e-14)
+
+
+def loss_of(form, x, level, scale):
+    """Every loss form with a traced level and a traced number in its shape."""
+    soft, both = shapes.soft(scale), shapes.asymmetric(scale, scale / 8)
+    losses = x * jnp.array([0.5, -0.4, 1.9])
+    segments = {"over": "segment", "segment_ids": IDS, "num_segments": 2}
+    return {
+        "flood_loss": lambda: flood_loss(x, level, shape=soft),
+        "flood_loss_asymmetric": lambda: flood_loss(x, level, shape=both),
+        "flooded": lambda: flooded(jnp.sin, level, shape=soft)(x),
+        "flooded_asymmetric": lambda: flooded(jnp.sin, level, shape=both)(x),
+        "batch": lambda: flood_mean(losses, level, shape=soft),
+        "example": lambda: flood_mean(losses, level, over="example", shape=soft),
+        "segment": lambda: flood_mean(losses, level, shape=soft, **segments),
+        "relax_even": lambda: relax_loss(losses, 1, level, epoch=2, upper=scale),
+        "relax_odd": lambda: relax_loss(losses, 1, level, epoch=3, upper=scale),
+    }[form]()
+
+
+@pytest.mark.parametrize("level", [0.3, 5.0], ids=["above", "below"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "flood_loss",
+        "flood_loss_asymmetric",
+        "flooded",
+        "flooded_asymmetric",
+        "batch",
+        "example",
+        "segment",
+        "relax_even",
+        "relax_odd",
+    ],
+)
+def test_no_gradient_flows_into_level_or_shape(form, level):
+    """Nor does the gradient of the loss depend on them, in reverse and forward mode."""
+    of = functools.partial(loss_of, form)
+    arguments = (jnp.float32(0.45), jnp.float32(level), jnp.float32(0.6))
+    assert jax.grad(of, 0)(*arguments) != 0
+    for function in (of, jax.grad(of, 0)):
+        np.testing.assert_array_equal(jax.grad(function, (1, 2))(*arguments), 0)
+        tangents = (jnp.zeros([]), jnp.ones([]), jnp.ones([]))
+        assert jax.jvp(function, arguments, tangents)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["soft", "asymmetric"])
+def test_no_gradient_flows_into_the_numbers_of_a_shape_by_itself(name):
+    make = getattr(shapes, name)
+    for function in ("value", "multiplier"):
+        call = lambda s, function=function: getattr(make(s), function)(jnp.float32(-1))
+        assert call(0.6) != call(0.7)
+        assert jax.grad(call)(0.6) == 0
+
+
+NARROW = [
+    np.dtype(getattr(ml_dtypes, name))
+    for name in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
+]
+TAKERS = {
+    "flood_loss(loss)": lambda loss: flood_loss(loss, 0.5),
+    "flood_mean(losses)": lambda loss: flood_mean(jnp.stack([loss, loss]), 0.5),
+    "flooded(loss_fn)'s loss": lambda loss: flooded(lambda: loss, 0.5)(),
+    "relax_loss(logits)": lambda loss: relax_loss(
+        jnp.stack([loss, loss]), 1, 0.5, epoch=0
+    ),
+    "scale_by_flood().update(value=...)": lambda loss: update(
+        scale_by_flood(0.5), loss
+    ),
+    "flood(inner).update(value=...)": lambda loss: update(
+        flood(optax.sgd(0.1), 0.5), loss
+    ),
+}
+
+
+def update(transform, value):
+    return transform.update(jnp.ones(2), transform.init(jnp.ones(2)), value=value)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("call", TAKERS)
+def test_losses_of_eight_or_four_bits_are_refused(call, dtype):
+    message = f"`{call}` must have 16 bits at least, got {dtype}: compute it in a wider"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TAKERS[call](jnp.asarray(4.0, dtype))
+
+
+SHAPE_TAKERS = {
+    "flood_loss": lambda shape: flood_loss(1.0, 0.5, shape=shape),
+    "flood_mean": lambda shape: flood_mean(jnp.ones(2), 0.5, shape=shape),
+    "flooded": lambda shape: flooded(jnp.sum, 0.5, shape=shape),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (shapes.soft, "got the function soft: if it makes a shape, call it: soft()"),
+        (None, "got NoneType."),
+        ((jnp.abs, jnp.sign), "got tuple."),
+        ("soft", "got str."),
+    ],
+    ids=["uncalled", "none", "pair", "text"],
+)
+@pytest.mark.parametrize("call", SHAPE_TAKERS)
+def test_what_is_no_shape_is_refused_when_the_form_is_built(call, given, got):
+    message = f"`{call}(shape=...)` must be a `flood_optax.Shape`, {got}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SHAPE_TAKERS[call](given)
+
+
+class NamedArray:
+    """An array with named axes as haliax has them: not an array to JAX."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def scalar(self):
+        return self.array
+
+
+def test_array_with_named_axes_is_told_how_to_unwrap_itself():
+    named = NamedArray(jnp.float32(0.25))
+    for call in (
+        lambda: flooded(lambda: named, 0.5)(),
+        lambda: flood_loss(named, 0.5),
+        lambda: flood_loss(0.5, named),
+        lambda: update(scale_by_flood(0.5), named),
+    ):
+        with pytest.raises(TypeError, match=r"Pass the array in it: `\.scalar\(\)`"):
+            call()
+    assert flooded(lambda: named.scalar(), 0.5)() == 0.75
+
+
+def test_level_none_is_told_how_to_switch_off():
+    with pytest.raises(TypeError, match=r"got None\. To switch flooding off, use -inf"):
+        flooded(jnp.sum, None)
+
+
+def test_tuples_are_told_their_length():
+    with pytest.raises(TypeError, match=r"returned a tuple of 3: pass `has_aux"):
+        flooded(lambda: (1.0, 2, 3), 0.5)()
+    with pytest.raises(TypeError, match=r"return \(loss, aux\), got a tuple of 3\."):
+        flooded(lambda: (1.0, 2, 3), 0.5, has_aux=True)()
+    with pytest.raises(TypeError, match="must be the loss alone, got a tuple of 2"):
+        flood_loss((1.0, 2), 0.5)
+
+
+def test_level_per_sequence_is_told_of_its_missing_axis():
+    losses = jnp.ones((4, 3, 2))
+    hint = "got shape (4,). A level per entry of the leading axes is "
+    with pytest.raises(ValueError, match=re.escape(f"{hint}`level[:, None, None]`.")):
+        flood_mean(losses, jnp.ones(4), over="example")
+    with pytest.raises(ValueError, match=r"got shape \(5,\)\.$"):
+        flood_mean(losses, jnp.ones(5), over="example")
