@@ -1,6 +1,7 @@
 """What a release says of itself agrees: version, floors, changelog, API index."""
 
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -79,3 +80,86 @@ def test_every_line_of_the_api_index_is_a_public_name(name):
 def test_no_public_name_has_two_lines():
     objects = [id(lookup(name)) for name in listed()]
     assert len(objects) == len(set(objects)) > 30
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SETUP = re.compile(r"pip install (uv|build twine|-e '\.\[dev\]')")
+SCRIPT = re.compile(r"(?:python )?(\.ci/[\w.]+)\b|\.venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_of_workflow_are_pinned_by_commit(path):
+    uses = re.findall(r"uses: (.+)$", path.read_text(), re.MULTILINE)
+    assert uses
+    for action in uses:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+(\.\d+)+", action), (
+            action
+        )
+
+
+def test_one_action_has_one_pin():
+    text = "".join(path.read_text() for path in WORKFLOWS)
+    pins = set(re.findall(r"uses: (\S+)@(\S+)", text))
+    assert len(pins) == len({action for action, _ in pins})
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_runs_scripts_and_holds_no_logic(path):
+    """What cannot run here must be nothing but calls of what can."""
+    commands = re.findall(r"- run: (.+)$", path.read_text(), re.MULTILINE)
+    assert commands
+    assert path.read_text().count("run:") == len(commands), "a block of shell"
+    for command in commands:
+        if not SETUP.fullmatch(command):
+            call = SCRIPT.match(command)
+            assert call, command
+            assert not call[1] or (ROOT / call[1]).is_file(), command
+
+
+def test_scripts_of_the_workflows_are_run_here_too():
+    own = (ROOT / ".ci" / "run").read_text()
+    text = "".join(path.read_text() for path in WORKFLOWS)
+    for script in set(re.findall(r"\.ci/[\w.]+", text)) - {".ci/release.py"}:
+        assert script in own, script
+
+
+def test_pythons_of_the_classifiers_are_those_of_the_workflow():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    tried = set(re.findall(r'"(3\.\d+)"', text))
+    prefix = "Programming Language :: Python :: "
+    names = [line for line in PROJECT["classifiers"] if line.startswith(prefix)]
+    assert {name.removeprefix(prefix) for name in names} == tried
+
+
+RELEASE = {
+    "pyproject.toml": '[project]\nversion = "0.2.0"\n',
+    "flood_optax/__init__.py": '__version__ = "0.2.0"\n',
+    "CITATION.cff": "title: x\nversion: 0.2.0\n",
+    "CHANGELOG.md": "# Changelog\n\n## [0.2.0] - 2030-01-31\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("tag", "file", "text", "fault"),
+    [
+        ("v0.2.0", None, "", None),
+        ("0.2.0", None, "", "the tag 0.2.0 is not v0.2.0"),
+        ("v0.2.1", None, "", "the tag v0.2.1 is not v0.2.0"),
+        ("v0.2.0", "flood_optax/__init__.py", '__version__ = "0.1.0"\n', "__version__"),
+        ("v0.2.0", "CITATION.cff", "title: x\nversion: 0.2.0rc1\n", "CITATION"),
+        ("v0.2.0", "CHANGELOG.md", "## [Unreleased]\n\n- 0.2.0\n", "no dated section"),
+        ("v0.2.0", "CHANGELOG.md", "## [0.2.0]\n", "no dated section"),
+    ],
+)
+def test_release_is_refused_unless_tag_and_texts_agree(
+    tmp_path, tag, file, text, fault
+):
+    for name, content in RELEASE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text if name == file else content)
+    path = ROOT / ".ci" / "release.py"
+    spec = importlib.util.spec_from_file_location("release", path)
+    release = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(release)
+    found = release.faults(tag, tmp_path)
+    assert (fault in found[0] and len(found) == 1) if fault else found == []
