@@ -11,17 +11,24 @@ import optax
 from jax import export, lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import bend, compare_dtype
+from flood_optax.bend import (
+    AxisName,
+    Bent,
+    bend,
+    check_shape,
+    compare_dtype,
+    global_mean,
+    wide,
+)
 from flood_optax.checks import (
     DROPS_VALUE,
-    check_level,
     check_scalar_level,
+    number,
     scalar_loss,
 )
 from flood_optax.shapes import Shape, reflect
 
 Level = ArrayLike | Callable[[jax.Array], ArrayLike]
-AxisName = str | tuple[str, ...]
 
 
 class FloodState(NamedTuple):
@@ -59,29 +66,36 @@ def scale_by_flood(
     which `optax.apply_if_finite` behind the flood catches. This is the gradient of
     ``flooded(loss_fn, level)``, bit for bit. 0 times an infinite gradient is 0.
 
-    Put it first in a chain, before moments, clipping and weight decay. ``value`` must
-    be the loss of the whole batch that the gradient belongs to: in a mapped function
-    give ``axis_name``; `optax.MultiSteps` around it hands over the last micro-batch's
-    loss, so accumulate with `flood_optax.flood(inner, level, every_k=k)` instead.
-    Optimizers that read the value themselves (line searches, `optax.polyak_sgd`,
-    `optax.contrib.momo`) need `flood_optax.flood(inner, level)` too.
+    Put it first in a chain, before moments, clipping and weight decay, and once: two
+    floods undo each other, which neither can see. ``value`` must be the loss of the
+    whole batch that the gradient belongs to: in a mapped function give ``axis_name``;
+    `optax.MultiSteps` around it hands over the last micro-batch's loss, so accumulate
+    with `flood_optax.flood(inner, level, every_k=k)` instead. Optimizers that read the
+    value themselves (line searches, `optax.polyak_sgd`, `optax.contrib.momo`) need
+    `flood_optax.flood(inner, level)` too.
 
     Args:
       level: a scalar, b, or a schedule from the step (int32) to one. -inf means off.
+        No gradient flows into it.
       shape: how to bend, see `flood_optax.shapes`.
       axis_name: mapped axis or axes (shard_map, pmap) over which ``value`` is averaged
         before it is compared. Under `jax.jit` with sharded data nothing is needed.
 
     Returns:
-      A transformation with the state `FloodState`, whose update takes ``value=``, the
-      raw loss, a real scalar. Every leaf keeps its dtype; integer, float0, None and
-      masked leaves pass through.
+      A transformation with the state `FloodState`. Its update takes
+
+      * ``value``, the raw loss, a real scalar; ``loss`` where ``value`` is not given;
+      * ``weight``, what this loss counts (its number of examples or tokens), a
+        non-negative real scalar, 1 by default. Over ``axis_name`` the loss is then
+        sum(weight * value) / sum(weight), in one collective; the gradient must be
+        averaged by the same weights. A part of weight 0 leaves no trace, NaN included;
+        where all is of weight 0, updates are 0 and the state stays as it was.
+
+      Every leaf keeps its dtype; integer, float0, None and masked leaves pass through.
 
     Raises:
-      TypeError: if ``level`` is no number; in update, if ``value`` is no real float or
-        a (loss, aux) tuple.
-      ValueError: if ``level`` is NaN, +inf or not a scalar; in update, if ``value`` is
-        missing or not a scalar, or if ``value_fn`` is handed over.
+      ValueError: in update, if the loss is missing or not a scalar, or if ``value_fn``
+        is handed over.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -103,11 +117,11 @@ def scale_by_flood(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    level_at = schedule(level, "scale_by_flood(level=...)")
+    at_work = flooding(level, shape, "scale_by_flood")
 
     def init_fn(params: optax.Params) -> FloodState:
         del params
-        return initial_state()
+        return at_work.init()
 
     def update_fn(
         updates: optax.Updates,
@@ -115,6 +129,8 @@ def scale_by_flood(
         params: optax.Params | None = None,
         *,
         value: ArrayLike | None = None,
+        loss: ArrayLike | None = None,
+        weight: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
@@ -125,23 +141,55 @@ def scale_by_flood(
                 "loss. Use `flood_optax.flood(inner, level)` or "
                 "`flood_optax.flooded(loss_fn, level)`."
             )
-        loss = batch_loss(value, "scale_by_flood().update(value=...)", axis_name)
-        step = flood_step(state, loss, level_at, shape)
-        return scaled(updates, step.multiplier), step.state
+        before: FloodState = own_state(state, FloodState, "scale_by_flood()")
+        read = batch_loss("scale_by_flood()", value, loss, weight, axis_name)
+        bent, after = at_work.step(before, read.loss)
+        multiplier = bent.multiplier
+        if not isinstance(read.weight, int):
+            counts = read.weight != 0
+            multiplier = jnp.where(counts, multiplier, 0)
+            after = jax.tree.map(functools.partial(jnp.where, counts), after, before)
+        return scaled(updates, multiplier), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class FloodStep(NamedTuple):
-    """One comparison of a loss with its level."""
+class Flooding(NamedTuple):
+    """A level and a shape at work: the state to start with, and one comparison."""
 
-    level: jax.Array
-    flooded: jax.Array
-    multiplier: jax.Array
-    state: FloodState
+    init: Callable[[], FloodState]
+    step: Callable[[FloodState, jax.Array], tuple[Bent, FloodState]]
 
 
-def schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
+def flooding(level: Level, shape: Shape, call: str) -> Flooding:
+    """What every optax form does with one loss of one step."""
+    check_shape(shape, f"{call}(shape=...)")
+    level_at = _schedule(level, f"{call}(level=...)")
+
+    def init() -> FloodState:
+        return FloodState(
+            flood_step=jnp.zeros([], jnp.int32),
+            flood_level=jnp.zeros([], jnp.float32),
+            flood_value=jnp.zeros([], jnp.float32),
+            flood_below=jnp.zeros([], jnp.int32),
+        )
+
+    def step(state: FloodState, loss: jax.Array) -> tuple[Bent, FloodState]:
+        bent = bend(loss, level_at(state.flood_step), shape)
+        is_below = bent.loss < bent.level
+        more = jnp.asarray(optax.safe_increment(state.flood_below))
+        return bent, FloodState(
+            # a run of more than 2^31 steps must not start again at negative ones
+            flood_step=jnp.asarray(optax.safe_increment(state.flood_step)),
+            flood_level=bent.level.astype(jnp.float32),
+            flood_value=bent.loss.astype(jnp.float32),
+            flood_below=jnp.where(is_below, more, state.flood_below),
+        )
+
+    return Flooding(init, step)
+
+
+def _schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
     """The level as a function of the step, checked as early as its number is known."""
     if not callable(level):
         check_scalar_level(level, call)
@@ -149,62 +197,62 @@ def schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
 
     def level_at(step: jax.Array) -> jax.Array:
         now = level(step)
-        check_level(now, call)
         check_scalar_level(now, call)
         return jnp.asarray(now)
 
     return level_at
 
 
-def initial_state() -> FloodState:
-    """The state before the first step."""
-    return FloodState(
-        flood_step=jnp.zeros([], jnp.int32),
-        flood_level=jnp.zeros([], jnp.float32),
-        flood_value=jnp.zeros([], jnp.float32),
-        flood_below=jnp.zeros([], jnp.int32),
-    )
+class BatchLoss(NamedTuple):
+    """The raw loss of the whole batch; its weight, a static int if none was given."""
+
+    loss: jax.Array
+    weight: jax.Array | int
 
 
 def batch_loss(
-    value: ArrayLike | None, call: str, axis_name: AxisName | None
-) -> jax.Array:
+    call: str,
+    value: ArrayLike | None,
+    loss: ArrayLike | None,
+    weight: ArrayLike | None,
+    axis_name: AxisName | None,
+) -> BatchLoss:
     """The raw loss handed to an update, checked and averaged over the mapped axis."""
-    if value is None:
+    name, given = ("loss", loss) if value is None else ("value", value)
+    if given is None:
         raise ValueError(
-            f"`{call}` needs the current loss, got None: "
+            f"`{call}.update(value=...)` needs the current loss, got None: "
             f"pass `optimizer.update(grads, state, params, value=loss)`. {DROPS_VALUE}"
         )
-    loss = scalar_loss(
-        value, call, "Pass the mean over the batch, the scalar you differentiate."
+    share = scalar_loss(
+        given,
+        f"{call}.update({name}=...)",
+        "Pass the mean over the batch, the scalar you differentiate.",
     )
-    if axis_name is None:
-        return loss
-    precise = loss.astype(compare_dtype(loss.dtype))
-    return lax.pmean(precise, axis_name).astype(loss.dtype)
+    if weight is None:  # each device counts 1
+        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        return BatchLoss(global_mean(share, axis_name), devices)
+    rule = "non-negative and finite"
+    number(f"{call}.update(weight=...)", weight, rule, lambda w: 0 <= w < np.inf)
+    part = jnp.asarray(weight, compare_dtype(share.dtype))
+    # a select: the product with 0 keeps the NaN of a part that counts nothing
+    counted = jnp.where(part != 0, wide(share), 0)
+    if axis_name is not None:
+        # stacked, so that it is one collective
+        total, part = lax.psum(jnp.stack([part * counted, part]), axis_name)
+        counted = total / jnp.where(part != 0, part, 1)
+    return BatchLoss(counted.astype(share.dtype), part)
 
 
-def flood_step(
-    state: Any,
-    loss: jax.Array,
-    level_at: Callable[[jax.Array], jax.Array],
-    shape: Shape,
-) -> FloodStep:
-    """Compares the loss with the level of this step and counts it."""
-    level = level_at(state.flood_step)
-    compared, bound, value, multiplier = bend(loss, level, shape)
-    below = (compared < bound).astype(jnp.int32)
-    return FloodStep(
-        level=level,
-        flooded=value.astype(loss.dtype),
-        multiplier=multiplier,
-        state=FloodState(
-            flood_step=jnp.asarray(optax.safe_increment(state.flood_step)),
-            flood_level=bound.astype(jnp.float32),
-            flood_value=compared.astype(jnp.float32),
-            flood_below=state.flood_below + below,
-        ),
-    )
+def own_state(state: Any, kind: type, call: str) -> Any:
+    """The state, which must be of this transformation."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`{call}.update(state)` must be a {kind.__name__}, as its `init` gives, "
+            f"got {type(state).__name__}. How to go on from a checkpoint of plain "
+            "training: docs/traps.md, Checkpoints."
+        )
+    return state
 
 
 def scaled(updates: optax.Updates, multiplier: jax.Array) -> optax.Updates:

@@ -1,49 +1,29 @@
 """The optimizer wrapper: the inner optimizer sees the flooded objective whole."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import compare_dtype
+from flood_optax.bend import AxisName, Bent
 from flood_optax.objective import flooded
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
-    AxisName,
     FloodState,
     Level,
     batch_loss,
-    flood_step,
-    initial_state,
+    flooding,
+    own_state,
     scaled,
-    schedule,
 )
+from flood_optax.window import Batch, EveryK, FloodWindow, ShouldSkip, accumulation
 
-ShouldSkip = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
-
-
-class FloodWindow(NamedTuple):
-    """The accumulation window that is open.
-
-    Attributes:
-      flood_mini_step: int32 scalar, micro-batches in it so far.
-      flood_grad_mean: tree like params, the running mean of their gradients, float32
-        at least; leaves without gradient are masked.
-      flood_value_mean: float scalar, the running mean of their raw losses.
-      flood_skip_state: what should_skip_update_fn last returned beside its verdict.
-    """
-
-    flood_mini_step: jax.Array
-    flood_grad_mean: Any
-    flood_value_mean: jax.Array
-    flood_skip_state: Any
+__all__ = ["FloodWindow", "FloodWrapperState", "flood"]
 
 
 class FloodWrapperState(NamedTuple):
@@ -60,17 +40,16 @@ class FloodWrapperState(NamedTuple):
     flood_window: Any
 
 
-for _state in (FloodWindow, FloodWrapperState):  # as for FloodState
-    export.register_namedtuple_serialization(
-        _state, serialized_name=f"flood_optax.{_state.__name__}"
-    )
+export.register_namedtuple_serialization(  # as for FloodState
+    FloodWrapperState, serialized_name="flood_optax.FloodWrapperState"
+)
 
 
 def flood(
     inner: optax.GradientTransformation,
     level: Level,
     *,
-    every_k: int | Callable[[jax.Array], ArrayLike] = 1,
+    every_k: EveryK = 1,
     shape: Shape = reflect(),
     axis_name: AxisName | None = None,
     should_skip_update_fn: ShouldSkip | None = None,
@@ -87,13 +66,15 @@ def flood(
 
     With ``every_k`` it accumulates as `optax.MultiSteps` does, and gradients AND values
     are averaged over the window, which is then flooded once: the large batch. ``value``
-    is then the mean loss of the micro-batch; micro-batches must be of equal size.
-    Between the ends of windows updates are zero. A NaN or inf spoils its own window
-    only. ``inner``, the level schedule, ``flood_step``, ``flood_below`` count windows.
+    is then the mean loss of the micro-batch; micro-batches of unequal size need
+    ``weight``. Between the ends of windows updates are zero. A NaN or inf spoils its
+    own window only. ``inner``, the level schedule, ``flood_step``, ``flood_below``
+    count windows.
 
     Args:
-      inner: the optimizer; not a MultiSteps, which would flood each micro-batch.
-      level: a scalar, b, or a schedule from the step to one. -inf means off.
+      inner: the optimizer; one that floods or accumulates itself is refused at init.
+      level: a scalar, b, or a schedule from the step to one. -inf means off. No
+        gradient flows into it.
       every_k: micro-batches per window, a positive int or a schedule from the window's
         number to one. Under `optax.inject_hyperparams` name it in ``static_args``.
       shape: how to bend, see `flood_optax.shapes`.
@@ -104,15 +85,27 @@ def flood(
         `optax.skip_not_finite` a value that is not finite skips too.
 
     Returns:
-      A transformation whose update takes ``value=``, the raw loss, a real scalar. Its
-      state holds a FloodState, which `optax.tree.get` finds by its fields.
+      A transformation whose state holds a FloodState, which `optax.tree.get` finds by
+      its fields. Its update takes
+
+      * ``value``, the raw loss, a real scalar; ``loss`` where ``value`` is not given.
+        ``loss`` reaches ``inner`` as it is, if it was given: a line search, which takes
+        no argument that ``value_fn`` does not know, refuses it.
+      * ``weight``, what this loss counts (its number of examples or tokens), a
+        non-negative real scalar, 1 by default: over ``axis_name`` as in
+        `flood_optax.scale_by_flood`, and over the window gradients and losses are means
+        weighted by the sum of it over the devices. What has weight 0 leaves no trace,
+        NaN included, but takes its place in the window. A window of weight 0 emits
+        nothing: no step of ``inner``, no count.
+      * ``flush``, a boolean scalar, False by default: closes the window after this
+        micro-batch, however many it holds, as at the end of an epoch.
+
+      ``inner`` is not handed ``weight`` and ``flush``.
 
     Raises:
-      TypeError: if ``inner`` is no transformation, ``level`` no number, ``every_k`` no
-        int; in update as `flood_optax.scale_by_flood`.
-      ValueError: if ``level`` is NaN, +inf or no scalar, or ``every_k`` not positive;
-        in update if ``value`` is missing or no scalar, or if ``value_fn`` or ``grad``
-        come with accumulation, where they would belong to one micro-batch only.
+      ValueError: in update if the loss is missing or no scalar, if ``value_fn`` or
+        ``grad`` come with accumulation, where they would belong to one micro-batch
+        only, or if the state is one of another ``every_k`` than 1.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -135,45 +128,14 @@ def flood(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    if isinstance(inner, optax.MultiSteps):
-        raise TypeError(
-            "`flood(inner)` must be the optimizer itself, got MultiSteps, which would "
-            "flood each micro-batch: use `flood(optimizer, level, every_k=k)`."
-        )
-    if not (callable(getattr(inner, "init", None)) and hasattr(inner, "update")):
-        raise TypeError(
-            "`flood(inner)` must be an optax.GradientTransformation, got "
-            f"{type(inner).__name__}."
-        )
-    _check_every_k(every_k)
-    level_at = schedule(level, "flood(level=...)")
-    inner = optax.with_extra_args_support(inner)
-    accumulates = callable(every_k) or every_k != 1 or should_skip_update_fn is not None
+    inner = _optimizer(inner)
+    at_work = flooding(level, shape, "flood")
+    windows = accumulation(every_k, should_skip_update_fn)
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
-        window = _open(params, should_skip_update_fn) if accumulates else ()
-        return FloodWrapperState(initial_state(), inner.init(params), window)
-
-    def step_inner(
-        updates: Any, loss: jax.Array, state: Any, params: Any, extra_args: Any
-    ) -> tuple[Any, FloodState, Any]:
-        """Floods once and hands the whole flooded objective to the inner optimizer."""
-        step = flood_step(state.flood_state, loss, level_at, shape)
-        rewritten = dict(extra_args)
-        if rewritten.get("grad") is not None:
-            rewritten["grad"] = scaled(rewritten["grad"], step.multiplier)
-        if rewritten.get("value_fn") is not None:
-            rewritten["value_fn"] = flooded(
-                rewritten["value_fn"], step.level, axis_name=axis_name, shape=shape
-            )
-        updates, inner_state = inner.update(
-            scaled(updates, step.multiplier),
-            state.flood_inner_state,
-            params,
-            value=step.flooded,
-            **rewritten,
-        )
-        return updates, step.state, inner_state
+        inner_state = inner.init(params)
+        _refuse_floods_and_windows(inner_state)
+        return FloodWrapperState(at_work.init(), inner_state, windows.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -181,173 +143,77 @@ def flood(
         params: optax.Params | None = None,
         *,
         value: ArrayLike | None = None,
+        loss: ArrayLike | None = None,
+        weight: ArrayLike | None = None,
+        flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        loss = batch_loss(value, "flood(inner).update(value=...)", axis_name)
-        if not accumulates:
-            updates, flood_state, inner_state = step_inner(
-                updates, loss, state, params, extra_args
-            )
-            return updates, FloodWrapperState(flood_state, inner_state, ())
-        return accumulate(updates, loss, state, params, extra_args)
-
-    def accumulate(
-        updates: Any, loss: jax.Array, state: Any, params: Any, extra_args: Any
-    ) -> tuple[Any, FloodWrapperState]:
-        for name in ("value_fn", "grad"):
-            if extra_args.get(name) is not None:
-                raise ValueError(
-                    "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
-                    f"`{name}`, which belongs to one micro-batch, got one. "
-                    "Line searches need the whole batch: `flood(inner, level)`."
-                )
-        window: FloodWindow = state.flood_window
-        number = state.flood_state.flood_step
-        skip, skip_state = _verdict(
-            should_skip_update_fn, updates, number, params, loss
+        before: FloodWrapperState = own_state(state, FloodWrapperState, "flood(inner)")
+        read = batch_loss("flood(inner)", value, loss, weight, axis_name)
+        if loss is not None:
+            extra_args["loss"] = loss
+        _check_search(
+            extra_args, before, weighted=not (weight is None or axis_name is None)
         )
-        grown = _grow(window, updates, loss, skip_state)
-        k = _every_k(every_k, number)
-        emit = jnp.logical_not(skip) & (window.flood_mini_step >= k - 1)
+        number = before.flood_state.flood_step
+        batch = windows.add(
+            before.flood_window,
+            updates,
+            *read,
+            flush=flush,
+            number=number,
+            params=params,
+        )
 
-        def close(_: None) -> tuple[Any, FloodState, Any, FloodWindow]:
-            means = jax.tree.map(_merged, updates, grown.flood_grad_mean)
-            mean_loss = grown.flood_value_mean.astype(loss.dtype)
-            stepped, flood_state, inner_state = step_inner(
-                means, mean_loss, state, params, extra_args
+        def step() -> tuple[Any, FloodWrapperState]:
+            means, mean_loss = batch.means()
+            bent, flood_state = at_work.step(before.flood_state, mean_loss)
+            stepped, inner_state = inner.update(
+                scaled(means, bent.multiplier),
+                before.flood_inner_state,
+                params,
+                value=bent.value.astype(mean_loss.dtype),
+                **_flooded_search(extra_args, bent, shape, axis_name),
             )
-            inner_state = optax.tree.cast_like(inner_state, state.flood_inner_state)
-            return stepped, flood_state, inner_state, _emptied(grown)
+            if extra_args.get("value_fn") is not None:
+                inner_state = _forgetting(inner_state, bent)
+            return stepped, FloodWrapperState(flood_state, inner_state, batch.closed)
 
-        stepped_like = jax.eval_shape(close, None)[0]
-
-        def wait(_: None) -> tuple[Any, FloodState, Any, FloodWindow]:
-            kept = jax.tree.map(functools.partial(jnp.where, skip), window, grown)
-            kept = kept._replace(flood_skip_state=skip_state)
-            zeros = jax.tree.map(_zeros, updates, stepped_like)
-            return zeros, state.flood_state, state.flood_inner_state, kept
-
-        if isinstance(emit, Tracer):
-            cond = cast(Callable[..., tuple[Any, ...]], lax.cond)
-            outcome = cond(emit, close, wait, None)
-        else:  # eagerly a cond would be compiled anew at every step
-            outcome = close(None) if emit else wait(None)
-        stepped, flood_state, inner_state, window = outcome
-        return stepped, FloodWrapperState(flood_state, inner_state, window)
+        return (
+            step()
+            if batch.emits is True
+            else _step_or_wait(step, before, batch, updates)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_every_k(every_k: object) -> None:
-    if callable(every_k):
-        return
-    if isinstance(every_k, bool) or not isinstance(every_k, int | np.integer):
-        raise TypeError(
-            "`flood(every_k=...)` must be an int or a schedule, got "
-            f"{every_k!r}. Under `optax.inject_hyperparams` pass "
-            '`static_args="every_k"`.'
-        )
-    if every_k < 1:
-        raise ValueError(f"`flood(every_k=...)` must be positive, got {every_k}.")
-
-
-def _every_k(every_k: Any, number: jax.Array) -> jax.Array:
-    k = jnp.asarray(every_k(number) if callable(every_k) else every_k)
-    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
-        raise TypeError(
-            "`flood(every_k=schedule)` must return an integer scalar, got shape "
-            f"{k.shape} of dtype {k.dtype}."
-        )
-    return k.astype(jnp.int32)
-
-
-def _open(params: Any, should_skip: ShouldSkip | None) -> FloodWindow:
-    """An empty window."""
-    _, skip_state = _verdict(
-        should_skip,
-        optax.tree.zeros_like(params),
-        jnp.zeros([], jnp.int32),
-        params,
-        jnp.zeros([]),
-    )
-    return FloodWindow(
-        flood_mini_step=jnp.zeros([], jnp.int32),
-        flood_grad_mean=jax.tree.map(_accumulator, params),
-        flood_value_mean=jnp.zeros([]),
-        flood_skip_state=skip_state,
-    )
-
-
-def _accumulator(param: Any) -> Any:
-    """Zeros in float32 at least; a leaf that has no gradient has no accumulator."""
-    dtype = jnp.result_type(param)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return optax.MaskedNode()
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        dtype = compare_dtype(np.dtype(dtype))
-    return jnp.zeros_like(param, dtype)
-
-
-def _verdict(
-    should_skip: ShouldSkip | None,
+def _step_or_wait(
+    step: Callable[[], tuple[Any, FloodWrapperState]],
+    before: FloodWrapperState,
+    batch: Batch,
     updates: Any,
-    number: jax.Array,
-    params: Any,
-    loss: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """Whether to skip this micro-batch, and what the rule wants to keep."""
-    if should_skip is None:
-        return jnp.zeros([], jnp.bool_), ()
-    skip, skip_state = should_skip(updates, number, params)
-    if (jnp.result_type(skip), jnp.shape(skip)) != (jnp.bool_, ()):
-        raise ValueError(
-            "`flood(should_skip_update_fn=...)` must return a boolean scalar first, "
-            f"got shape {jnp.shape(skip)} of dtype {jnp.result_type(skip)}."
+) -> tuple[Any, FloodWrapperState]:
+    """Takes the step where the window emits, else keeps all but the window."""
+
+    def emit() -> tuple[Any, FloodWrapperState]:
+        stepped, after = step()
+        # An inner state may come back in another dtype, as a bf16 moment in float32,
+        # which no branch of a cond, and no loop around it, would take.
+        inner_state = optax.tree.cast_like(
+            after.flood_inner_state, before.flood_inner_state
         )
-    if should_skip is optax.skip_not_finite:
-        skip = skip | jnp.logical_not(jnp.isfinite(loss))
-    return skip, skip_state
+        return stepped, after._replace(flood_inner_state=inner_state)
 
+    stepped_like = jax.eval_shape(emit)[0]
 
-def _grow(
-    window: FloodWindow, updates: Any, loss: jax.Array, skip_state: Any
-) -> FloodWindow:
-    """The window with one more micro-batch, by running means."""
-    size = window.flood_mini_step + 1
+    def wait() -> tuple[Any, FloodWrapperState]:
+        zeros = jax.tree.map(_zeros, updates, stepped_like)
+        return zeros, before._replace(flood_window=batch.kept())
 
-    def mean(new: Any, old: Any) -> Any:
-        if isinstance(old, optax.MaskedNode):
-            return old
-        return old + (jnp.asarray(new, old.dtype) - old) / size.astype(old.dtype)
-
-    return FloodWindow(
-        flood_mini_step=size,
-        flood_grad_mean=jax.tree.map(mean, updates, window.flood_grad_mean),
-        flood_value_mean=_value_mean(loss, window.flood_value_mean, size),
-        flood_skip_state=skip_state,
-    )
-
-
-def _value_mean(new: jax.Array, old: jax.Array, size: jax.Array) -> jax.Array:
-    """The running mean, which stays infinite after an infinite loss."""
-    finite = jnp.where(jnp.isfinite(old), old, jnp.zeros_like(old))
-    return old + (new.astype(old.dtype) - finite) / size.astype(old.dtype)
-
-
-def _emptied(window: FloodWindow) -> FloodWindow:
-    """The window to start with next: zeros, whatever was in this one."""
-    return FloodWindow(
-        flood_mini_step=jnp.zeros_like(window.flood_mini_step),
-        flood_grad_mean=optax.tree.zeros_like(window.flood_grad_mean),
-        flood_value_mean=jnp.zeros_like(window.flood_value_mean),
-        flood_skip_state=window.flood_skip_state,
-    )
-
-
-def _merged(update: Any, mean: Any) -> Any:
-    if isinstance(mean, optax.MaskedNode):
-        return update
-    return mean.astype(jnp.result_type(update))
+    if isinstance(batch.emits, Tracer):
+        return lax.cond(batch.emits, emit, wait)
+    return emit() if batch.emits else wait()  # eagerly a cond compiles at every step
 
 
 def _zeros(update: Any, like: Any) -> Any:
@@ -355,3 +221,89 @@ def _zeros(update: Any, like: Any) -> Any:
     if like.dtype == jax.dtypes.float0:
         return update
     return jnp.zeros_like(update, like.dtype)
+
+
+def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer, taking extra arguments whether it reads them or not."""
+    if isinstance(inner, optax.MultiSteps):
+        raise TypeError(f"`flood(inner)` {_WINDOWS.format('MultiSteps')}")
+    if not (callable(getattr(inner, "init", None)) and hasattr(inner, "update")):
+        raise TypeError(
+            "`flood(inner)` must be an optax.GradientTransformation, got "
+            f"{type(inner).__name__}."
+        )
+    return optax.with_extra_args_support(inner)
+
+
+_WINDOWS = (
+    "must be the optimizer itself, got {}, which would flood each micro-batch: use "
+    "`flood(optimizer, level, every_k=k)`."
+)
+
+
+def _refuse_floods_and_windows(inner_state: Any) -> None:
+    """Looks for them in the state, where no wrapper around them hides them."""
+    windows = optax.MultiStepsState, optax.ApplyEvery
+    kinds = (FloodState, *windows)
+    for node in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, kinds)):
+        found = f"a {type(node).__name__} in the state of inner"
+        if isinstance(node, windows):
+            raise TypeError(f"`flood(inner)` {_WINDOWS.format(found)}")
+        if isinstance(node, FloodState):
+            raise TypeError(
+                f"`flood(inner)` must not flood itself, got {found}: two floods undo "
+                "each other. Use `flood(optimizer, level)` around the bare optimizer, "
+                "or `scale_by_flood(level)` first in its chain."
+            )
+
+
+def _check_search(extra_args: Any, state: FloodWrapperState, *, weighted: bool) -> None:
+    """A line search compares losses of one batch: those it evaluates, and this one."""
+    for name in ("value_fn", "grad"):
+        if extra_args.get(name) is None:
+            continue
+        if state.flood_window != ():
+            raise ValueError(
+                "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
+                f"`{name}`, which belongs to one micro-batch, got one. "
+                "Line searches need the whole batch: `flood(inner, level)`."
+            )
+        if weighted and name == "value_fn":
+            raise ValueError(
+                "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both. "
+                "Give a `value` and a `value_fn` that are the weighted mean over the "
+                "devices already, without axis_name and weight."
+            )
+
+
+def _flooded_search(
+    extra_args: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
+) -> dict[str, Any]:
+    """The extra arguments with those of a line search, which come raw, flooded."""
+    search: dict[str, Any] = {}
+    if extra_args.get("grad") is not None:
+        search["grad"] = scaled(extra_args["grad"], bent.multiplier)
+    if extra_args.get("value_fn") is not None:
+        search["value_fn"] = flooded(
+            extra_args["value_fn"], bent.level, axis_name=axis_name, shape=shape
+        )
+    return extra_args | search
+
+
+def _forgetting(inner_state: Any, bent: Bent) -> Any:
+    """Marks value and gradient that a line search keeps, flooded ones, as unknown.
+
+    `optax.value_and_grad_from_state` takes them for raw ones, unless the value is
+    infinite: then it evaluates the loss function, as it does at the first step.
+    """
+
+    def kept(node: Any) -> bool:
+        return {"value", "grad"} <= set(getattr(node, "_fields", ()))
+
+    def forget(node: Any) -> Any:
+        if not kept(node):
+            return node
+        off = bent.level == -jnp.inf  # nothing was flooded
+        return node._replace(value=jnp.where(off, node.value, jnp.inf))
+
+    return jax.tree.map(forget, inner_state, is_leaf=kept)

@@ -274,8 +274,8 @@ def test_flood_off_equals_multi_steps(every_k, skip, inner_name, jit):
     update, reference_update = optimizer.update, multi_steps.update
     if jit:
         update, reference_update = jax.jit(update), jax.jit(reference_update)
-    # compiled, the two are fused differently, and round so where there are square roots
-    rtol = 1e-5 if jit and inner_name != "momentum" else 0
+    # compiled, the two are fused differently, and round so, most where there are roots
+    rtol = (1e-6 if inner_name == "momentum" else 1e-5) if jit else 0
     for grad, value in zip(grads, VALUES, strict=True):
         with jax.disable_jit(not jit):
             updates, state = update(grad, state, params, value=value)

@@ -218,13 +218,13 @@ def test_lookahead_around_the_flood_is_an_error(in_chain):
         )
 
 
-def test_positional_call_of_update_works_and_other_names_of_the_loss_do_not():
+def test_positional_call_of_update_works_and_so_does_loss_for_value():
     optimizer = flooding_sgd()
     state = optimizer.init(PARAMS)
     updates, _ = optimizer.update(updates=GRADS, state=state, params=PARAMS, value=0.3)
     chex.assert_trees_all_equal(updates, jax.tree.map(lambda g: 0.5 * g, GRADS))
-    with pytest.raises(ValueError, match=MISSING):  # as levanter and maxtext call it
-        optimizer.update(GRADS, state, PARAMS, loss=0.3)
+    named, _ = optimizer.update(GRADS, state, PARAMS, loss=0.3)  # as levanter calls it
+    chex.assert_trees_all_equal(named, updates)
 
 
 def test_multi_steps_inside_flood_is_refused():

@@ -279,13 +279,13 @@ CASES = {
     "every_k_zero": (
         lambda: flood(optax.sgd(0.1), 0.5, every_k=0),
         ValueError,
-        "`flood(every_k=...)` must be positive, got 0.",
+        "`flood(every_k=...)` must be at least 1, got 0.",
     ),
     "every_k_float": (
         lambda: flood(optax.sgd(0.1), 0.5, every_k=2.0),
         TypeError,
-        "`flood(every_k=...)` must be an int or a schedule, got 2.0. Under "
-        '`optax.inject_hyperparams` pass `static_args="every_k"`.',
+        "`flood(every_k=...)` must be a static int, got 2.0. Under "
+        '`optax.inject_hyperparams` pass `static_args="every_k"`',
     ),
     "every_k_schedule_float": (
         lambda: update(0.3, flood(optax.sgd(0.1), 0.5, every_k=lambda step: 2.0)),
