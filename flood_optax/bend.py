@@ -36,7 +36,8 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     # tie it takes off a zero that carries phi': where custom rules do not count, as in
     # `jax.experimental.jet`, the value is differentiated.
     at_tie = jnp.logical_not(off) & (residual == 0)
-    exact = jnp.where(at_tie, loss - (residual - phi), loss)
+    tied, bent = (jnp.where(at_tie, x, jnp.zeros_like(x)) for x in (residual, phi))
+    exact = loss - (tied - bent)  # elsewhere inf - inf would be a NaN
     value = jnp.where(off | (phi == residual), exact, phi + bound)
     multiplier = shape.multiplier(residual).astype(dtype)
     multiplier = jnp.where(off, jnp.ones_like(multiplier), multiplier)
