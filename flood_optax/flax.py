@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import optax
+
 try:
     from flax.training import train_state
 except ImportError as error:
@@ -42,7 +44,7 @@ class TrainState(train_state.TrainState):
         Args:
           grads: gradients, a tree like ``params``.
           **kwargs: fields to replace, and extra arguments of ``tx.update`` such as
-            ``value``, the raw loss of the whole batch.
+            ``value``, the raw loss of the whole batch, or ``weight``.
 
         Returns:
           The state after one step.
@@ -50,7 +52,9 @@ class TrainState(train_state.TrainState):
         fields = {field.name for field in dataclasses.fields(self)}
         extra = {name: arg for name, arg in kwargs.items() if name not in fields}
         replaced = {name: arg for name, arg in kwargs.items() if name in fields}
-        forwarding = self.tx._replace(update=functools.partial(self.tx.update, **extra))
+        update = functools.partial(self.tx.update, **extra)
+        # built, not replaced: `optax.MultiSteps` is no named tuple
+        forwarding = optax.GradientTransformationExtraArgs(self.tx.init, update)
         state = self.replace(tx=forwarding)
         stepped = super(TrainState, state).apply_gradients(grads=grads, **replaced)
         return stepped.replace(tx=self.tx)

@@ -104,6 +104,7 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
         params: Any,
     ) -> Batch:
         window = _complete(window)
+        flushing = _flushes(flush)
         skip, skip_state = _verdict(should_skip, updates, number, params, loss)
         if not isinstance(weight, int):
             # A micro-batch that counts nothing is not skipped: it takes its place in
@@ -114,7 +115,6 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
         grown = _grown(window, updates, loss, weight)
         full = window.flood_mini_step >= _number(every_k, number) - 1
         full &= jnp.logical_not(skip)
-        flushing = isinstance(flush, Tracer) or bool(flush)
         if flushing:
             full |= flush
             grown = _pick(skip, window, grown)
@@ -163,10 +163,13 @@ def _add_to_none(
     updates: Any,
     loss: jax.Array,
     weight: jax.Array | int,
-    **options: Any,
+    *,
+    flush: ArrayLike,
+    **others: Any,
 ) -> Batch:
     """Without accumulation each update is a window of its own."""
-    del options
+    del others
+    _flushes(flush)
     if window != ():
         raise ValueError(
             "`flood(inner, level).update(state)` does not accumulate, got a state with "
@@ -175,6 +178,15 @@ def _add_to_none(
         )
     emits = True if isinstance(weight, int) else weight != 0
     return Batch(emits, lambda: (updates, loss), (), lambda: ())
+
+
+def _flushes(flush: ArrayLike) -> bool:
+    """Whether the window may have to be closed early."""
+    if (jnp.result_type(flush), jnp.shape(flush)) != (jnp.bool_, ()):
+        raise TypeError(
+            f"`flood(inner).update(flush=...)` must be a boolean scalar, got {flush}."
+        )
+    return isinstance(flush, Tracer) or bool(flush)
 
 
 def _complete(window: Any) -> FloodWindow:

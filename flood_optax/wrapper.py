@@ -149,12 +149,11 @@ def flood(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         before: FloodWrapperState = own_state(state, FloodWrapperState, "flood(inner)")
+        weighted = not (weight is None or axis_name is None)
+        _check_search(extra_args, before, weighted=weighted)
         read = batch_loss("flood(inner)", value, loss, weight, axis_name)
         if loss is not None:
             extra_args["loss"] = loss
-        _check_search(
-            extra_args, before, weighted=not (weight is None or axis_name is None)
-        )
         number = before.flood_state.flood_step
         batch = windows.add(
             before.flood_window,
@@ -179,11 +178,9 @@ def flood(
                 inner_state = _forgetting(inner_state, bent)
             return stepped, FloodWrapperState(flood_state, inner_state, batch.closed)
 
-        return (
-            step()
-            if batch.emits is True
-            else _step_or_wait(step, before, batch, updates)
-        )
+        if batch.emits is True:
+            return step()
+        return _step_or_wait(step, before, batch, updates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

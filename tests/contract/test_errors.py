@@ -113,6 +113,62 @@ CASES = {
         TypeError,
         "must be an array of real floats, got str.",
     ),
+    "loss_vector": (
+        lambda: update(None, loss=jnp.ones(2)),
+        ValueError,
+        "`scale_by_flood().update(loss=...)` must be a scalar, got shape (2,).",
+    ),
+    "weight_negative": (
+        lambda: update(0.3, weight=-2.0),
+        ValueError,
+        "`scale_by_flood().update(weight=...)` must be non-negative and finite, got",
+    ),
+    "weight_nan": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5), weight=np.nan),
+        ValueError,
+        "`flood(inner).update(weight=...)` must be non-negative and finite, got nan.",
+    ),
+    "weight_mask": (
+        lambda: update(0.3, weight=jnp.ones(3)),
+        ValueError,
+        "`scale_by_flood().update(weight=...)` must be a scalar, got shape (3,).",
+    ),
+    "weight_bool": (
+        lambda: update(0.3, weight=True),
+        TypeError,
+        "`scale_by_flood().update(weight=...)` must be a real number, got True",
+    ),
+    "flush_number": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5, every_k=2), flush=1),
+        TypeError,
+        "`flood(inner).update(flush=...)` must be a boolean scalar, got 1.",
+    ),
+    "flush_vector": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5), flush=jnp.array([True])),
+        TypeError,
+        "`flood(inner).update(flush=...)` must be a boolean scalar, got",
+    ),
+    "shape_uncalled": (
+        lambda: flood(optax.sgd(0.1), 0.5, shape=shapes.soft),
+        TypeError,
+        "`flood(shape=...)` must be a `flood_optax.Shape`, got the function soft: "
+        "if it makes a shape, call it: soft()",
+    ),
+    "shape_uncalled_in_a_chain": (
+        lambda: scale_by_flood(0.5, shape=shapes.pause),
+        TypeError,
+        "`scale_by_flood(shape=...)` must be a `flood_optax.Shape`, got the function",
+    ),
+    "weighted_value_fn": (
+        lambda: update(
+            0.3,
+            flood(optax.sgd(0.1), 0.5, axis_name="devices"),
+            value_fn=jnp.sum,
+            weight=2.0,
+        ),
+        ValueError,
+        "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both.",
+    ),
     "value_fn": (
         lambda: update(0.3, value_fn=jnp.sum),
         ValueError,

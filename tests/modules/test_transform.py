@@ -153,3 +153,17 @@ def test_scale_by_flood_level_edited_live_by_inject_hyperparams():
     state.hyperparams["level"] = jnp.asarray(0.5, jnp.float32)
     updates, state = update(GRADS, state, value=jnp.float32(0.3))
     chex.assert_trees_all_equal(updates, negated(GRADS))
+
+
+def test_scale_by_flood_counters_stay_at_the_largest_int():
+    """A run of 2^31 steps must not go on at negative ones, as a schedule would see."""
+    largest = jnp.int32(2**31 - 1)
+    transform = scale_by_flood(0.5)
+    state = FloodState(largest, jnp.float32(0.5), jnp.float32(0.3), largest)
+    for update in (transform.update, jax.jit(transform.update)):
+        _, after = update(GRADS, state, value=jnp.float32(0.25))
+        assert after.flood_step == largest
+        assert after.flood_below == largest
+        _, after = update(GRADS, state._replace(flood_step=3), value=jnp.float32(0.75))
+        assert after.flood_step == 4
+        assert after.flood_below == largest

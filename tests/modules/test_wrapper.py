@@ -228,3 +228,26 @@ def test_flood_is_exported_and_nests_in_a_chain():
     updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, value=0.3)
     expected = {"w": jnp.array([0.5, 1.0]), "b": jnp.array(-1.0)}
     chex.assert_trees_all_equal(updates, expected)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_flood_inner_state_that_comes_back_wider_keeps_its_dtype(jit):
+    """No branch of a cond, and no loop around the update, takes another dtype."""
+
+    def update(updates, state, params=None):
+        del params
+        moment = 0.5 * state.astype(jnp.float32) + updates
+        return moment, moment  # kept in float32, where it began in bfloat16
+
+    inner = optax.GradientTransformation(
+        lambda params: jnp.zeros_like(params, jnp.bfloat16), update
+    )
+    optimizer = flood(inner, 0.5, every_k=2)
+    grads = jnp.array([1.0, -2.0])
+    step = jax.jit(optimizer.update) if jit else optimizer.update
+    state = optimizer.init(grads)
+    kinds = jax.tree.map(jax.typeof, state)
+    for expected in (0.0, 1.0, 0.0, 1.5):
+        updates, state = step(grads, state, value=0.75)
+        np.testing.assert_array_equal(updates, expected * np.array([1.0, -2.0]))
+        assert jax.tree.map(jax.typeof, state) == kinds

@@ -1,0 +1,314 @@
+"""What trainers hand over beside gradients: the loss by another name, spikes, ..."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+
+import flood_optax.flax
+from flood_optax import flood, scale_by_flood, shapes
+
+GRADS = jnp.array([1.0, -2.0])
+LEVEL, LIMIT = 0.5, 100.0
+
+
+def skipping_spikes(inner, limit=LIMIT):
+    """A stand-in for a trainer's own: takes `loss`, keeps it, skips above a limit."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, *, loss, **extra_args):
+        stepped, after = inner.update(updates, state, params, **extra_args)
+        spike = loss > limit
+        return jax.tree.map(
+            lambda one, other: jnp.where(spike, one, other),
+            (jax.tree.map(jnp.zeros_like, stepped), state),
+            (stepped, after),
+        )
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+FORMS = {
+    "chain": lambda inner: optax.chain(scale_by_flood(LEVEL), inner),
+    "wrapper": lambda inner: flood(inner, LEVEL),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def steps(optimizer, *arguments):
+    """Updates and state after calls with each of the extra arguments."""
+    state, seen = optimizer.init(GRADS), []
+    for extra_args in arguments:
+        updates, state = optimizer.update(GRADS, state, GRADS, **extra_args)
+        seen.append(updates)
+    return np.stack(seen), state
+
+
+@every_form
+def test_loss_is_taken_for_value_where_value_is_missing(form):
+    optimizer = FORMS[form](optax.sgd(1.0))
+    losses = (0.75, 0.25, 1e4)
+    updates, state = steps(optimizer, *({"loss": loss} for loss in losses))
+    np.testing.assert_array_equal(updates, [[-1, 2], [1, -2], [-1, 2]])
+    assert optax.tree.get(state, "flood_below") == 1
+    assert optax.tree.get(state, "flood_value") == 1e4
+
+
+@every_form
+def test_value_wins_where_loss_says_otherwise(form):
+    optimizer = FORMS[form](optax.sgd(1.0))
+    updates, state = steps(optimizer, {"value": 0.25, "loss": 0.75})
+    np.testing.assert_array_equal(updates, [[1, -2]])
+    assert optax.tree.get(state, "flood_value") == 0.25
+
+
+@pytest.mark.parametrize("given", [{"loss": 0.25}, {"loss": 0.25, "value": 0.75}])
+@every_form
+def test_loss_reaches_the_inner_optimizer_as_it_is(form, given):
+    """Not flooded to .75: whoever skips spikes means the raw loss."""
+    seen = []
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        seen.append(extra_args)
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    steps(FORMS[form](spy), given)
+    assert seen[0]["loss"] == 0.25
+    steps(FORMS[form](spy), {"value": 0.25})
+    assert "loss" not in seen[1]
+
+
+@every_form
+def test_spikes_are_skipped_inside_the_flood(form):
+    optimizer = FORMS[form](skipping_spikes(optax.sgd(1.0)))
+    updates, _ = steps(optimizer, {"loss": 0.75}, {"loss": 1e4}, {"loss": 0.25})
+    np.testing.assert_array_equal(updates, [[-1, 2], [0, 0], [1, -2]])
+    with pytest.raises(TypeError, match=r"missing 1 required .*'loss'"):
+        steps(optimizer, {"value": 0.75})  # as without the flood
+
+
+@every_form
+def test_spikes_are_skipped_outside_the_flood_which_needs_value_then(form):
+    optimizer = skipping_spikes(FORMS[form](optax.sgd(1.0)))
+    arguments = ({"loss": loss, "value": loss} for loss in (0.75, 1e4, 0.25))
+    updates, state = steps(optimizer, *arguments)
+    np.testing.assert_array_equal(updates, [[-1, 2], [0, 0], [1, -2]])
+    assert optax.tree.get(state, "flood_step") == 2
+    with pytest.raises(ValueError, match=r"needs the current loss, got None"):
+        steps(optimizer, {"loss": 0.75})
+
+
+def test_a_line_search_refuses_a_loss_that_its_value_fn_does_not_know():
+    optimizer = flood(optax.lbfgs(), LEVEL)
+    search = {"value": 5.0, "grad": GRADS, "value_fn": lambda w: jnp.sum(w**2)}
+    with pytest.raises(TypeError, match=r"not consumed by `value_fn`: \['loss'\]"):
+        steps(optimizer, search | {"loss": 5.0})
+    steps(optimizer, search)
+
+
+# ---- inner optimizers that flood or accumulate themselves ----
+
+
+def multi_steps():
+    return optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
+
+
+WINDOWS = {
+    "multi_steps": multi_steps,
+    "in_a_chain": lambda: optax.chain(optax.clip(1.0), multi_steps()),
+    "masked": lambda: optax.masked(multi_steps(), True),
+    "partition": lambda: optax.partition({"a": multi_steps()}, "a"),
+    "apply_if_finite": lambda: optax.apply_if_finite(multi_steps(), 3),
+    "injected": lambda: optax.inject_hyperparams(
+        lambda rate: optax.chain(multi_steps(), optax.scale(rate))
+    )(rate=0.1),
+    "apply_every": lambda: optax.chain(optax.sgd(1.0), optax.apply_every(4)),
+}
+FLOODS = {
+    "flood": lambda: flood(optax.sgd(1.0), 0.1),
+    "flood_every_k": lambda: flood(optax.sgd(1.0), 0.1, every_k=2),
+    "scale_by_flood": lambda: scale_by_flood(0.1),
+    "in_a_chain": lambda: optax.chain(scale_by_flood(0.1), optax.sgd(1.0)),
+    "masked": lambda: optax.masked(scale_by_flood(0.1), True),
+}
+
+
+@pytest.mark.parametrize("every_k", [1, 3])
+@pytest.mark.parametrize("guise", WINDOWS)
+def test_flood_refuses_an_inner_optimizer_that_accumulates(guise, every_k):
+    optimizer = flood(WINDOWS[guise](), LEVEL, every_k=every_k)
+    kind = "ApplyEvery" if guise == "apply_every" else "MultiStepsState"
+    message = rf"got a {kind} in the state of inner, .*`flood\(optimizer, level, every"
+    for init in (optimizer.init, lambda params: jax.eval_shape(optimizer.init, params)):
+        with pytest.raises(TypeError, match=message):
+            init(GRADS)
+
+
+@pytest.mark.parametrize("every_k", [1, 3])
+@pytest.mark.parametrize("guise", FLOODS)
+def test_flood_refuses_an_inner_optimizer_that_floods(guise, every_k):
+    optimizer = flood(FLOODS[guise](), LEVEL, every_k=every_k)
+    message = "got a FloodState in the state of inner: two floods undo each other"
+    with pytest.raises(TypeError, match=message):
+        optimizer.init(GRADS)
+
+
+# ---- states of something else ----
+
+
+@every_form
+def test_a_state_of_another_optimizer_names_itself_and_the_page(form):
+    optimizer = FORMS[form](optax.adam(0.1))
+    other = optax.adam(0.1).init(GRADS)
+    if form == "chain":
+        other = (other[0], other)
+    kind = {"chain": "FloodState", "wrapper": "FloodWrapperState"}[form]
+    with pytest.raises(
+        TypeError, match=rf"must be a {kind}, .* got \w+\. .*docs/traps.md"
+    ):
+        optimizer.update(GRADS, other, GRADS, value=0.3)
+
+
+def test_a_state_without_a_window_is_refused_by_every_k_and_taken_as_it_says():
+    plain, windows = (flood(optax.adam(0.1), LEVEL, every_k=k) for k in (1, 2))
+    _, state = steps(plain, {"value": 0.25})
+    with pytest.raises(ValueError, match=r"no window, as of `every_k=1`: `state._repl"):
+        windows.update(GRADS, state, GRADS, value=0.25)
+    state = state._replace(flood_window=windows.init(GRADS).flood_window)
+    expected, _ = plain.update(GRADS, state._replace(flood_window=()), value=0.75)
+    _, state = windows.update(GRADS, state, GRADS, value=1.0)
+    updates, state = windows.update(GRADS, state, GRADS, value=0.5)
+    np.testing.assert_array_equal(updates, expected)
+    assert state.flood_state.flood_step == 2
+
+
+def test_a_state_with_a_window_is_refused_without_every_k_and_taken_as_it_says():
+    plain, windows = (flood(optax.adam(0.1), LEVEL, every_k=k) for k in (1, 3))
+    _, state = steps(windows, {"value": 0.25})
+    with pytest.raises(ValueError, match=r"does not accumulate, .*\(`flush=True`\)"):
+        plain.update(GRADS, state, GRADS, value=0.25)
+    _, state = windows.update(GRADS, state, GRADS, value=0.25, flush=True)
+    state = state._replace(flood_window=())
+    _, state = plain.update(GRADS, state, GRADS, value=0.25)
+    assert state.flood_state == (2, LEVEL, 0.25, 2)
+
+
+# ---- flax's TrainState ----
+
+
+@pytest.mark.parametrize("cls", [train_state.TrainState, flood_optax.flax.TrainState])
+def test_train_state_takes_multi_steps_as_an_object(cls):
+    tx = optax.MultiSteps(optax.sgd(1.0), 2)
+    state = cls.create(apply_fn=None, params={"w": GRADS}, tx=tx)
+    for scale in (1.0, 3.0):
+        state = state.apply_gradients(grads={"w": scale * GRADS})
+    np.testing.assert_array_equal(state.params["w"], GRADS - 2 * GRADS)
+    assert state.tx is tx
+
+
+def test_our_train_state_hands_the_loss_through_multi_steps():
+    tx = optax.MultiSteps(optax.chain(scale_by_flood(LEVEL), optax.sgd(1.0)), 1)
+    create = flood_optax.flax.TrainState.create
+    state = create(apply_fn=None, params={"w": GRADS}, tx=tx)
+    state = state.apply_gradients(grads={"w": GRADS}, value=0.25)
+    np.testing.assert_array_equal(state.params["w"], GRADS + GRADS)
+
+
+# ---- gradients through an unrolled optimizer ----
+
+
+@pytest.mark.parametrize(
+    "make",
+    [scale_by_flood, lambda *a, **k: flood(optax.polyak_sgd(f_min=0.1), *a, **k)],
+    ids=["scale_by_flood", "flood_polyak"],
+)
+def test_no_gradient_flows_into_level_and_shape(make):
+    def loss_fn(w):
+        return jnp.sum(jnp.cosh(w) - 1)
+
+    def unrolled(start, level, scale):
+        optimizer = make(level, shape=shapes.soft(scale))
+        w, state = start, optimizer.init(start)
+        for _ in range(3):
+            value, grad = jax.value_and_grad(loss_fn)(w)
+            updates, state = optimizer.update(grad, state, w, value=value)
+            w = w - 0.1 * updates
+        return loss_fn(w)
+
+    start = jnp.array([0.5, -1.5])
+    of_start, of_level, of_scale = jax.grad(unrolled, (0, 1, 2))(start, 0.7, 0.3)
+    assert of_level == 0
+    assert of_scale == 0
+    assert np.all(of_start != 0)  # through loss and multiplier it does
+    chex.assert_tree_all_finite(of_start)
+
+
+# ---- what is traced anew ----
+
+
+def test_what_retraces_and_what_does_not():
+    traces = []
+
+    def step(optimizer, state, value):
+        traces.append(value)
+        return optimizer.update(GRADS, state, value=value)[1]
+
+    def count(make, levels):
+        traces.clear()
+        update = jax.jit(
+            lambda state, value, level: step(make(level), state, value),
+        )
+        state = make(levels[0]).init(GRADS)
+        for level in levels:
+            state = update(state, jnp.float32(0.3), level)
+        return len(traces)
+
+    # an argument of the step, a schedule
+    assert count(scale_by_flood, [0.1, 0.2, -np.inf]) == 1
+    assert count(lambda _: scale_by_flood(lambda n: 0.1 * n), [0.0, 0.0, 0.0]) == 1
+    # an optimizer that is built anew is another function, whatever its level
+    traces.clear()
+    for level in (0.1, 0.2, 0.3):
+        optimizer = scale_by_flood(level)
+        jax.jit(step, static_argnums=0)(optimizer, optimizer.init(GRADS), 0.3)
+    assert len(traces) == 3
+    # a number that was closed over stays what it was
+    box = {"level": 0.1}
+    closed = jax.jit(lambda s: scale_by_flood(box["level"]).update(GRADS, s, value=0.3))
+    first, state = closed(scale_by_flood(0.1).init(GRADS))
+    box["level"] = 5.0
+    second, state = closed(state)
+    np.testing.assert_array_equal(first, second)
+    # and the level in the state is a record: to change it changes nothing
+    _, state = closed(optax.tree.set(state, flood_level=jnp.float32(5.0)))
+    assert state.flood_level == np.float32(0.1)
+
+
+def test_an_injected_level_retraces_once_as_a_float_and_never_as_an_array():
+    optimizer = optax.inject_hyperparams(scale_by_flood)(level=0.1)
+    traces = []
+
+    @jax.jit
+    def update(state):
+        traces.append(state)
+        return optimizer.update(GRADS, state, value=0.3)
+
+    def run(levels):
+        state, signs = optimizer.init(GRADS), []
+        traces.clear()
+        for level in levels:
+            state.hyperparams["level"] = level
+            updates, state = update(state)
+            signs.append(float(updates[0]))
+        return signs, len(traces)
+
+    assert run([jnp.float32(0.1), jnp.float32(0.5), jnp.float32(0.2)]) == (
+        [1, -1, 1],
+        1,
+    )
+    assert run([jnp.float32(0.1), 0.5, 0.2]) == ([1, -1, 1], 1)
