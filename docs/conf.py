@@ -68,6 +68,7 @@ html_theme = "sphinx_book_theme"
 html_title = "flood_optax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_domain_indices = False
 html_show_copyright = False
 html_copy_source = False
 html_theme_options = {
