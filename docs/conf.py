@@ -1,13 +1,16 @@
 """How Sphinx builds the pages: `python -m sphinx -W docs OUT`."""
 
 import pathlib
+import re
 import sys
 import urllib.error
 import urllib.request
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent / "_ext")]
+from sphinx.application import Sphinx
 
-import flood_optax  # noqa: E402
+import flood_optax
+
+sys.path[:0] = [str(pathlib.Path(__file__).parent / "_ext")]
 
 project = "flood_optax"
 author = "The flood_optax authors"
@@ -80,3 +83,16 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+
+def without_comments(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Drops the markers of generated numbers.
+
+    A line that begins with one would be a block of HTML and break its paragraph.
+    """
+    source[0] = re.sub(r"<!--.*?-->", "", source[0], flags=re.DOTALL)
+
+
+def setup(app: Sphinx) -> None:
+    """Registers the hook."""
+    app.connect("source-read", without_comments)
