@@ -1,5 +1,6 @@
 """Many levels and seeds in one program: against single runs, one by one."""
 
+import inspect
 import logging
 import re
 import socket
@@ -10,11 +11,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import flood_optax
-from flood_optax import fork, shapes, sweep
+from flood_optax import sweep
+from flood_optax.sweep import placement
 from tests import processes
 
 LEVELS = (0.0, 0.2, -np.inf, 0.7)
@@ -52,6 +53,15 @@ def one_by_one(levels, keys):
 
 
 # --- run: traces, compilations, layout ------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_run_without_a_strategy_maps_on_a_cpu_and_vmaps_elsewhere(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    chosen = placement.placement(None, None)
+    expected = placement.placement("map" if backend == "cpu" else "vmap", None)
+    assert chosen == expected
+    assert inspect.signature(sweep.run).parameters["strategy"].default is None
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
@@ -138,19 +148,36 @@ def test_run_levels_of_float64_stay_float64():
     assert seen == [np.float64]
 
 
-def test_map_memory_does_not_grow_with_the_number_of_levels():
+def programs_of(monkeypatch):
+    """The programs that `sweep.run` calls from now on, with what it gives them."""
+    calls = []
+    program = placement.Placement.program
+
+    def spied(self, traced):
+        jitted = program(self, traced)
+
+        def call(*runs):
+            calls.append((jitted, *runs))
+            return jitted(*runs)
+
+        return call
+
+    monkeypatch.setattr(placement.Placement, "program", spied)
+    return calls
+
+
+def test_map_memory_does_not_grow_with_the_number_of_levels(monkeypatch):
     def train(level, key):
         big = jax.random.normal(key, (200, 200)) * level
         return {"trace": jnp.trace(big @ big @ big)}
 
+    calls = programs_of(monkeypatch)
+
     def temporary_bytes(strategy, number):
         levels = jnp.linspace(0, 1, number)
-        keys = jax.random.split(jax.random.key(0), number)
-        place = sweep._Placement(strategy, None)
-        program = place.compile(
-            lambda level, k: train(level, k)["trace"], (levels, keys)
-        )
-        return program.memory_analysis().temp_size_in_bytes
+        sweep.run(train, levels, KEYS[:1], strategy=strategy)
+        program, *runs = calls[-1]
+        return program.lower(*runs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("map", 64) == temporary_bytes("map", 4)
     assert temporary_bytes("vmap", 64) > 8 * temporary_bytes("vmap", 4)
@@ -171,18 +198,12 @@ def test_run_progress_advances_once_a_chunk(monkeypatch):
 
 
 def test_run_progress_puts_no_callback_into_the_program(monkeypatch):
-    texts = []
-    compile_ = sweep._Placement.compile
-
-    def spied(self, one, arguments):
-        program = compile_(self, one, arguments)
-        texts.append(program.as_text())
-        return program
-
-    monkeypatch.setattr(sweep._Placement, "compile", spied)
+    calls = programs_of(monkeypatch)
     sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
-    assert not re.search(r"custom_call_target=\S*callback", texts[0])
-    assert "while" in texts[0]  # it is the program that was looked at
+    program, *run = calls[0]
+    text = program.lower(*run).compile().as_text()
+    assert not re.search(r"custom_call_target=\S*callback", text)
+    assert "while" in text  # it is the program that was looked at
 
 
 def test_progress_without_tqdm_names_the_extra(monkeypatch):
@@ -339,7 +360,7 @@ def test_levels_that_are_none_are_refused(case, call):
     levels, error, message = LEVEL_ERRORS[case]
     calls = {
         "run": lambda: sweep.run(train, levels, KEYS),
-        "forked": lambda: sweep.forked(toy_step, TOY_STATE, toy_batches(3), levels),
+        "forked": lambda: sweep.forked(None, jnp.ones(2), jnp.ones(3), levels),
     }
     with pytest.raises(error, match=rf"`sweep.{call}\(levels\)` .*{message}"):
         calls[call]()
@@ -369,8 +390,8 @@ OPTION_ERRORS = {
         ValueError,
         'needs strategy="shard"',
     ),
-    "chunk": ({"chunk_size": 0}, ValueError, "must be positive, got 0"),
-    "chunk type": ({"chunk_size": 1.5}, TypeError, "must be an int, got 1.5"),
+    "chunk": ({"chunk_size": 0}, ValueError, "must be at least 1, got 0"),
+    "chunk type": ({"chunk_size": 1.5}, TypeError, "must be a static int, got 1.5"),
 }
 
 
@@ -380,252 +401,3 @@ def test_run_options_that_are_wrong_are_refused(case):
     (name,) = options
     with pytest.raises(error, match=rf"`sweep.run\({name}=...\)` .*{message}"):
         sweep.run(train, LEVELS, KEYS, **options)
-
-
-# --- forked ---------------------------------------------------------------------------
-
-TOY_STATE = jnp.float32(1.3)
-
-
-def toy_batches(steps):
-    return jnp.linspace(0.5, 1.5, steps)
-
-
-def toy_step(w, x, level):
-    def objective(w):
-        return 0.7 * (jnp.exp(w * x) - w * x - 1.0) + 0.1 * w**3
-
-    loss, grad = jax.value_and_grad(objective)(w)
-    return w - 0.3 * jnp.where(loss < level, -1.0, 1.0) * grad, {"loss": loss, "w": w}
-
-
-def mlp(form, optimizer, batch=32, steps=70):
-    """An MLP on random labels; metrics the loss, the gradient norm and the count."""
-    keys = jax.random.split(jax.random.key(3), 4)
-    x = jax.random.normal(keys[0], (steps, batch, 8))
-    y = jax.random.randint(keys[1], (steps, batch), 0, 3)
-    x, y = x.at[:].set(x[:1]), y.at[:].set(y[:1])  # one batch again and again: it falls
-    params = {
-        "in": jax.random.normal(keys[2], (8, 24)) / 3,
-        "out": jax.random.normal(keys[3], (24, 3)) / 5,
-    }
-
-    def loss_fn(params, x, y):
-        logits = jax.nn.relu(x @ params["in"]) @ params["out"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    def make(level):
-        if form == "loss":
-            return optimizer
-        return optax.chain(flood_optax.scale_by_flood(level), optimizer)
-
-    def step(carry, batch, level):
-        params, state = carry
-        if form == "loss":
-            objective = flood_optax.flooded(loss_fn, level, return_info=True)
-            (_, info), grads = jax.value_and_grad(objective, has_aux=True)(
-                params, *batch
-            )
-            loss, below = info.loss, info.multiplier < 0
-            updates, state = optimizer.update(grads, state, params)
-        else:
-            loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-            updates, state = make(level).update(grads, state, params, value=loss)
-            below = optax.tree.get(state, "flood_below")
-        metrics = {"loss": loss, "norm": optax.tree.norm(grads), "below": below}
-        return (optax.apply_updates(params, updates), state), metrics
-
-    return step, (params, make(0.0).init(params)), (x, y)
-
-
-PROBLEMS = {
-    "toy": lambda: (toy_step, TOY_STATE, toy_batches(200), (0.03, 0.3, -np.inf, 0.1)),
-    "toy, few steps": lambda: (toy_step, TOY_STATE, toy_batches(9), (0.03, 0.3, 0.1)),
-    "mlp, loss form, momentum": lambda: (
-        *mlp("loss", optax.sgd(0.3, momentum=0.9)),
-        (0.8, 0.02, 0.2, 1.0),
-    ),
-    "mlp, optax form, adam": lambda: (
-        *mlp("optax", optax.adam(0.02)),
-        (0.3, 0.8, 0.05, -np.inf),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_forked_equals_separate_runs_bit_for_bit(name):
-    step, state, batches, levels = PROBLEMS[name]()
-    result = sweep.forked(step, state, batches, levels)
-
-    @jax.jit
-    def separate(level):
-        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
-
-    for i, level in enumerate(levels):
-        alone = separate(jnp.float32(level))
-        ours = {name: value[i] for name, value in result.metrics.items()}
-        chex.assert_trees_all_equal(ours, jax.device_get(alone))
-    finite = [i for i, level in enumerate(levels) if level > 0]
-    assert (result.metrics["loss"][finite] < np.array(levels)[finite, None]).any()
-    assert result.axes == ("level", "step")
-    assert result.steps_run < result.steps_separate
-
-
-def test_forked_equals_a_python_loop_of_a_jitted_step_bit_for_bit():
-    step, state, batches = mlp("optax", optax.adam(0.02))
-    result = sweep.forked(step, state, batches, (0.3, 0.05))
-    jitted = jax.jit(step)
-    for i, level in enumerate((0.3, 0.05)):
-        carry, losses = state, []
-        for t in range(70):
-            batch = jax.tree.map(lambda x, t=t: x[t], batches)
-            carry, metrics = jitted(carry, batch, jnp.float32(level))
-            losses.append(metrics["loss"])
-        np.testing.assert_array_equal(result.metrics["loss"][i], np.stack(losses))
-
-
-def descent(w, rate, level):
-    """The loss is w, so the path is known: down by `rate`, and up below the level."""
-    return w - rate * jnp.where(w < level, -1.0, 1.0), {"loss": w}
-
-
-def test_forked_runs_the_steps_after_the_fork_and_no_more():
-    # Losses 1, 15/16, ...: below 3/4 first at step 5, below 1/4 at 13, below 0 at 17;
-    # 32 steps, so segments of one step.
-    rates = jnp.full(32, 1 / 16)
-    result = sweep.forked(descent, jnp.float32(1), rates, [0.25, 0.75, 0.0])
-    forks = {0.25: 13, 0.75: 5}
-    # Each branch runs from one step before its fork; the lowest level is the trunk.
-    assert result.steps_run == 32 + sum(32 - fork + 1 for fork in forks.values())
-    assert result.steps_separate == 96
-
-
-def test_forked_at_a_tie_stays_with_the_trunk():
-    # The loss is 1/2 at step 8, the level: it descends, and turns at step 9.
-    result = sweep.forked(descent, jnp.float32(1), jnp.full(12, 1 / 16), [0.5, 0.0])
-    expected = 1 - np.array([*range(10), 8, 9]) / 16
-    np.testing.assert_array_equal(result.metrics["loss"][0], expected)
-
-
-def test_forked_nan_loss_is_below_no_level():
-    def step(w, x, level):
-        w, metrics = descent(w, x, level)
-        return w, {**metrics, "after": w}
-
-    rates = jnp.full(20, 1 / 16).at[3].set(jnp.nan)
-    result = sweep.forked(step, jnp.float32(1), rates, [0.5, 0.0])
-    assert np.isnan(result.metrics["loss"][:, 4:]).all()
-    np.testing.assert_array_equal(*result.metrics["loss"])
-    assert result.steps_run == 20 + 1
-
-
-def test_forked_from_the_first_step_shares_nothing():
-    result = sweep.forked(descent, jnp.float32(1), jnp.full(8, 1 / 16), [2.0, 3.0])
-    np.testing.assert_array_equal(result.metrics["loss"], [1 + np.arange(8) / 16] * 2)
-    assert result.steps_run == result.steps_separate
-
-
-def soft_step(w, x, level):
-    return w - x * shapes.soft().multiplier(w - level), {"loss": w}
-
-
-def logs_level(w, x, level):
-    w, metrics = descent(w, x, level)
-    return w, {**metrics, "level": level}
-
-
-@pytest.mark.parametrize("step", [soft_step, logs_level])
-def test_forked_level_used_above_itself_is_run_whole(step):
-    levels = (0.25, 0.75, 0.5)
-    rates = jnp.full(32, 1 / 16)
-    result = sweep.forked(step, jnp.float32(1), rates, levels)
-    for i, level in enumerate(levels):
-        scan = jax.jit(
-            lambda level: jax.lax.scan(
-                lambda w, x: step(w, x, level), jnp.float32(1), rates
-            )[1]
-        )
-        ours = {name: value[i] for name, value in result.metrics.items()}
-        chex.assert_trees_all_equal(ours, jax.device_get(scan(jnp.float32(level))))
-    assert result.steps_run > result.steps_separate
-
-
-def test_forked_traces_and_compiles_once(caplog):
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(n=1)(toy_step)
-    levels = np.linspace(0, 0.5, 21)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        sweep.forked(lambda *args: counted(*args), TOY_STATE, toy_batches(150), levels)
-    compiled = [m for m in caplog.messages if "XLA compilation of jit(advance)" in m]
-    assert len(compiled) == 1
-
-
-def test_forked_state_may_hold_keys_weak_types_and_integers():
-    def step(state, x, level):
-        w, metrics = descent(state["w"], x, level)
-        key = jax.random.split(state["key"])[0]
-        draw = jax.random.uniform(key)
-        return {"w": w, "key": key, "n": state["n"] + 1}, {**metrics, "draw": draw}
-
-    state = {"w": 1.0, "key": jax.random.key(0), "n": 0}
-    rates = jnp.full(20, 1 / 16, jnp.bfloat16)  # a weak 1.0 would become bfloat16
-    result = sweep.forked(step, state, rates, [0.5, 0.0])
-    np.testing.assert_array_equal(*result.metrics["draw"])
-    assert result.metrics["loss"].dtype == np.float32
-    assert result.metrics["loss"][0].min() == 0.4375
-
-
-def test_forked_16_bit_losses_are_compared_in_float32():
-    # 0.1 in bfloat16 is 0.10009765625, which is not below the float32 level 0.1.
-    losses = np.array([1, 0.1, 0.0996], jnp.bfloat16)
-    np.testing.assert_array_equal(fork._below(losses, np.float32(0.1)), [0, 0, 1])
-
-
-STEP_ERRORS = {
-    "no pair": (lambda w, x, b: w, "must return .state, metrics., got .*Tracer"),
-    "no dict": (lambda w, x, b: (w, w), "as a dict of arrays"),
-    "no loss": (lambda w, x, b: (w, {"cost": w}), "the metric 'loss', got 'cost'"),
-    "vector": (lambda w, x, b: (w, {"loss": w[None]}), r"scalar, got shape \(1,\)"),
-    "integer": (lambda w, x, b: (w, {"loss": 1}), "real float dtype, got int32"),
-    "tree": (lambda w, x, b: ((w, w), {"loss": w}), "structure of the state"),
-    "shape": (
-        lambda w, x, b: (w[None], {"loss": w}),
-        r"shapes and dtypes of the state, got float32\[1\] from float32\[\]",
-    ),
-    "dtype": (
-        lambda w, x, b: (w.astype(jnp.float16), {"loss": w}),
-        r"got float16\[\] from float32\[\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", STEP_ERRORS)
-def test_forked_step_that_returns_something_else_is_refused(case):
-    step, message = STEP_ERRORS[case]
-    error = ValueError if case == "vector" else TypeError
-    with pytest.raises(error, match=r"`sweep.forked\(step\).*" + message):
-        sweep.forked(step, TOY_STATE, toy_batches(3), [0.0, 0.1])
-
-
-@pytest.mark.parametrize(
-    "batches",
-    [(), jnp.float32(1), (jnp.zeros(3), jnp.zeros((4, 2))), jnp.zeros((0, 2))],
-    ids=["none", "scalar", "uneven", "empty"],
-)
-def test_forked_batches_without_one_leading_axis_are_refused(batches):
-    with pytest.raises(ValueError, match=r"`sweep.forked\(batches\)` must have one"):
-        sweep.forked(toy_step, TOY_STATE, batches, [0.0, 0.1])
-
-
-def test_forked_progress_counts_every_step(monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
-    bars = []
-
-    class Bar(tqdm.tqdm):
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
-    sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.1, 0.2], progress=True)
-    assert (27, 27) in bars

@@ -5,13 +5,16 @@ import shutil
 import signal
 import textwrap
 import time
+import zlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flood_optax import journal, sweep
+from flood_optax import sweep
+from flood_optax.sweep import journal
 from tests import processes
 
 # What is swept stands in a string, so that another process can sweep the same.
@@ -64,13 +67,13 @@ def copy(finished, tmp_path):
 def computed(monkeypatch):
     """The numbers of runs that are appended, chunk by chunk."""
     chunks = []
-    append = journal.append
+    add = journal.Journal.add
 
-    def spied(path, runs, metrics):
+    def spied(self, runs, rows):
         chunks.append(len(runs))
-        append(path, runs, metrics)
+        add(self, runs, rows)
 
-    monkeypatch.setattr(journal, "append", spied)
+    monkeypatch.setattr(journal.Journal, "add", spied)
     return chunks
 
 
@@ -80,18 +83,18 @@ def python(code):
 
 KILLED = """
     import os, pathlib, signal
-    from flood_optax import journal
-    append, calls = journal.append, []
+    from flood_optax.sweep.journal import Journal
+    add, calls = Journal.add, []
 
-    def fatal(path, runs, metrics):
-        append(path, runs, metrics)
+    def fatal(self, runs, rows):
+        add(self, runs, rows)
         calls.append(runs)
         if len(calls) == 3:
             torn = {torn}
-            os.truncate(path, path.stat().st_size - torn)
+            os.truncate({path!r}, os.path.getsize({path!r}) - torn)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.append = fatal
+    Journal.add = fatal
     sweep.run(train, LEVELS, KEYS, path={path!r}, **OPTIONS)
 """
 
@@ -122,9 +125,9 @@ def test_killed_from_outside_at_any_time_and_resumed_equals_uninterrupted(
     path = tmp_path / "sweep.jsonl"
     process = python(f"""
     import time
-    from flood_optax import journal
-    append = journal.append
-    journal.append = lambda *a: (append(*a), time.sleep(0.2))
+    from flood_optax.sweep.journal import Journal
+    add = Journal.add
+    Journal.add = lambda *a: (add(*a), time.sleep(0.2))
     sweep.run(train, LEVELS, KEYS, path={str(path)!r}, **OPTIONS)
     """)
     deadline = time.monotonic() + 60
@@ -246,3 +249,157 @@ def test_progress_of_a_resumed_sweep_starts_where_it_was(copy, monkeypatch):
     copy.write_bytes(b"".join(lines[:3]))
     sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2, progress=True)
     assert bars[0] == (4, 12, 12)
+
+
+# --- data in any corner of a computation ----------------------------------------------
+
+
+def mean_square(data):
+    return lambda w: jnp.mean((w - data) ** 2)
+
+
+def custom_jvp(value_data, rule_data):
+    f = jax.custom_jvp(jax.jit(mean_square(value_data)))
+    f.defjvp(lambda p, t: (f(*p), jnp.vdot(rule_data, t[0])))
+    return f
+
+
+def custom_vjp(value_data, rule_data):
+    f = jax.custom_vjp(jax.jit(mean_square(value_data)))
+    f.defvjp(lambda w: (f(w), w), lambda w, g: (g * rule_data * w,))
+    return f
+
+
+def drawn(data):
+    key = jax.random.key(data[0].astype(jnp.int32))
+    return jax.jit(lambda w: w.sum() + jax.random.uniform(key))
+
+
+def mapped_over_devices(data):
+    mesh = jax.make_mesh((1,), ("a",))
+    spec = jax.sharding.PartitionSpec()
+    inner = jax.jit(mean_square(data))
+    return jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def grad(f):
+    return lambda w: jnp.sum(jax.grad(f)(w))
+
+
+CARRIERS = {
+    "closure": mean_square,
+    "numpy": lambda data: mean_square(np.asarray(data)),
+    "jit": lambda data: jax.jit(mean_square(data)),
+    "jit of jit": lambda data: jax.jit(lambda w: jax.jit(mean_square(data))(w) + 1),
+    "grad of jit": lambda data: grad(jax.jit(mean_square(data))),
+    "vmap of jit": lambda data: (
+        lambda w: jax.vmap(jax.jit(mean_square(data)))(jnp.stack([w, 2 * w])).sum()
+    ),
+    "jit in scan": lambda data: (
+        lambda w: jax.lax.scan(
+            lambda c, _: (c - 0.1 * jax.jit(lambda c: c - data)(c), None), w, length=3
+        )[0].sum()
+    ),
+    "jit in cond": lambda data: (
+        lambda w: jax.lax.cond(
+            w[0] > 0, jax.jit(mean_square(data)), jax.jit(mean_square(0.0)), w
+        )
+    ),
+    "jit in while": lambda data: (
+        lambda w: jax.lax.while_loop(
+            lambda c: c.sum() < 9, jax.jit(lambda c: c + 1 + data**2), w
+        ).sum()
+    ),
+    "jit in while's condition": lambda data: (
+        lambda w: jax.lax.while_loop(
+            jax.jit(lambda c: (c - data).sum() < 9), lambda c: c + 1, w
+        ).sum()
+    ),
+    "jit in fori_loop": lambda data: (
+        lambda w: jax.lax.fori_loop(
+            0, 3, lambda i, c: jax.jit(lambda c: c - 0.1 * data)(c), w
+        ).sum()
+    ),
+    "checkpoint": lambda data: grad(jax.checkpoint(jax.jit(mean_square(data)))),
+    "custom_jvp": lambda data: custom_jvp(data, 1.0),
+    "rule of custom_jvp": lambda data: grad(custom_jvp(0.0, data)),
+    "custom_vjp": lambda data: custom_vjp(data, 1.0),
+    "rule of custom_vjp": lambda data: grad(custom_vjp(0.0, data)),
+    "shard_map": mapped_over_devices,
+    "linear solve": lambda data: (
+        lambda w: jax.scipy.sparse.linalg.cg(
+            jax.jit(lambda x: x * (2 + data)), w, maxiter=2
+        )[0].sum()
+    ),
+    "key": drawn,
+    "number": lambda data: jax.jit(mean_square(float(data[0]))),
+    "one number of many": lambda data: jax.jit(
+        mean_square(jnp.zeros((5000, 3)).at[2500].set(data))
+    ),
+}
+
+
+def swept_with(function, data):
+    loss = function(data)
+    return lambda level, key: {"x": loss(jnp.array([0.5, -1.0, 0.25])) + 0 * level}
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_file_of_other_data_is_refused_wherever_they_hide(tmp_path, carrier):
+    path, make = tmp_path / "sweep.jsonl", CARRIERS[carrier]
+    data = jnp.array([1.0, 2.0, 3.0])
+    other = data.at[0].add(2.0**-23)  # one bit
+    other = data + 1 if carrier == "key" else other
+    first = sweep.run(swept_with(make, data), [0.1], KEYS, path=path)
+    for _ in range(2):  # another function, of the same data
+        again = sweep.run(swept_with(make, data.copy()), [0.1], KEYS, path=path)
+        chex.assert_trees_all_equal(again.metrics, first.metrics)
+    with pytest.raises(ValueError, match="another train function"):
+        sweep.run(swept_with(make, other), [0.1], KEYS, path=path)
+
+
+def hidden_callback(data):
+    return lambda w: jax.pure_callback(
+        lambda w: np.float32((w - data).sum()), jax.ShapeDtypeStruct((), jnp.float32), w
+    )
+
+
+def hidden_vmap_rule(data):
+    f = jax.custom_batching.custom_vmap(lambda w: w.sum())
+    f.def_vmap(lambda size, batched, w: ((w - data).sum(axis=-1), True))
+    return f
+
+
+@pytest.mark.parametrize("hidden", [hidden_callback, hidden_vmap_rule])
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_path_with_a_function_of_python_in_the_program_is_refused(
+    tmp_path, hidden, outer
+):
+    def make(data):
+        return outer(hidden(data))
+
+    train = swept_with(make, np.ones(3, np.float32))
+    assert np.isfinite(sweep.run(train, [0.1], KEYS).metrics["x"]).all()
+    with pytest.raises(ValueError, match="hides a function of Python"):
+        sweep.run(train, [0.1], KEYS, path=tmp_path / "sweep.jsonl")
+
+
+def test_fingerprint_is_the_same_in_another_process(copy, computed):
+    again = f"sweep.run(train, LEVELS, KEYS, path={str(copy)!r}, **OPTIONS)"
+    before = copy.read_bytes()
+    code, _, err = processes.end(python(again))
+    assert code == 0, err
+    assert copy.read_bytes() == before
+
+
+def test_file_of_an_earlier_version_is_refused_and_kept(copy):
+    # Its fingerprint did not see all data, so its numbers cannot be trusted.
+    first, _, rest = copy.read_bytes().partition(b"\n")
+    text = first.partition(b" ")[2].replace(
+        b"flood_optax.sweep/2", b"flood_optax.sweep/1"
+    )
+    before = b"%08x %s\n" % (zlib.crc32(text), text) + rest
+    copy.write_bytes(before)
+    with pytest.raises(ValueError, match="must be a file of this version, got sweep"):
+        sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
+    assert copy.read_bytes() == before

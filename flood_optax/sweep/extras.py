@@ -19,7 +19,7 @@ def optional(module: str, call: str) -> Any:
 
 @contextlib.contextmanager
 def progress_bar(
-    call: str, *, shown: bool, total: int, done: int = 0, unit: str
+    call: str, *, shown: bool, total: int | None, done: int = 0, unit: str
 ) -> Generator[Callable[[int], Any]]:
     """Shows a tqdm bar; gives the function that advances it."""
     if not shown:

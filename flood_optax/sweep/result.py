@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from flood_optax.extras import optional
+from flood_optax.sweep.extras import optional
 
 Array = npt.NDArray[Any]
 Mode = Literal["max", "min"]

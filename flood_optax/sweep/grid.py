@@ -1,0 +1,140 @@
+"""Every level with every key: the grid of a sweep."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flood_optax.checks import integer
+from flood_optax.sweep.extras import optional, progress_bar
+from flood_optax.sweep.inputs import checked_keys, checked_levels, checked_metrics
+from flood_optax.sweep.journal import Journal
+from flood_optax.sweep.placement import Strategy, placement
+from flood_optax.sweep.result import Result
+from flood_optax.sweep.traced import fingerprint, trace
+
+
+def run(
+    train: Callable[[jax.Array, jax.Array], Mapping[str, Any]],
+    levels: Any,
+    keys: Any,
+    *,
+    strategy: Strategy | None = None,
+    progress: bool = False,
+    chunk_size: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+) -> Result:
+    """Trains at every level with every key, in one compiled program.
+
+    ``train`` is traced once and the program compiled once, whatever the numbers of
+    levels and keys. The strategies agree to rounding; they differ in speed and memory:
+
+    * "vmap" trains the runs of a chunk together: for accelerators.
+    * "map" trains one after another: for one processor, or where memory is short. Its
+      memory does not grow with the number of levels.
+    * "shard" spreads the runs over all devices of ``mesh`` and, after
+      `jax.distributed.initialize`, over the processes; every process calls `run`
+      alike and gets the whole result. CPU devices map their share, others vmap it.
+
+    The number of devices need not divide that of runs: a call is filled up by repeating
+    a run. Progress and files cost one synchronisation a chunk, nothing inside it.
+
+    Args:
+      train: (level, key) -> dict of metrics, arrays of real numbers whose shapes do not
+        depend on the numbers given. Level is a scalar, float32 (float64 if given so
+        and 64-bit types are enabled); key is one of ``keys``. Must be traceable.
+      levels: distinct numbers, shape [levels]; -inf is no flooding.
+      keys: distinct keys, shape [keys] as `jax.random.split` of a `jax.random.key`
+        gives, or raw ones of shape [keys, words].
+      strategy: "vmap", "map" or "shard"; None is "map" on a CPU, else "vmap".
+      progress: whether to show a tqdm bar that advances with every chunk.
+      chunk_size: runs per chunk and device. By default all, and with ``progress`` or
+        ``path`` a tenth of them ("map": a hundredth).
+      path: a file to keep the results in as they come. If the process is killed, the
+        same call again computes only what is missing and returns the same result (a
+        changed strategy or chunk_size: to rounding). A file of another sweep is
+        refused, also if ``train`` or an array it uses changed; so is a ``train`` with a
+        callback into Python, of which that cannot be told. Of many processes, the first
+        reads and writes it.
+      mesh: for "shard", the devices; by default all there are.
+
+    Returns:
+      A `Result` whose metrics are NumPy arrays of shape [levels, keys, ...].
+
+    Raises:
+      ValueError: if the file is of another sweep or damaged; for wrong arguments.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flood_optax import flooded, sweep
+      >>> def loss_fn(w):
+      ...     return jnp.exp(w) - w - 1.0  # least, 0, at w = 0
+      >>> def train(level, key):
+      ...     optimizer = optax.sgd(0.1)
+      ...     w = jax.random.uniform(key, minval=1.0, maxval=2.0)
+      ...     def step(carry, _):
+      ...         w, state = carry
+      ...         grad = jax.grad(flooded(loss_fn, level))(w)
+      ...         updates, state = optimizer.update(grad, state, w)
+      ...         w = optax.apply_updates(w, updates)
+      ...         return (w, state), loss_fn(w)
+      ...     _, losses = jax.lax.scan(step, (w, optimizer.init(w)), length=100)
+      ...     return {"curve": losses, "regret": abs(losses[-1] - 0.3)}
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> result = sweep.run(train, [0.0, 0.3, 0.6], keys, strategy="map")
+      >>> print(result.metrics["curve"].shape, result.best("regret", mode="min"))
+      (3, 2, 100) [0.3 0.3]
+    """
+    place = placement(strategy, mesh)
+    if chunk_size is not None:
+        integer("sweep.run(chunk_size=...)", chunk_size, least=1)
+    given, used = checked_levels(levels, "sweep.run(levels)")
+    seeds = checked_keys(keys, "sweep.run(keys)")
+    if progress:
+        optional("tqdm", "sweep.run(progress=True)")
+
+    def one(level: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
+        return checked_metrics(train(level, seeds.unwrap(words)), "sweep.run(train)")
+
+    traced = trace(
+        one,
+        "sweep.run(train)",
+        jax.ShapeDtypeStruct((), used.dtype),
+        jax.ShapeDtypeStruct(seeds.data.shape[1:], seeds.data.dtype),
+    )
+
+    def header() -> dict[str, Any]:
+        return {
+            "levels": [repr(float(level)) for level in used],
+            "keys": [seeds.impl, seeds.data.tolist()],
+            "metrics": {n: [str(x.dtype), [*x.shape]] for n, x in traced.shape.items()},
+            "train": fingerprint(traced.jaxpr, "sweep.run(path=...)"),
+        }
+
+    grid = (len(used), len(seeds.data))
+    every_level = np.repeat(used, grid[1])
+    every_key = np.tile(seeds.data, (grid[0], 1))
+    journal = Journal(path, traced.shape, len(every_level), header)
+    missing = journal.missing
+    watched = progress or path is not None
+    size = place.chunk(len(every_level), chunk_size, watched=watched)
+    program = place.program(traced)
+    with progress_bar(
+        "sweep.run(progress=True)",
+        shown=progress and jax.process_index() == 0,
+        total=len(every_level),
+        done=len(every_level) - len(missing),
+        unit="run",
+    ) as advance:
+        for begin in range(0, len(missing), size):
+            runs = missing[begin : begin + size]
+            rows = place.train(program, every_level[runs], every_key[runs], size)
+            journal.add(runs, rows)
+            advance(len(runs))
+
+    metrics = {n: x.reshape(*grid, *x.shape[1:]) for n, x in journal.metrics.items()}
+    return Result(given, metrics, ("level", "key"), seeds.data)

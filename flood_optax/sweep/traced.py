@@ -1,0 +1,87 @@
+"""A function that is traced once, called under any transformation, and recognised."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+# What they compute is a function of Python, of which a jaxpr holds the address alone.
+HIDES_PYTHON = ("pure_callback", "io_callback", "custom_vmap_call")
+
+
+class Traced(NamedTuple):
+    """A function after tracing.
+
+    Attributes:
+      jaxpr: what the function computes, with the arrays it closes over.
+      shape: the tree of its result, with shapes and dtypes.
+    """
+
+    jaxpr: ClosedJaxpr
+    shape: Any
+
+    def call(self, *args: Any) -> Any:
+        """Calls the function without tracing it again."""
+        flat = jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(self.shape), flat)
+
+
+def trace(function: Callable[..., Any], call: str, *args: Any) -> Traced:
+    """Traces a function of arrays; a branch in Python on their numbers gets a note."""
+    try:
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        error.add_note(
+            f"`{call}` is traced once for all levels, so it must not need their "
+            "numbers in Python: use `jnp.where` or `jax.lax.cond` instead of `if`."
+        )
+        raise
+    return Traced(jaxpr, shape)
+
+
+def fingerprint(jaxpr: ClosedJaxpr, call: str) -> str:
+    """A digest of a computation and of all arrays that it uses, at any depth.
+
+    Rules of derivatives need no look: where they are used, they are in the jaxpr.
+    """
+    # The text has names, shapes and parameters. Of functions it has an address, which
+    # is another in each process, and of arrays at most some numbers, so they follow.
+    text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+    return hashlib.sha256(text.encode() + _digest(jaxpr, call, {})).hexdigest()
+
+
+def _digest(part: Any, call: str, known: dict[int, bytes]) -> bytes:
+    """The digest of the arrays in a jaxpr, or in what equations have as parameters."""
+    # jit gives one jaxpr to all calls of a function; each is looked at once.
+    if id(part) in known:
+        return known[id(part)]
+    digest = hashlib.sha256()
+    if isinstance(part, ClosedJaxpr | Jaxpr):
+        parts = list(part.consts) if isinstance(part, ClosedJaxpr) else []
+        for equation in part.eqns:
+            if equation.primitive.name in HIDES_PYTHON:
+                raise ValueError(
+                    f"`{call}` must see all that is swept, to tell its file from "
+                    f"another's, but {equation.primitive.name} hides a function of "
+                    "Python. Compute it in JAX, or leave path out."
+                )
+            parts += [x.val for x in equation.invars if isinstance(x, Literal)]
+            parts += jax.tree.leaves(equation.params)
+        for inner in parts:
+            digest.update(_digest(inner, call, known))
+        known[id(part)] = digest.digest()
+    elif hasattr(part, "__array__"):
+        typed_key = jnp.issubdtype(part.dtype, jax.dtypes.prng_key)
+        numbers = np.asarray(jax.random.key_data(part) if typed_key else part)
+        digest.update(f"{part.dtype}{part.shape}".encode())
+        digest.update(np.ascontiguousarray(numbers).tobytes())
+    return digest.digest()

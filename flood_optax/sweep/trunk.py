@@ -1,0 +1,352 @@
+"""Many levels on one sequence of batches: a shared trunk, and a branch per level."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from flood_optax.bend import compare_dtype
+from flood_optax.checks import scalar_loss
+from flood_optax.sweep.extras import progress_bar
+from flood_optax.sweep.inputs import Levels, checked_levels, checked_metrics
+from flood_optax.sweep.result import Result
+from flood_optax.sweep.traced import trace
+
+Array = npt.NDArray[Any]
+Level = np.floating[Any]
+Rows = dict[str, Array]
+Step = Callable[[Any, Any, jax.Array], tuple[Any, Mapping[str, Any]]]
+SEGMENTS = 64  # at most, at whose begins the state of the trunk can be taken up
+
+
+def forked(
+    step: Step,
+    state: Any,
+    batches: Any,
+    levels: Any,
+    *,
+    progress: bool = False,
+) -> Result:
+    """Trains at every level on the same batches, sharing the steps that are the same.
+
+    Until the raw loss is first below a level b, training at b is plain training. So the
+    lowest level is trained whole, as a trunk, and every other from the first step at
+    which the loss of the trunk is below it. At a tie, loss == b, it still descends with
+    the trunk, and so it does at a NaN loss, which is below no level, unless the trunk
+    is plain training, level -inf, which alone takes the updates of a NaN loss as they
+    are. The metrics are those of separate runs, bit for bit: of this function with
+    that level alone, and of a `jax.lax.scan` of ``step``, jitted with the level as an
+    argument, wherever XLA rounds alike in both programs.
+
+    This holds if ``step`` uses the level for one thing: to flood the loss that it
+    returns as ``"loss"``, by a shape that is the loss itself above the level (`flooded`
+    and `scale_by_flood` with reflect, pause or asymmetric). The state may remember the
+    level; metrics must not show it. The steps before a branch are run again, a 64th of
+    the training at most, and a level that makes them differ from the trunk is refused
+    (a soft shape, flooding per example, a metric that holds the level: use
+    `flood_optax.sweep.run`); steps before those are not looked at.
+
+    ``Result.steps_run`` tells what was saved of ``Result.steps_separate``. The program
+    is compiled once for a ``step``, as by `jax.jit`: further calls with the same
+    function, for other seeds, compile nothing.
+
+    Args:
+      step: (state, batch, level) -> (state, metrics). The metrics are a dict of real
+        arrays with the raw loss, a scalar, under "loss". State keeps its structure,
+        shapes and dtypes. Must be traceable.
+      state: a tree of arrays: parameters, optimizer state, ...
+      batches: a tree of arrays with a leading axis [steps], one batch per step.
+      levels: distinct numbers, shape [levels]; -inf is no flooding. Or a function of
+        the metrics of the run without flooding, NumPy arrays [steps, ...], that returns
+        a level or levels: that run, level -inf, is then the trunk, and comes first in
+        the result if the function does not name it. Copies of the state at 64 steps
+        are kept until the branches are run.
+      progress: whether to show a tqdm bar that counts steps.
+
+    Returns:
+      A `Result` whose metrics are NumPy arrays of shape [levels, steps, ...].
+
+    Raises:
+      ValueError: if a level changes the steps before its branch; for wrong arguments.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flood_optax import flooded, sweep
+      >>> def loss_fn(w, x):
+      ...     return jnp.exp(w * x) - w * x - 1.0
+      >>> def step(w, x, level):
+      ...     objective = flooded(loss_fn, level, return_info=True)
+      ...     (_, info), grad = jax.value_and_grad(objective, has_aux=True)(w, x)
+      ...     return w - 0.3 * grad, {"loss": info.loss}
+      >>> batches = jnp.linspace(0.5, 1.5, 200)
+      >>> levels = [-jnp.inf, 0.05, 0.1]
+      >>> result = sweep.forked(step, jnp.array(1.5), batches, levels)
+      >>> print(result.metrics["loss"].shape)
+      (3, 200)
+      >>> print(result.steps_run, "steps instead of", result.steps_separate)
+      588 steps instead of 600
+
+      Stop and flood: the level is the training loss where the plain run was best.
+
+      >>> def at_last(metrics):
+      ...     return metrics["loss"][-100:].mean()
+      >>> result = sweep.forked(step, jnp.array(1.5), batches, at_last)
+      >>> print(result.metrics["loss"].shape, result.levels[0])
+      (2, 200) -inf
+    """
+    state = jax.tree.map(_strong, state)
+    batches = jax.tree.map(jnp.asarray, batches)
+    number = _num_steps(batches)
+    known = None if callable(levels) else checked_levels(levels, "sweep.forked(levels)")
+    lowest = np.float32(-np.inf) if known is None else known.used.min()
+    run = _Run(_program(step), batches, number)
+    with progress_bar(
+        "sweep.forked(progress=True)",
+        shown=progress,
+        total=None if known is None else number * len(known.used),
+        unit="step",
+    ) as advance:
+        others = None if known is None else known.used
+        trunk = _trunk(run, state, lowest, others, advance)
+        known = known or _levels_of(levels, trunk.rows)
+        found: list[Rows] = []
+        steps_run = number
+        for level in known.used:
+            if level == lowest:
+                found.append(trunk.rows)
+                continue
+            fork = _fork(trunk.rows["loss"], level, lowest)
+            begin = run.origin(fork)
+            found.append(_branch(run, trunk, begin, fork, level))
+            steps_run += number - begin
+            advance(number)
+    return Result(
+        known.given,
+        {name: np.stack([rows[name] for rows in found]) for name in trunk.rows},
+        ("level", "step"),
+        steps_run=steps_run,
+        steps_separate=number * len(found),
+    )
+
+
+class _Run(NamedTuple):
+    """A program on given batches.
+
+    Attributes:
+      program: what `_program` compiles.
+      batches: a tree of arrays [steps, ...].
+      number: that of steps.
+    """
+
+    program: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    batches: Any
+    number: int
+
+    def __call__(
+        self, state: Any, level: Level, begin: int, end: int
+    ) -> tuple[Any, Rows]:
+        """The state after the steps, and rows of which theirs are filled in."""
+        steps = np.int32(begin), np.int32(end)
+        state, rows = self.program(state, self.batches, np.asarray(level), *steps)
+        return state, {name: np.asarray(x) for name, x in rows.items()}
+
+    @property
+    def length(self) -> int:
+        """The steps of a segment."""
+        return math.ceil(self.number / SEGMENTS)
+
+    def origin(self, fork: int) -> int:
+        """The step to run a branch from, so that the loss after an update is compared.
+
+        It shows at the fork, or at the last step of a run that has none.
+        """
+        return max(min(fork, self.number - 1) - 1, 0) // self.length * self.length
+
+
+class _Trunk(NamedTuple):
+    """The run that all levels share a part of.
+
+    Attributes:
+      rows: its metrics, [steps, ...].
+      origins: its state before some steps, from which branches can be run.
+    """
+
+    rows: Rows
+    origins: dict[int, Any]
+
+
+def _trunk(
+    run: _Run,
+    state: Any,
+    lowest: Level,
+    others: Array | None,
+    advance: Callable[[int], Any],
+) -> _Trunk:
+    """Runs the lowest level in segments; keeps a state where a branch will begin."""
+    origins: dict[int, Any] = {}
+    pieces: list[Rows] = []
+    wanted: dict[float, int] = {}
+    for begin in range(0, run.number, run.length):
+        end = min(begin + run.length, run.number)
+        origins[begin] = state
+        state, rows = run(state, lowest, begin, end)
+        pieces.append({name: x[begin:end] for name, x in rows.items()})
+        # Of levels that are not known yet, any segment may be the one to branch from.
+        if others is not None:
+            for level in others:
+                fork = begin + _fork(pieces[-1]["loss"], level, lowest)
+                if fork < end:
+                    wanted.setdefault(float(level), run.origin(fork))
+            kept = {*wanted.values(), begin, begin - run.length}
+            origins = {at: origins[at] for at in origins if at in kept}
+        advance(end - begin)
+    rows = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+    return _Trunk(rows, origins)
+
+
+def _branch(run: _Run, trunk: _Trunk, begin: int, fork: int, level: Level) -> Rows:
+    """The metrics at a level that leaves the trunk at ``fork``."""
+    _, own = run(trunk.origins[begin], level, begin, run.number)
+    for name, rows in trunk.rows.items():
+        # At the fork itself the loss is the trunk's; what it led to is the branch's.
+        shared = slice(begin, fork + 1 if name == "loss" else fork)
+        if not _same_bits(own[name][shared], rows[shared]):
+            raise ValueError(
+                "`sweep.forked(step)` must use the level only to flood the loss that "
+                f"it returns, by a shape that is the loss itself above the level, but "
+                f"the metric {name!r} differs between the levels before the loss is "
+                f"below {level:g} for the first time, at step {fork}. Train every "
+                "level by itself: `flood_optax.sweep.run`."
+            )
+    return {
+        name: np.append(rows[:begin], own[name][begin:], axis=0)
+        for name, rows in trunk.rows.items()
+    }
+
+
+@functools.lru_cache(maxsize=4)  # a program keeps what its step closes over
+def _program(step: Step) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Steps from one number to another, one program for trunk, branches and seeds."""
+
+    @jax.jit
+    def advance(
+        state: Any, batches: Any, level: jax.Array, begin: jax.Array, end: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        first = (state, _batch(batches, 0), level)
+        traced = trace(_checked_step(step, state), "sweep.forked(step)", *first)
+        rows = {
+            name: jnp.zeros((_num_steps(batches), *like.shape), like.dtype)
+            for name, like in traced.shape[1].items()
+        }
+
+        def body(i: jax.Array, carry: Any) -> Any:
+            state, rows = carry
+            state, metrics = traced.call(state, _batch(batches, i), level)
+            put = lax.dynamic_update_index_in_dim
+            return state, {n: put(x, metrics[n], i, 0) for n, x in rows.items()}
+
+        return lax.fori_loop(begin, end, body, (state, rows))
+
+    return advance
+
+
+def _levels_of(function: Callable[[Rows], Any], rows: Rows) -> Levels:
+    """The levels read off the run without flooding, which is one of them."""
+    chosen = np.atleast_1d(function(rows))
+    if chosen.ndim == 1 and not (chosen == -np.inf).any():
+        chosen = np.append(-np.inf, chosen)
+    return checked_levels(chosen, "sweep.forked(levels)'s result")
+
+
+def _fork(losses: Array, level: Level, lowest: Level) -> int:
+    """The first step at which a level leaves the trunk; their number if none."""
+    dtype = compare_dtype(losses.dtype)  # in which flooding compares
+    losses = losses.astype(dtype)
+    leaves = losses < level.astype(dtype)
+    if lowest == -np.inf:  # which alone is not flooded at a NaN loss
+        leaves |= np.isnan(losses)
+    return int(np.argmax(leaves)) if leaves.any() else len(losses)
+
+
+def _batch(batches: Any, i: int | jax.Array) -> Any:
+    return jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batches
+    )
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same bits: of zeros the sign, of NaN the payload."""
+    return a.tobytes() == b.tobytes()
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """The leaf as an array of its own dtype, not a weak one."""
+    array = jnp.asarray(leaf)
+    weak = getattr(array, "weak_type", False)  # typed keys have no such attribute
+    return array.astype(array.dtype) if weak else array
+
+
+def _num_steps(batches: Any) -> int:
+    """The length of the leading axis, the same in every leaf."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise ValueError(
+            "`sweep.forked(batches)` must have one leading axis [steps] in all leaves, "
+            f"one step at least, got the shapes {sorted(shapes)}."
+        )
+    return lengths.pop()[0]
+
+
+def _checked_step(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    """The step, with what it returns checked while it is traced."""
+
+    def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
+        result = step(*args)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "`sweep.forked(step)` must return (state, metrics), got "
+                f"{type(result).__name__}."
+            )
+        after, metrics = result
+        metrics = checked_metrics(metrics, "sweep.forked(step)")
+        if "loss" not in metrics:
+            raise TypeError(
+                "`sweep.forked(step)` must return the raw loss as the metric 'loss', "
+                f"got {', '.join(map(repr, metrics))}."
+            )
+        scalar_loss(
+            metrics["loss"],
+            "sweep.forked(step)'s loss",
+            "Return the loss that is compared with the level.",
+        )
+        return _state_like(after, state), metrics
+
+    return checked
+
+
+def _state_like(after: Any, before: Any) -> Any:
+    """The new state, if it has structure, shapes and dtypes of the given one."""
+    if jax.tree.structure(after) != jax.tree.structure(before):
+        raise TypeError(
+            "`sweep.forked(step)` must keep the structure of the state, got "
+            f"{jax.tree.structure(after)} from {jax.tree.structure(before)}."
+        )
+
+    def alike(path: Any, new: Any, old: jax.Array) -> jax.Array:
+        new = jnp.asarray(new)
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise TypeError(
+                "`sweep.forked(step)` must keep shapes and dtypes of the state, got "
+                f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]} at "
+                f"state{jax.tree_util.keystr(path)}."
+            )
+        return _strong(new)
+
+    return jax.tree.map_with_path(alike, after, before)

@@ -1,0 +1,470 @@
+"""Many levels that share a trunk: against separate runs, bit for bit."""
+
+import gc
+import logging
+import weakref
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flood_optax
+from flood_optax import shapes, sweep
+from flood_optax.sweep import trunk
+
+TOY_STATE = jnp.float32(1.3)
+
+
+def toy_batches(steps):
+    return jnp.linspace(0.5, 1.5, steps)
+
+
+def toy_step(w, x, level):
+    def objective(w):
+        return 0.7 * (jnp.exp(w * x) - w * x - 1.0) + 0.1 * w**3
+
+    loss, grad = jax.value_and_grad(objective)(w)
+    return w - 0.3 * jnp.where(loss < level, -1.0, 1.0) * grad, {"loss": loss, "w": w}
+
+
+def mlp(form, optimizer, batch=32, steps=70):
+    """An MLP on random labels; metrics the loss, the gradient norm and the count."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    x = jax.random.normal(keys[0], (steps, batch, 8))
+    y = jax.random.randint(keys[1], (steps, batch), 0, 3)
+    x, y = x.at[:].set(x[:1]), y.at[:].set(y[:1])  # one batch again and again: it falls
+    params = {
+        "in": jax.random.normal(keys[2], (8, 24)) / 3,
+        "out": jax.random.normal(keys[3], (24, 3)) / 5,
+    }
+
+    def loss_fn(params, x, y):
+        logits = jax.nn.relu(x @ params["in"]) @ params["out"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def make(level):
+        if form == "loss":
+            return optimizer
+        return optax.chain(flood_optax.scale_by_flood(level), optimizer)
+
+    def step(carry, batch, level):
+        params, state = carry
+        if form == "loss":
+            objective = flood_optax.flooded(loss_fn, level, return_info=True)
+            (_, info), grads = jax.value_and_grad(objective, has_aux=True)(
+                params, *batch
+            )
+            loss, below = info.loss, info.multiplier < 0
+            updates, state = optimizer.update(grads, state, params)
+        else:
+            loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+            updates, state = make(level).update(grads, state, params, value=loss)
+            below = optax.tree.get(state, "flood_below")
+        metrics = {"loss": loss, "norm": optax.tree.norm(grads), "below": below}
+        return (optax.apply_updates(params, updates), state), metrics
+
+    return step, (params, make(0.0).init(params)), (x, y)
+
+
+PROBLEMS = {
+    "toy": lambda: (toy_step, TOY_STATE, toy_batches(200), (0.03, 0.3, -np.inf, 0.1)),
+    "toy, few steps": lambda: (toy_step, TOY_STATE, toy_batches(9), (0.03, 0.3, 0.1)),
+    "mlp, loss form, momentum": lambda: (
+        *mlp("loss", optax.sgd(0.3, momentum=0.9)),
+        (0.8, 0.02, 0.2, 1.0),
+    ),
+    "mlp, optax form, adam": lambda: (
+        *mlp("optax", optax.adam(0.02)),
+        (0.3, 0.8, 0.05, -np.inf),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forked_equals_separate_runs_bit_for_bit(name):
+    step, state, batches, levels = PROBLEMS[name]()
+    result = sweep.forked(step, state, batches, levels)
+
+    @jax.jit
+    def separate(level):
+        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
+
+    for i, level in enumerate(levels):
+        alone = separate(jnp.float32(level))
+        ours = {name: value[i] for name, value in result.metrics.items()}
+        chex.assert_trees_all_equal(ours, jax.device_get(alone))
+    finite = [i for i, level in enumerate(levels) if level > 0]
+    assert (result.metrics["loss"][finite] < np.array(levels)[finite, None]).any()
+    assert result.axes == ("level", "step")
+    assert result.steps_run < result.steps_separate
+
+
+def test_forked_equals_a_python_loop_of_a_jitted_step_bit_for_bit():
+    step, state, batches = mlp("optax", optax.adam(0.02))
+    result = sweep.forked(step, state, batches, (0.3, 0.05))
+    jitted = jax.jit(step)
+    for i, level in enumerate((0.3, 0.05)):
+        carry, losses = state, []
+        for t in range(70):
+            batch = jax.tree.map(lambda x, t=t: x[t], batches)
+            carry, metrics = jitted(carry, batch, jnp.float32(level))
+            losses.append(metrics["loss"])
+        np.testing.assert_array_equal(result.metrics["loss"][i], np.stack(losses))
+
+
+def descent(w, rate, level):
+    """The loss is w, so the path is known: down by `rate`, and up below the level."""
+    return w - rate * jnp.where(w < level, -1.0, 1.0), {"loss": w}
+
+
+def test_forked_runs_the_steps_after_the_fork_and_no_more():
+    # Losses 1, 15/16, ...: below 3/4 first at step 5, below 1/4 at 13, below 0 at 17;
+    # 32 steps, so segments of one step.
+    rates = jnp.full(32, 1 / 16)
+    result = sweep.forked(descent, jnp.float32(1), rates, [0.25, 0.75, 0.0])
+    forks = {0.25: 13, 0.75: 5}
+    # Each branch runs from one step before its fork; the lowest level is the trunk.
+    assert result.steps_run == 32 + sum(32 - fork + 1 for fork in forks.values())
+    assert result.steps_separate == 96
+
+
+def test_forked_at_a_tie_stays_with_the_trunk():
+    # The loss is 1/2 at step 8, the level: it descends, and turns at step 9.
+    result = sweep.forked(descent, jnp.float32(1), jnp.full(12, 1 / 16), [0.5, 0.0])
+    expected = 1 - np.array([*range(10), 8, 9]) / 16
+    np.testing.assert_array_equal(result.metrics["loss"][0], expected)
+
+
+def test_forked_nan_loss_is_below_no_level():
+    def step(w, x, level):
+        w, metrics = descent(w, x, level)
+        return w, {**metrics, "after": w}
+
+    rates = jnp.full(20, 1 / 16).at[3].set(jnp.nan)
+    result = sweep.forked(step, jnp.float32(1), rates, [0.5, 0.0])
+    assert np.isnan(result.metrics["loss"][:, 4:]).all()
+    np.testing.assert_array_equal(*result.metrics["loss"])
+    assert result.steps_run == 20 + 2  # two steps at least are compared
+
+
+def test_forked_from_the_first_step_shares_nothing():
+    result = sweep.forked(descent, jnp.float32(1), jnp.full(8, 1 / 16), [2.0, 3.0])
+    np.testing.assert_array_equal(result.metrics["loss"], [1 + np.arange(8) / 16] * 2)
+    assert result.steps_run == result.steps_separate
+
+
+def soft_step(w, x, level):
+    return w - x * shapes.soft().multiplier(w - level), {"loss": w}
+
+
+def logs_level(w, x, level):
+    w, metrics = descent(w, x, level)
+    return w, {**metrics, "level": level}
+
+
+@pytest.mark.parametrize("steps", [32, 200])
+@pytest.mark.parametrize("levels", [(0.25, 0.75), (-9.0, -8.0)], ids=["met", "never"])
+@pytest.mark.parametrize("step", [soft_step, logs_level])
+def test_forked_level_used_above_itself_is_refused(step, levels, steps):
+    # A level that no loss meets is looked at too: there a soft shape acts as well.
+    rates = jnp.full(steps, 1 / 16)
+    with pytest.raises(ValueError, match=r"the metric '(loss|level)' differs"):
+        sweep.forked(step, jnp.float32(1), rates, levels)
+
+
+def test_forked_traces_and_compiles_once(caplog):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(n=1)(toy_step)
+    levels = np.linspace(0, 0.5, 21)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sweep.forked(lambda *args: counted(*args), TOY_STATE, toy_batches(150), levels)
+    compiled = [m for m in caplog.messages if "XLA compilation of jit(advance)" in m]
+    assert len(compiled) == 1
+
+
+def test_forked_state_may_hold_keys_weak_types_and_integers():
+    def step(state, x, level):
+        w, metrics = descent(state["w"], x, level)
+        key = jax.random.split(state["key"])[0]
+        draw = jax.random.uniform(key)
+        return {"w": w, "key": key, "n": state["n"] + 1}, {**metrics, "draw": draw}
+
+    state = {"w": 1.0, "key": jax.random.key(0), "n": 0}
+    rates = jnp.full(20, 1 / 16, jnp.bfloat16)  # a weak 1.0 would become bfloat16
+    result = sweep.forked(step, state, rates, [0.5, 0.0])
+    np.testing.assert_array_equal(*result.metrics["draw"])
+    assert result.metrics["loss"].dtype == np.float32
+    assert result.metrics["loss"][0].min() == 0.4375
+
+
+def test_forked_16_bit_losses_are_compared_in_float32():
+    # 0.1 in bfloat16 is 0.10009765625, which is not below the float32 level 0.1.
+    losses = np.array([1, 0.1, 0.0996], jnp.bfloat16)
+    for n in (1, 2, 3):
+        assert trunk._fork(losses[:n], np.float32(0.1), np.float32(0)) == min(n, 2)
+
+
+def separately(step, state, batches, levels):
+    """The metrics of separate runs, each a scan jitted with the level as argument."""
+
+    @jax.jit
+    def alone(level):
+        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
+
+    return [jax.device_get(alone(jnp.asarray(level))) for level in levels]
+
+
+def assert_same_bits(result, expected):
+    for i, metrics in enumerate(expected):
+        assert metrics.keys() == result.metrics.keys()
+        for name, value in metrics.items():
+            ours = result.metrics[name][i]
+            assert (ours.dtype, ours.shape) == (value.dtype, value.shape)
+            assert ours.tobytes() == value.tobytes(), (name, i)
+
+
+def flooded_step(loss_fn, rate, shape):
+    """A step of the optax form on one number; its state remembers the level."""
+
+    def step(carry, x, level):
+        w, state = carry
+        optimizer = optax.chain(
+            flood_optax.scale_by_flood(level, shape=shape), optax.sgd(rate)
+        )
+        loss, grad = jax.value_and_grad(loss_fn)(w, x)
+        updates, state = optimizer.update(grad, state, w, value=loss)
+        w = optax.apply_updates(w, updates)
+        return (w, state), {"loss": loss, "w": w, "update": updates}
+
+    start = optax.chain(flood_optax.scale_by_flood(0.0), optax.sgd(rate))
+    return step, lambda w: (w, start.init(w))
+
+
+@pytest.mark.parametrize("shape", ["reflect", "pause", "asymmetric"])
+@pytest.mark.parametrize("levels", [(-np.inf, 0.5, 0.2), (0.2, 0.5, 0.3), (-np.inf,)])
+def test_forked_nan_loss_is_plain_training_at_the_level_off_alone(levels, shape):
+    # A loss that is NaN with a finite gradient: a finite level makes NaN updates of it,
+    # -inf takes them as they are, so the trunk of -inf goes on where no other does.
+    def loss_fn(w, x):
+        return w**2 + jax.lax.stop_gradient(jnp.where(x == 5, jnp.nan, 0.0))
+
+    step, start = flooded_step(loss_fn, 0.1, getattr(shapes, shape)())
+    batches = jnp.arange(40.0)
+    levels = np.float32(levels)
+    result = sweep.forked(step, start(jnp.float32(2)), batches, levels)
+    assert_same_bits(result, separately(step, start(jnp.float32(2)), batches, levels))
+    lost = np.isnan(result.metrics["w"][:, -1])
+    np.testing.assert_array_equal(lost, levels > -np.inf)
+
+
+def raw(bits, dtype):
+    return np.array(bits, np.uint64 if dtype == np.int64 else np.uint32).view(dtype)
+
+
+@pytest.mark.usefixtures("x64")
+def test_forked_metrics_keep_every_bit():
+    # Signs of zero, payloads of NaN, integers above 2**53, before and after the fork.
+    payloads = raw([0x7FC00001, 0x7FC00002, 0xFFC00003, 0x7F800001] * 10, np.float32)
+    zeros = np.where(np.arange(40) % 3 == 0, -0.0, 0.0).astype(np.float32)
+    large = 2**62 + np.arange(40)
+    batches = (np.linspace(0.5, 1.5, 40).astype(np.float32), payloads, zeros, large)
+
+    def step(w, batch, level):
+        x, *odd = batch
+        w, metrics = toy_step(w, x, level)
+        return w, metrics | dict(zip(("nan", "zero", "large"), odd, strict=True))
+
+    levels = np.float32([0.0, 0.3, 0.1])
+    result = sweep.forked(step, TOY_STATE, batches, levels)
+    assert result.steps_run < result.steps_separate
+    alone = [sweep.forked(step, TOY_STATE, batches, [b]).metrics for b in levels]
+    assert_same_bits(result, [{n: x[0] for n, x in m.items()} for m in alone])
+    for name, odd in zip(("nan", "zero", "large"), batches[1:], strict=True):
+        assert [row.tobytes() for row in result.metrics[name]] == [odd.tobytes()] * 3
+
+
+SHOWN = {  # two values of the level that compare equal in float64, or as numbers
+    "sign of zero": lambda level: jnp.where(level > 0.4, -0.0, 0.0),
+    "payload of NaN": lambda level: jax.lax.bitcast_convert_type(
+        jnp.where(level > 0.4, 0x7FC00001, 0x7FC00000), jnp.float32
+    ),
+    "int64": lambda level: jnp.where(level > 0.4, 2**53, 2**53 + 1),
+    "uint64": lambda level: (
+        jnp.uint64(2**63) + jnp.where(level > 0.4, 0, 1).astype("uint64")
+    ),
+    "float64": lambda level: jnp.where(level > 0.4, 1.0, 1.0 + 2.0**-52),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.usefixtures("x64")
+def test_forked_sees_a_level_in_any_bit_of_a_metric(name):
+    def step(w, x, level):
+        w, metrics = descent(w, x, level)
+        return w, {**metrics, "odd": SHOWN[name](level)}
+
+    rates = jnp.full(32, 1 / 16, jnp.float32)
+    with pytest.raises(ValueError, match="the metric 'odd' differs between the levels"):
+        sweep.forked(step, jnp.float32(1), rates, np.float32([0.25, 0.5]))
+
+
+def test_forked_per_example_flooding_is_refused_where_it_is_seen():
+    # Flooded by example the path leaves the trunk before the mean is below the level.
+    def step(w, x, level):
+        def loss_fn(w):
+            losses = jnp.stack([w**2, (w - x) ** 2])
+            return flood_optax.flood_mean(losses, level, over="example"), losses.mean()
+
+        (_, loss), grad = jax.value_and_grad(loss_fn, has_aux=True)(w)
+        return w - 0.05 * grad, {"loss": loss}
+
+    with pytest.raises(ValueError, match="must use the level only to flood the loss"):
+        sweep.forked(step, jnp.float32(3), jnp.full(60, 0.5), [0.0, 0.5])
+
+
+def test_forked_compiles_once_for_many_seeds(caplog):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(n=1)(toy_step)
+
+    def step(*args):
+        return counted(*args)
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        results = [
+            sweep.forked(step, jnp.float32(w), toy_batches(90), [0.0, 0.1, 0.3])
+            for w in (1.1, 1.2, 1.3, 1.4)
+        ]
+    compiled = [m for m in caplog.messages if "XLA compilation of jit(advance)" in m]
+    assert len(compiled) == 1
+    for w, result in zip((1.1, 1.2, 1.3, 1.4), results, strict=True):
+        expected = separately(
+            toy_step, jnp.float32(w), toy_batches(90), np.float32([0.0, 0.1, 0.3])
+        )
+        assert_same_bits(result, expected)
+
+
+def test_forked_keeps_no_more_than_a_few_steps_alive():
+    alive = []
+
+    def make(number):
+        def step(w, x, level):
+            return toy_step(w + number, x, level)
+
+        alive.append(weakref.ref(step))
+        return step
+
+    for number in range(8):
+        sweep.forked(make(number), TOY_STATE, toy_batches(3), [0.0, 0.1])
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) <= 4
+
+
+@pytest.mark.parametrize("number", [9, 200])
+def test_forked_reads_the_level_off_the_run_without_flooding(number):
+    # Stop and flood: one run and a part.
+    step, batches = toy_step, toy_batches(number)
+    seen = []
+
+    def level_of(metrics):
+        seen.append(metrics)
+        return metrics["loss"][number // 2]
+
+    result = sweep.forked(step, TOY_STATE, batches, level_of)
+    (plain,) = separately(step, TOY_STATE, batches, np.float32([-np.inf]))
+    level = plain["loss"][number // 2]
+    np.testing.assert_array_equal(result.levels, [-np.inf, level])
+    (metrics,) = seen
+    assert {type(x) for x in metrics.values()} == {np.ndarray}
+    assert metrics["loss"].tobytes() == plain["loss"].tobytes()
+    levels = np.float32([-np.inf, level])
+    assert_same_bits(result, separately(step, TOY_STATE, batches, levels))
+    first = int(np.argmax(plain["loss"] < level))
+    segment = -(-number // 64)
+    assert number < result.steps_run <= number + (number - first) + 1 + segment
+
+
+@pytest.mark.parametrize(
+    ("chosen", "levels"),
+    [
+        (0.1, [-np.inf, 0.1]),
+        ([0.3, 0.1], [-np.inf, 0.3, 0.1]),
+        (np.float32([0.3, -np.inf]), [0.3, -np.inf]),
+        (-np.inf, [-np.inf]),
+        (jnp.float32(0.25), [-np.inf, 0.25]),
+    ],
+    ids=str,
+)
+def test_forked_levels_read_off_the_trunk_stand_beside_it(chosen, levels):
+    result = sweep.forked(toy_step, TOY_STATE, toy_batches(50), lambda _: chosen)
+    np.testing.assert_array_equal(np.float32(result.levels), np.float32(levels))
+    used = np.float32(levels)
+    assert_same_bits(result, separately(toy_step, TOY_STATE, toy_batches(50), used))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        (np.nan, ValueError, "must not be NaN"),
+        (None, TypeError, "must be real numbers"),
+        ([0.1, 0.1], ValueError, "must be distinct"),
+        ([[0.1]], ValueError, r"must have the shape \[levels\]"),
+    ],
+    ids=str,
+)
+def test_forked_function_that_returns_no_level_is_refused(chosen, error, message):
+    match = rf"`sweep.forked\(levels\)'s result` {message}"
+    with pytest.raises(error, match=match):
+        sweep.forked(toy_step, TOY_STATE, toy_batches(5), lambda _: chosen)
+
+
+STEP_ERRORS = {
+    "no pair": (lambda w, x, b: w, "must return .state, metrics., got .*Tracer"),
+    "no dict": (lambda w, x, b: (w, w), "as a dict of arrays"),
+    "no loss": (lambda w, x, b: (w, {"cost": w}), "the metric 'loss', got 'cost'"),
+    "vector": (lambda w, x, b: (w, {"loss": w[None]}), r"scalar, got shape \(1,\)"),
+    "integer": (lambda w, x, b: (w, {"loss": 1}), "real float dtype, got int32"),
+    "tree": (lambda w, x, b: ((w, w), {"loss": w}), "structure of the state"),
+    "shape": (
+        lambda w, x, b: (w[None], {"loss": w}),
+        r"shapes and dtypes of the state, got float32\[1\] from float32\[\]",
+    ),
+    "dtype": (
+        lambda w, x, b: (w.astype(jnp.float16), {"loss": w}),
+        r"got float16\[\] from float32\[\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_ERRORS)
+def test_forked_step_that_returns_something_else_is_refused(case):
+    step, message = STEP_ERRORS[case]
+    error = ValueError if case == "vector" else TypeError
+    with pytest.raises(error, match=r"`sweep.forked\(step\).*" + message):
+        sweep.forked(step, TOY_STATE, toy_batches(3), [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [(), jnp.float32(1), (jnp.zeros(3), jnp.zeros((4, 2))), jnp.zeros((0, 2))],
+    ids=["none", "scalar", "uneven", "empty"],
+)
+def test_forked_batches_without_one_leading_axis_are_refused(batches):
+    with pytest.raises(ValueError, match=r"`sweep.forked\(batches\)` must have one"):
+        sweep.forked(toy_step, TOY_STATE, batches, [0.0, 0.1])
+
+
+def test_forked_progress_counts_every_step(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.1, 0.2], progress=True)
+    assert (27, 27) in bars
