@@ -229,7 +229,9 @@ def _soft_value(r: jax.Array, s: jax.Array) -> jax.Array:
     far = jnp.abs(x) > 1
     near = jnp.where(far, jnp.zeros_like(x), x)
     small = near * near / (1 + jnp.sqrt(1 + near * near))  # without cancellation
-    square_root = jnp.hypot(jnp.ones_like(x), x)  # and here without overflow
+    # sqrt(1 + x^2) without overflow; not jnp.hypot, which jet cannot pass in jax 0.12
+    inverse = 1 / jnp.where(far, x, jnp.ones_like(x))
+    square_root = jnp.abs(x) * jnp.sqrt(1 + inverse * inverse)
     return s * s * jnp.where(far, square_root - 1, small)
 
 
