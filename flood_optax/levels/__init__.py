@@ -1,0 +1,24 @@
+"""Where levels come from: schedules, validation, held-out models, targets, noise."""
+
+from flood_optax.levels.accordance import accordance_level, gradient_accordance
+from flood_optax.levels.folds import adaflood, held_out, held_out_losses
+from flood_optax.levels.noise import noise_floor, noise_matrix
+from flood_optax.levels.schedules import warmup
+from flood_optax.levels.targets import entropy_floor, wavebound
+from flood_optax.levels.validation import PlateauState, at_best, on_plateau
+
+__all__ = [
+    "PlateauState",
+    "accordance_level",
+    "adaflood",
+    "at_best",
+    "entropy_floor",
+    "gradient_accordance",
+    "held_out",
+    "held_out_losses",
+    "noise_floor",
+    "noise_matrix",
+    "on_plateau",
+    "warmup",
+    "wavebound",
+]

@@ -1,0 +1,233 @@
+"""Levels from models that never saw the example: hard and mislabelled ones show."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from flood_optax.bend import compare_dtype
+from flood_optax.checks import integer, number, real_array
+
+
+def adaflood(
+    held_out_loss: ArrayLike,
+    gamma: ArrayLike,
+    *,
+    alpha: ArrayLike = 1.0,
+    beta: ArrayLike = 0.0,
+) -> jax.Array:
+    r"""Returns the level of each example from its loss under a model that left it out.
+
+    :math:`\theta_i = -\log((1 - \gamma) e^{-(\alpha a_i + \beta)} + \gamma)` with
+    :math:`a_i` = ``held_out_loss``: between 0 and :math:`-\log\gamma` where
+    :math:`z = \alpha a_i + \beta \ge 0`, z itself for :math:`\gamma = 0` and 0 for
+    :math:`\gamma = 1`. Neither overflows nor cancels. Hard and mislabelled examples get
+    high levels. Flood with ``flood_mean(losses, theta[indices], over="example")``.
+    Losses of densities, which may be negative, take ``(1 - gamma) * held_out_loss``.
+
+    Args:
+      held_out_loss: real floats of any shape, such as from `held_out_losses`; +inf
+        gives the cap :math:`-\log\gamma`.
+      gamma: a scalar in [0, 1], how far to trust the label over the held-out model.
+      alpha: a finite scalar, the slope of a correction of the held-out loss.
+      beta: a finite scalar, its offset.
+
+    Returns:
+      Levels of the shape of ``held_out_loss``, float32 at least.
+
+    Examples:
+      >>> levels = adaflood(jnp.array([0.0, 0.1, 2.0, 50.0]), gamma=0.25)
+      >>> print([f"{level:.3f}" for level in levels])
+      ['0.000', '0.074', '1.046', '1.386']
+
+    References:
+      Bae et al., AdaFlood, TMLR 2024, https://arxiv.org/abs/2311.02891
+    """
+    a = real_array(held_out_loss, "adaflood(held_out_loss)")
+    if not isinstance(a, Tracer) and (missing := np.isnan(a).sum()):
+        raise ValueError(
+            f"`adaflood(held_out_loss)` must not be NaN, got {missing} of {a.size} "
+            "entries: the model of their fold has diverged, or was never evaluated."
+        )
+    number("adaflood(gamma=...)", gamma, "in [0, 1]", lambda g: 0 <= g <= 1)
+    number("adaflood(alpha=...)", alpha, "finite", np.isfinite)
+    number("adaflood(beta=...)", beta, "finite", np.isfinite)
+    dtype = compare_dtype(a.dtype)
+    g = jnp.asarray(gamma, dtype)
+    z = jnp.asarray(alpha, dtype) * a.astype(dtype) + jnp.asarray(beta, dtype)
+    # The logarithm of 1 + change, exact near level 0; far from it the sum of two terms.
+    change = (1 - g) * jnp.expm1(-jnp.maximum(z, -1))
+    near = (change > -0.5) & (z > -1)
+    far_level = -jnp.logaddexp(jnp.log1p(-g) - z, jnp.log(g))
+    return jnp.where(near, -jnp.log1p(jnp.where(near, change, 0)), far_level)
+
+
+def held_out(
+    fit: Callable[[jax.Array, jax.Array], Any],
+    evaluate: Callable[[Any, jax.Array], Any],
+    num_examples: int,
+    *,
+    num_folds: int,
+    key: jax.Array,
+    vmap: bool = False,
+) -> Any:
+    r"""Returns what models say of examples that they were fitted without.
+
+    A random permutation of the n examples is cut into K = ``num_folds`` blocks, of
+    sizes that differ by one at most; each block is evaluated under a model fitted on
+    the others. The result is keyed by dataset index: **entry i is that of example i**.
+    Any model will do, of JAX or not.
+
+    Args:
+      fit: (train_indices [n_train] int32, key) -> model, any object; with ``vmap`` a
+        pytree of arrays.
+      evaluate: (model, indices [n_held_out] int32) -> a tree of arrays
+        [n_held_out, ...] in the order of the indices, such as probabilities; without
+        augmentation and dropout.
+      num_examples: n, an int >= 2.
+      num_folds: K, an int from 2 to n.
+      key: a JAX PRNG key; the permutation and each fold get a key of their own.
+      vmap: whether to train all folds in one program by `jax.vmap`, which needs
+        traceable functions and a K that divides n; otherwise fold by fold, one model at
+        a time. The folds, their keys and, to rounding, the numbers are the same.
+
+    Returns:
+      The tree that ``evaluate`` returns, its arrays of shape (num_examples, ...).
+
+    Examples:
+      >>> y = jnp.array([1.0, 2.0, 4.0, 9.0])
+      >>> found = held_out(
+      ...     fit=lambda indices, key: y[indices].sum(),
+      ...     evaluate=lambda total, indices: {"rest": total + 0 * y[indices]},
+      ...     num_examples=4,
+      ...     num_folds=4,
+      ...     key=jax.random.key(0),
+      ... )
+      >>> print(found["rest"])  # 16 without 1, without 2, ...
+      [15. 14. 12.  7.]
+    """
+    return _by_folds(
+        "held_out",
+        fit,
+        evaluate,
+        num_examples=num_examples,
+        num_folds=num_folds,
+        key=key,
+        vmap=vmap,
+    )
+
+
+def held_out_losses(
+    fit: Callable[[jax.Array, jax.Array], Any],
+    evaluate: Callable[[Any, jax.Array], ArrayLike],
+    num_examples: int,
+    *,
+    num_folds: int,
+    key: jax.Array,
+    vmap: bool = False,
+) -> jax.Array:
+    r"""Returns each example's loss under a model that was fitted without it.
+
+    As `held_out`, for a loss of each example: what `adaflood` makes levels of. In
+    AdaFlood's cheap variant one network is trained on everything, and ``fit`` only
+    re-initialises and fits its last layer.
+
+    Args:
+      fit: as in `held_out`.
+      evaluate: (model, indices [n_held_out] int32) -> losses [n_held_out], real floats
+        in the order of the indices; without augmentation and dropout.
+      num_examples: as in `held_out`.
+      num_folds: as in `held_out`.
+      key: as in `held_out`.
+      vmap: as in `held_out`.
+
+    Returns:
+      Losses of shape (num_examples,), of the dtype that ``evaluate`` returns.
+
+    Examples:
+      >>> y = jnp.array([1.0, 2.0, 4.0, 9.0])
+      >>> losses = held_out_losses(
+      ...     fit=lambda indices, key: y[indices].mean(),
+      ...     evaluate=lambda mean, indices: jnp.abs(y[indices] - mean),
+      ...     num_examples=4,
+      ...     num_folds=4,
+      ...     key=jax.random.key(0),
+      ... )
+      >>> print([f"{loss:.2f}" for loss in losses])  # |1 - 5|, |2 - 14/3|, ...
+      ['4.00', '2.67', '0.00', '6.67']
+
+    References:
+      Bae et al., AdaFlood, TMLR 2024, https://arxiv.org/abs/2311.02891
+    """
+
+    def losses(model: Any, indices: jax.Array) -> jax.Array:
+        found = evaluate(model, indices)
+        found = real_array(found, "held_out_losses(evaluate)'s losses")
+        if found.shape != indices.shape:
+            raise ValueError(
+                "`held_out_losses(evaluate)` must return one loss per index, shape "
+                f"{indices.shape}, got {found.shape}."
+            )
+        return found
+
+    return _by_folds(
+        "held_out_losses",
+        fit,
+        losses,
+        num_examples=num_examples,
+        num_folds=num_folds,
+        key=key,
+        vmap=vmap,
+    )
+
+
+def _by_folds(
+    call: str,
+    fit: Callable[[jax.Array, jax.Array], Any],
+    evaluate: Callable[[Any, jax.Array], Any],
+    *,
+    num_examples: int,
+    num_folds: int,
+    key: jax.Array,
+    vmap: bool,
+) -> Any:
+    integer(f"{call}(num_examples=...)", num_examples, least=2)
+    integer(f"{call}(num_folds=...)", num_folds, least=2)
+    if num_folds > num_examples or (vmap and num_examples % num_folds):
+        rule = "divide" if vmap else "be at most"
+        raise ValueError(
+            f"`{call}(num_folds=..., vmap={vmap})` must {rule} num_examples, "
+            f"{num_examples}, got {num_folds}."
+        )
+
+    def fold(train: jax.Array, left_out: jax.Array, fold_key: jax.Array) -> Any:
+        found = jax.tree.map(jnp.asarray, evaluate(fit(train, fold_key), left_out))
+        shapes = [leaf.shape for leaf in jax.tree.leaves(found)]
+        if any(shape[:1] != left_out.shape for shape in shapes):
+            raise ValueError(
+                f"`{call}(evaluate)` must return arrays with an entry per index, "
+                f"{left_out.shape[0]} in the first axis, got the shapes {shapes}."
+            )
+        return found
+
+    # Slices, not single keys stacked again: JAX's check of key reuse follows them.
+    keys = jax.random.split(key, num_folds + 1)
+    order_key, fold_keys = keys[0], keys[1:]
+    order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
+    blocks = jnp.array_split(order, num_folds)
+    rests = [jnp.concatenate(blocks[:k] + blocks[k + 1 :]) for k in range(num_folds)]
+    if vmap:
+        found = jax.vmap(fold)(jnp.stack(rests), jnp.stack(blocks), fold_keys)
+        parts = [jax.tree.map(lambda x, k=k: x[k], found) for k in range(num_folds)]
+    else:
+        parts = [*map(fold, rests, blocks, fold_keys)]
+
+    def by_example(*rows: jax.Array) -> jax.Array:
+        joined = jnp.concatenate(rows)
+        return jnp.zeros_like(joined).at[order].set(joined)
+
+    return jax.tree.map(by_example, *parts)

@@ -1,0 +1,88 @@
+"""Levels from the targets themselves, and from a slowly moving copy of the model."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from flood_optax.bend import compare_dtype
+from flood_optax.checks import broadcast_level, real_array
+
+
+def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:
+    r"""Returns levels a little below the loss of a slowly moving target model.
+
+    :math:`b = L(\tau) - \epsilon` with :math:`L(\tau)` = ``target_loss`` on the same
+    mini-batch, :math:`\tau` a moving average of the parameters
+    (`optax.incremental_update`). No gradient flows into it. Where the models agree the
+    loss is :math:`\epsilon` above its level and descends. In the paper the losses are
+    [steps, features], each a mean over the batch, and the objective is
+    ``flood_loss(losses, wavebound(target_losses, epsilon)).mean()``.
+
+    Args:
+      target_loss: real floats of any shape, that of the loss to flood.
+      epsilon: finite and non-negative; a scalar, or broadcasts to ``target_loss``.
+
+    Returns:
+      Levels of the shape and dtype of ``target_loss``.
+
+    Examples:
+      >>> print(wavebound(jnp.array([0.5, 0.25]), epsilon=0.125))
+      [0.375 0.125]
+
+    References:
+      Cho et al., WaveBound, NeurIPS 2022, https://arxiv.org/abs/2210.14303
+    """
+    loss = real_array(target_loss, "wavebound(target_loss)")
+    gap = broadcast_level(epsilon, loss.shape, "wavebound(epsilon=...)")
+    if not isinstance(gap, Tracer) and not bool((jnp.isfinite(gap) & (gap >= 0)).all()):
+        raise ValueError(
+            f"`wavebound(epsilon=...)` must be non-negative and finite, got {epsilon}."
+        )
+    return jax.lax.stop_gradient(loss - gap.astype(loss.dtype))
+
+
+def entropy_floor(target_probs: ArrayLike) -> jax.Array:
+    r"""Returns the smallest cross-entropy that soft targets leave reachable.
+
+    :math:`\min_q -\sum_c p_c \log q_c = -\sum_c p_c \log p_c` with p =
+    ``target_probs``: the entropy of the targets, 0 for a one-hot row. Under label
+    smoothing or mixup no loss lies below it, and a constant level below it never acts:
+    give levels relative to it, ``flood_mean(losses, entropy_floor(p) + b,
+    over="example")``, or ``entropy_floor(p).mean() + b`` for the batch.
+
+    Args:
+      target_probs: real floats [..., num_classes]; rows non-negative, with sum 1.
+
+    Returns:
+      The floor of each example, [...], float32 at least. No gradient flows into it.
+
+    Examples:
+      >>> floor = entropy_floor(jnp.array([[0.0, 1.0], [0.1, 0.9]]))
+      >>> print([f"{nats:.4f}" for nats in floor])
+      ['0.0000', '0.3251']
+    """
+    probs = probabilities(target_probs, "entropy_floor(target_probs)")
+    # The second term, 0 for a sum of 1, is what rounded targets add to the minimum.
+    entropy: Callable[[Any], jax.Array] = jax.scipy.special.entr
+    return entropy(probs).sum(-1) - entropy(probs.sum(-1))
+
+
+def probabilities(given: ArrayLike, call: str) -> jax.Array:
+    """Rows of probabilities, float32 at least, into which no gradient flows."""
+    probs = real_array(given, call)
+    if probs.ndim == 0:
+        raise ValueError(f"`{call}` must have an axis of classes.")
+    tolerance = float(cast(Any, jnp.finfo)(probs.dtype).eps) ** 0.5
+    probs = jax.lax.stop_gradient(probs.astype(compare_dtype(probs.dtype)))
+    total = jnp.asarray(probs.sum(-1))
+    valid = (probs >= 0).all() & (abs(total - 1) <= tolerance).all()
+    if not isinstance(valid, Tracer) and not valid:
+        raise ValueError(
+            f"`{call}` must be rows of probabilities, got numbers from {probs.min()} "
+            f"and sums from {total.min()} to {total.max()}."
+        )
+    return probs

@@ -1,0 +1,233 @@
+"""Levels from the noise of labels: against entropies, and known matrices of flips."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from flood_optax import levels
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.floats(0, 1), st.integers(2, 12), st.integers(0, 11))
+def test_noise_floor_is_the_entropy_floor_of_the_noisy_one_hot(rate, c, label):
+    one_hot = np.eye(c)[label % c]
+    noisy = (1 - rate) * one_hot + rate / (c - 1) * (1 - one_hot)
+    expected = levels.entropy_floor(jnp.asarray(noisy, jnp.float32))
+    found = levels.noise_floor(rate, c)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    matrix = (1 - rate) * np.eye(c) + rate / (c - 1) * (1 - np.eye(c))
+    rows = levels.noise_floor(jnp.asarray(matrix, jnp.float32), c)
+    np.testing.assert_allclose(rows, np.full(c, expected), rtol=2e-5, atol=1e-6)
+
+
+def test_noise_floor_of_a_matrix_is_that_of_each_true_class():
+    rng = np.random.default_rng(0)
+    matrix = rng.dirichlet([1.0, 0.5, 2.0, 1.0], 4)
+    matrix[2] = [0, 0, 1, 0]
+    floors = levels.noise_floor(jnp.asarray(matrix, jnp.float32))
+    for row, floor in zip(matrix, floors, strict=True):
+        entropy = -sum(p * np.log(p) for p in row if p > 0)
+        assert floor == pytest.approx(entropy, rel=1e-5)
+    y = np.array([3, 0, 2, 2])
+    by_example = levels.entropy_floor(jnp.asarray(matrix[y], jnp.float32))
+    np.testing.assert_array_equal(by_example, floors[y])
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, 1e-12, 0.5, 0.9])
+def test_noise_floor_is_exact_at_the_ends_and_near_zero(rate):
+    c = 10
+    terms = [(1 - rate) * np.log1p(-rate)] if rate < 1 else []
+    terms += [rate * np.log(rate / (c - 1))] if rate > 0 else []
+    np.testing.assert_allclose(levels.noise_floor(rate, c), -sum(terms), rtol=1e-6)
+
+
+def test_no_model_gets_below_the_noise_floor():
+    # The expected loss on flipped labels, of many predictions: least at the floor.
+    rng = np.random.default_rng(1)
+    noisy = 0.7 * np.eye(5)[2] + 0.3 / 4 * (1 - np.eye(5)[2])
+    floor = float(levels.noise_floor(0.3, 5))
+    predictions = np.concatenate([rng.dirichlet(np.full(5, a), 500) for a in (0.3, 9)])
+    risks = -(noisy * np.log(np.maximum(predictions, 1e-300))).sum(axis=1)
+    assert risks.min() >= floor
+    assert -(noisy * np.log(noisy)).sum() == pytest.approx(floor, rel=1e-6)
+
+
+def test_noise_floor_is_traced_once_and_passes_no_gradient():
+    rates = jnp.array([0.1, 0.25, 0.5])
+    found = jax.jit(jax.vmap(lambda rate: levels.noise_floor(rate, 3)))(rates)
+    expected = [float(levels.noise_floor(float(rate), 3)) for rate in rates]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert jax.grad(lambda rate: levels.noise_floor(rate, 3))(0.25) == 0
+    assert not jax.grad(lambda m: levels.noise_floor(m).sum())(jnp.eye(3)).any()
+
+
+# Transition matrices
+
+
+def confident_learning(probs, labels):
+    """The paper's equations, one example after another, in float64."""
+    n, c = probs.shape
+    thresholds = [
+        np.mean([probs[i, j] for i in range(n) if labels[i] == j])
+        if (labels == j).any()
+        else np.inf
+        for j in range(c)
+    ]
+    counts = np.zeros((c, c))
+    for i in range(n):
+        above = [j for j in range(c) if probs[i, j] >= thresholds[j]]
+        if above:
+            counts[labels[i], max(above, key=lambda j: probs[i, j])] += 1
+    joint = np.zeros((c, c))
+    for k in range(c):
+        joint[k] = counts[k] / counts[k].sum() * (labels == k).sum() / n
+    return (joint / joint.sum(axis=0)).T
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_noise_matrix_equals_the_equations_of_the_paper(seed, compile_):
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, 4, 400)
+    noisy = np.where(rng.random(400) < 0.3, (true + 1) % 4, true)
+    probs = rng.dirichlet(np.ones(4), 400) * 0.4 + 0.6 * np.eye(4)[true]
+    found = compile_(levels.noise_matrix)(jnp.asarray(probs, jnp.float32), noisy)
+    np.testing.assert_allclose(found, confident_learning(probs, noisy), atol=2e-6)
+
+
+def flip(true, matrix, rng):
+    return np.array([rng.choice(len(matrix), p=matrix[k]) for k in true])
+
+
+def test_noise_matrix_of_one_hot_probabilities_counts_the_labels():
+    rng = np.random.default_rng(2)
+    matrix = np.array([[0.8, 0.2, 0.0], [0.0, 0.7, 0.3], [0.1, 0.0, 0.9]])
+    true = rng.integers(0, 3, 2000)
+    noisy = flip(true, matrix, rng)
+    found = levels.noise_matrix(jnp.eye(3)[true], noisy)
+    counted = np.zeros((3, 3))
+    np.add.at(counted, (true, noisy), 1)
+    expected = counted / counted.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_noise_matrix_of_right_labels_has_no_flips():
+    labels = jnp.array([0, 2, 1, 1, 0])
+    np.testing.assert_array_equal(
+        levels.noise_matrix(jnp.eye(3)[labels], labels), np.eye(3)
+    )
+    # Equal probabilities, whose rounded mean may be above all of them.
+    third = jnp.full((7, 3), 1 / 3)
+    ties = levels.noise_matrix(third, jnp.array([0, 0, 0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(ties, np.eye(3))
+
+
+def test_noise_matrix_of_an_absent_class_and_of_ties():
+    # No label is 2: it has no threshold, is never the true class and has no flips.
+    probs = jnp.array([[0.2, 0.2, 0.6], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
+    found = levels.noise_matrix(probs, jnp.array([1, 0, 0]))
+    # t_0 = .3, t_1 = .2. The first: class 1 alone reaches its threshold. The second:
+    # none. The third: both do, equally, and class 0 is the lower.
+    np.testing.assert_array_equal(found, np.eye(3))
+    found = levels.noise_matrix(probs, jnp.array([1, 0, 1]))
+    # t_0 = .1, t_1 = .35: the first is of class 0, the second too; the third, with
+    # .5 and .5, of class 0. So class 0 was labelled 0 once in three times.
+    np.testing.assert_allclose(found, [[1 / 3, 2 / 3, 0], [0, 1, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "pairs"])
+def test_noise_matrix_recovers_a_known_one_on_digits(kind):
+    x, true = load_digits(return_X_y=True)
+    x, true = x[:1200] / 16, true[:1200]
+    c = 10
+    matrix = np.eye(c) * 0.7 + np.roll(np.eye(c), 1, axis=1) * 0.3
+    if kind == "symmetric":
+        matrix = np.eye(c) * 0.7 + (1 - np.eye(c)) * 0.3 / 9
+    noisy = flip(true, matrix, np.random.default_rng(3))
+
+    def fit(indices, key):
+        del key
+        return LogisticRegression(C=0.05, max_iter=200).fit(x[indices], noisy[indices])
+
+    probs = levels.held_out(
+        fit,
+        lambda model, indices: model.predict_proba(x[indices]).astype(np.float32),
+        len(x),
+        num_folds=4,
+        key=jax.random.key(0),
+    )
+    found = np.asarray(levels.noise_matrix(probs, noisy))
+    # The spread of the estimate itself, over examples drawn anew.
+    rng = np.random.default_rng(4)
+    draws = [rng.integers(0, len(x), len(x)) for _ in range(100)]
+    again = np.stack([levels.noise_matrix(probs[i], noisy[i]) for i in draws])
+    error = again.std(axis=0)
+    kept, spread = np.diag(found).mean(), np.diag(error).mean() / np.sqrt(c)
+    assert abs(kept - 0.7) < 4 * max(spread, 0.01)
+    off = ~np.eye(c, dtype=bool)
+    within = abs(found - matrix)[off] <= 3 * error[off] + 0.02
+    assert within.mean() > 0.9
+    floor = float(levels.noise_floor(jnp.asarray(found)).mean())
+    truth = float(levels.noise_floor(jnp.asarray(matrix, jnp.float32)).mean())
+    assert abs(floor - truth) < 0.25  # nats; rare flips that are none add to it
+
+
+BAD = {
+    "rate": (lambda: levels.noise_floor(1.5, 3), ValueError, "in [0, 1], got 1.5"),
+    "nan": (lambda: levels.noise_floor(np.nan, 3), ValueError, "in [0, 1], got nan"),
+    "classes": (lambda: levels.noise_floor(0.1), ValueError, "needs `num_classes`"),
+    "one class": (lambda: levels.noise_floor(0.1, 1), ValueError, "at least 2, got 1"),
+    "vector": (
+        lambda: levels.noise_floor(jnp.ones(3) / 3),
+        ValueError,
+        "a rate or a transition matrix [c, c], c = num_classes, got shape (3,)",
+    ),
+    "other c": (
+        lambda: levels.noise_floor(jnp.eye(3), 4),
+        ValueError,
+        "got shape (3, 3) and num_classes=4",
+    ),
+    "no rows": (
+        lambda: levels.noise_floor(jnp.ones((2, 2))),
+        ValueError,
+        "`noise_floor(noise)` must be rows of probabilities",
+    ),
+    "logits": (
+        lambda: levels.noise_matrix(jnp.array([[-1.0, 2.0]]), jnp.array([0])),
+        ValueError,
+        "`noise_matrix(probs)` must be rows of probabilities",
+    ),
+    "nan probs": (
+        lambda: levels.noise_matrix(jnp.array([[jnp.nan, 1.0]]), jnp.array([0])),
+        ValueError,
+        "`noise_matrix(probs)` must be rows of probabilities, got numbers from nan",
+    ),
+    "label": (
+        lambda: levels.noise_matrix(jnp.eye(2), jnp.array([0, 2])),
+        ValueError,
+        "`noise_matrix(labels)` must lie in [0, 2), got 0 to 2.",
+    ),
+    "float labels": (
+        lambda: levels.noise_matrix(jnp.eye(2), jnp.array([0.0, 1.0])),
+        TypeError,
+        "`noise_matrix(labels)` must be integers, got float32.",
+    ),
+    "shapes": (
+        lambda: levels.noise_matrix(jnp.eye(2), jnp.array([0, 1, 1])),
+        ValueError,
+        "must be of shapes [n, c] and [n], got (2, 2) and (3,).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_noise_gets_its_message(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
