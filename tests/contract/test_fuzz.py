@@ -362,6 +362,8 @@ CALLS = {
 }
 
 
+# jax before 0.10 warns of a number that float32 does not hold
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("call", CALLS)
 @bounded(60)
 @given(loss=junk, level=junk)
