@@ -1,7 +1,7 @@
 """Levels from the targets themselves, and from a slowly moving copy of the model."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def probabilities(given: ArrayLike, call: str) -> jax.Array:
     probs = real_array(given, call)
     if probs.ndim == 0:
         raise ValueError(f"`{call}` must have an axis of classes.")
-    tolerance = float(cast(Any, jnp.finfo)(probs.dtype).eps) ** 0.5
+    tolerance = float(jnp.finfo(probs.dtype).eps) ** 0.5
     probs = jax.lax.stop_gradient(probs.astype(compare_dtype(probs.dtype)))
     total = jnp.asarray(probs.sum(-1))
     valid = (probs >= 0).all() & (abs(total - 1) <= tolerance).all()

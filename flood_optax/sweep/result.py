@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from flood_optax.checks import one_of
 from flood_optax.sweep.extras import optional
 
 Array = npt.NDArray[Any]
@@ -394,10 +395,7 @@ class Result:
     def _scores(self, metric: str, mode: str, at: At, call: str) -> Array:
         """One float64 number per run: [levels, keys], or [levels] without keys."""
         values = self._metric(metric, call).astype(np.float64)
-        if mode not in ("max", "min"):
-            raise ValueError(
-                f'`Result.{call}(mode=...)` must be "max" or "min", got {mode!r}.'
-            )
+        one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
         if "step" not in self._names(values):
             if at is not None:
                 raise ValueError(
