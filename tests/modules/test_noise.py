@@ -128,6 +128,22 @@ def test_noise_matrix_of_right_labels_has_no_flips():
     np.testing.assert_array_equal(ties, np.eye(3))
 
 
+def test_noise_matrix_counts_what_just_reaches_its_threshold():
+    # All labelled 0 have probability 1, so t_0 = 1; the third reaches it, labelled 1.
+    found = levels.noise_matrix(
+        jnp.eye(2)[jnp.array([0, 0, 0, 1])], jnp.array([0, 0, 1, 1])
+    )
+    np.testing.assert_allclose(found, [[2 / 3, 1 / 3], [0, 1]], rtol=1e-6)
+
+
+def test_noise_matrix_counts_equal_numbers_whose_mean_rounds_up():
+    p = np.float32([0.8] * 7 + [0.1] * 3 + [0.8])  # seven .8, added and divided: above
+    assert np.add.accumulate(p[:7])[-1] / np.float32(7) > p[0]
+    labels = np.array([0] * 7 + [1] * 4)
+    found = levels.noise_matrix(np.stack([p, 1 - p], axis=1), labels)
+    np.testing.assert_allclose(found, [[7 / 8, 1 / 8], [0, 1]], rtol=1e-6)
+
+
 def test_noise_matrix_of_an_absent_class_and_of_ties():
     # No label is 2: it has no threshold, is never the true class and has no flips.
     probs = jnp.array([[0.2, 0.2, 0.6], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
