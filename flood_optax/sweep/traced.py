@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 # What they compute is a function of Python, of which a jaxpr holds the address alone.
 HIDES_PYTHON = ("pure_callback", "io_callback", "custom_vmap_call")
@@ -53,8 +53,9 @@ def fingerprint(jaxpr: ClosedJaxpr, call: str) -> str:
 
     Rules of derivatives need no look: where they are used, they are in the jaxpr.
     """
-    # The text has names, shapes and parameters. Of functions it has an address, which
-    # is another in each process, and of arrays at most some numbers, so they follow.
+    # The text has names, shapes, parameters and all digits of single numbers. Of
+    # functions it has an address, which is another in each process, and of arrays no
+    # more than some numbers, so they follow.
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     return hashlib.sha256(text.encode() + _digest(jaxpr, call, {})).hexdigest()
 
@@ -74,7 +75,6 @@ def _digest(part: Any, call: str, known: dict[int, bytes]) -> bytes:
                     f"another's, but {equation.primitive.name} hides a function of "
                     "Python. Compute it in JAX, or leave path out."
                 )
-            parts += [x.val for x in equation.invars if isinstance(x, Literal)]
             parts += jax.tree.leaves(equation.params)
         for inner in parts:
             digest.update(_digest(inner, call, known))

@@ -203,6 +203,10 @@ OTHERS = {
         (lambda b, k: train(b, k, rate=0.2), LEVELS, KEYS),
         "another train function",
     ),
+    "operation": (
+        (lambda b, k: train(b, k) | {"w": -train(b, k)["w"]}, LEVELS, KEYS),
+        "another train function",
+    ),
     "data": (
         (lambda b, k: train(b, k, data=OTHER_DATA), LEVELS, KEYS),
         "another train function",
@@ -321,6 +325,12 @@ CARRIERS = {
         ).sum()
     ),
     "checkpoint": lambda data: grad(jax.checkpoint(jax.jit(mean_square(data)))),
+    "checkpoint with a policy, printed by address": lambda data: grad(
+        jax.checkpoint(
+            jax.jit(mean_square(data)),
+            policy=jax.checkpoint_policies.save_only_these_names("none"),
+        )
+    ),
     "custom_jvp": lambda data: custom_jvp(data, 1.0),
     "rule of custom_jvp": lambda data: grad(custom_jvp(0.0, data)),
     "custom_vjp": lambda data: custom_vjp(data, 1.0),
