@@ -25,9 +25,6 @@ def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
     Returns:
       A scalar in [-1, 1] to rounding, float32 at least.
 
-    Raises:
-      ValueError: if the trees differ in structure or shapes, or have no float leaves.
-
     Examples:
       >>> a = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
       >>> b = {"w": jnp.array([-1.0, 2.0]), "b": jnp.array(2.0)}
@@ -66,11 +63,6 @@ def accordance_level(
 
     Returns:
       The level, a scalar of the dtype of ``losses``.
-
-    Raises:
-      TypeError: if an array is not of a real float dtype or ``threshold`` no number.
-      ValueError: if the arrays are not of one shape [epochs], or ``threshold`` is
-        NaN or no scalar.
 
     Examples:
       >>> print(accordance_level([1.5, 0.75, 0.5], [0.5, -0.25, -0.5]))

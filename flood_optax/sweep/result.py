@@ -90,20 +90,13 @@ class Result:
 
         Returns:
           The levels, shape [keys]; for a result without keys, a scalar array.
-
-        Raises:
-          ValueError: if the metric or mode is unknown, or ``at`` is missing, out of
-            range, or given for a metric that is no curve.
         """
         scores = self._scores(metric, mode, at, "best")
         self._report_nan(metric, scores)
         ascending = np.argsort(self.levels, kind="stable")
-        flipped = scores if mode == "max" else -scores
-        ranked = np.where(np.isnan(scores), -np.inf, flipped)[ascending]
-        # A run whose score is the worst number still goes before one that has none.
-        known = ~np.isnan(scores)[ascending] & (ranked == ranked.max(axis=0))
-        chosen = self.levels[ascending][np.argmax(known, axis=0)]
-        return np.where(known.any(axis=0), chosen, np.nan)
+        best = scores[ascending] == _extreme(scores, mode, axis=0)
+        chosen = self.levels[ascending][np.argmax(best, axis=0)]
+        return np.where(best.any(axis=0), chosen, np.nan)
 
     def best_overall(
         self,
@@ -129,9 +122,6 @@ class Result:
 
         Returns:
           A `Choice`.
-
-        Raises:
-          ValueError: as `best`; if every level has NaN; if there is no standard error.
 
         References:
           Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
@@ -175,9 +165,6 @@ class Result:
 
         Returns:
           Index pairs (level, key), shape [runs, 2]; without keys (level,), [runs, 1].
-
-        Raises:
-          ValueError: if the metric is unknown.
         """
         return np.argwhere(self._any_nan(self._metric(metric, "nan_runs")))
 
@@ -190,10 +177,6 @@ class Result:
 
         Returns:
           The metric at that level: [keys, ...], or [steps, ...] without keys.
-
-        Raises:
-          ValueError: if the metric or level is unknown, or the number of levels is not
-            that of the keys.
         """
         values = self._metric(metric, "curves")
         wanted = np.asarray(level, np.float64)
@@ -218,9 +201,6 @@ class Result:
 
         Returns:
           The dataset.
-
-        Raises:
-          ImportError: if xarray is not installed.
         """
         xarray = optional("xarray", "Result.to_xarray()")
         lengths: dict[str, set[int]] = {"level": {len(self.levels)}}
@@ -306,10 +286,6 @@ class Result:
 
         Returns:
           The matplotlib axes.
-
-        Raises:
-          ImportError: if matplotlib is not installed.
-          ValueError: as `best`.
         """
         if mode is None and at == "best":
             raise ValueError(
@@ -340,10 +316,6 @@ class Result:
 
         Returns:
           The matplotlib axes.
-
-        Raises:
-          ImportError: if matplotlib is not installed.
-          ValueError: as `curves`; if the metric is no curve.
         """
         self._check_curve(metric, "plot_curves")
         curves = np.atleast_2d(self.curves(metric, level).astype(np.float64))
@@ -390,11 +362,11 @@ class Result:
     def _any_nan(self, value: Array) -> Array:
         runs = 2 if "key" in self.axes else 1
         axes = tuple(range(runs, value.ndim))
-        return np.asarray(np.isnan(value.astype(np.float64)).any(axis=axes))
+        return np.asarray(np.isnan(_numbers(value)).any(axis=axes))
 
     def _scores(self, metric: str, mode: str, at: At, call: str) -> Array:
-        """One float64 number per run: [levels, keys], or [levels] without keys."""
-        values = self._metric(metric, call).astype(np.float64)
+        """One number per run: [levels, keys], or [levels] without keys."""
+        values = _numbers(self._metric(metric, call))
         one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
         if "step" not in self._names(values):
             if at is not None:
@@ -411,10 +383,7 @@ class Result:
                 '`at="best"` for each run\'s best.'
             )
         if at == "best":
-            worst = -np.inf if mode == "max" else np.inf
-            known = np.where(np.isnan(values), worst, values)
-            picked = known.max(axis=-1) if mode == "max" else known.min(axis=-1)
-            return np.where(np.isnan(values).all(axis=-1), np.nan, picked)
+            return _extreme(values, mode, axis=-1)
         steps = values.shape[-1]
         if isinstance(at, str) or not -steps <= at < steps:
             raise ValueError(
@@ -431,6 +400,17 @@ class Result:
                 f"chosen; `Result.nan_runs({metric!r})` lists them.",
                 stacklevel=3,
             )
+
+
+def _numbers(value: Array) -> Array:
+    """Integers as they are, since float64 has not all; any others in float64."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN warns of the cast
+        return value if value.dtype.kind in "iu" else value.astype(np.float64)
+
+
+def _extreme(values: Array, mode: str, axis: int) -> Array:
+    """The best number; NaN where there is none, for fmax and fmin pass over it."""
+    return (np.fmax if mode == "max" else np.fmin).reduce(values, axis=axis)
 
 
 def _axes(ax: Any, call: str) -> Any:
@@ -467,11 +447,9 @@ def _encoded(value: Array) -> dict[str, Any]:
         numbers = flat.tolist()
     else:
         bits = flat.view(f"u{flat.itemsize}").tolist()
-        with np.errstate(invalid="ignore"):  # a signalling NaN warns of the cast
-            wide = flat.astype(np.float64).tolist()
         numbers = [
             x if math.isfinite(x) else hex(b) if math.isnan(x) else str(x)
-            for x, b in zip(wide, bits, strict=True)
+            for x, b in zip(_numbers(flat).tolist(), bits, strict=True)
         ]
     return {"dtype": str(value.dtype), "shape": list(value.shape), "values": numbers}
 

@@ -96,6 +96,15 @@ def test_best_of_integers_and_half_precision():
     np.testing.assert_array_equal(made.best("half", "max"), [0.1])
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_best_tells_integers_apart_that_float64_does_not(dtype):
+    scores = np.array([[2**62, 2**62 + 1], [2**62 + 1, 2**62], [0, 0]], dtype)
+    made = result(count=scores, curve=scores[..., None])
+    np.testing.assert_array_equal(made.best("count", "max"), [0.0, 0.2])
+    np.testing.assert_array_equal(made.best("count", "min"), [0.1, 0.1])
+    np.testing.assert_array_equal(made.best("curve", "max", at="best"), [0.0, 0.2])
+
+
 def test_best_without_keys_is_one_level():
     made = Result(
         LEVELS, {"loss": np.array([[3, 1], [2, 2], [1, 3.0]])}, ("level", "step")
