@@ -174,14 +174,29 @@ def test_file_without_a_whole_first_line_starts_over(
     chex.assert_trees_all_equal(result.metrics, whole.metrics)
 
 
-def test_damaged_line_in_the_middle_is_named(copy):
-    content = bytearray(copy.read_bytes())
-    lines = content.split(b"\n")
-    middle = len(lines[0]) + len(lines[1]) + 40
-    content[middle] ^= 1
-    copy.write_bytes(content)
-    with pytest.raises(ValueError, match=r"line 3 of sweep\.jsonl is damaged"):
+def with_a_bit_flipped(path, line):
+    """Damages a line of the file, counted from 1, and returns the content."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = bytearray(lines[line - 1])
+    damaged[40] ^= 1
+    lines[line - 1] = bytes(damaged)
+    path.write_bytes(b"".join(lines))
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize("line", [2, 3, 6])  # of 7: a header and six chunks
+def test_damaged_line_in_the_middle_is_named(copy, line):
+    content = with_a_bit_flipped(copy, line)
+    with pytest.raises(ValueError, match=rf"line {line} of sweep\.jsonl is damaged"):
         sweep.run(train, LEVELS, KEYS, path=copy)
+    assert copy.read_bytes() == content
+
+
+def test_damaged_last_line_is_run_again(copy, whole, computed):
+    with_a_bit_flipped(copy, 7)
+    resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
+    assert computed == [2]
+    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
 
 
 def other_metrics(level, key):
