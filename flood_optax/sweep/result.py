@@ -197,7 +197,7 @@ class Result:
         The axes are "level" (with the levels as coordinate), "key" or "step", and of a
         curve from `run` "step"; further axes are "axis_3", ... An axis that is not
         equally long in all metrics carries the metric's name: "step_loss". A metric
-        named like an axis gets an underscore: "level_".
+        named like an axis gets an underscore: ``level_``.
 
         Returns:
           The dataset.

@@ -196,6 +196,22 @@ def test_every_page_of_a_public_name_has_its_signature_and_examples(site):
             assert ">>>" in site[address].text, name
 
 
+def test_every_public_method_is_on_the_page_of_its_class(site):
+    shown = {place for page in site.values() for place in page.ids}
+    pages = [pathlib.Path(address).stem for address in site if GENERATED in address]
+    wanted = {
+        f"{name}.{method}"
+        for name in pages
+        if inspect.isclass(lookup(name))
+        for method, value in vars(lookup(name)).items()
+        if inspect.isfunction(value)
+        and not method.startswith("_")
+        and value.__module__.startswith("flood_optax")
+    }
+    assert "flood_optax.sweep.Result.best" in wanted
+    assert wanted <= shown
+
+
 def test_every_page_is_two_clicks_from_the_front(site):
     reached = {"index.html"}
     for _ in range(2):
