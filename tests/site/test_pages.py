@@ -28,3 +28,10 @@ def test_a_broken_paragraph_is_found():
     bad = "It gains\n  <!-- figure:a/b .1f -->2.0<!-- /figure --> points\n"
     assert len(broken_paragraphs(bad)) == 1
     assert not broken_paragraphs("<!-- table:a -->\n\nIt is <!-- figure:a .1f -->2\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_of_the_repository_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|benchmarks|docs|flood_optax)/[\w./-]*)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
