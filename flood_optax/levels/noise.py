@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.scipy.special import xlog1py, xlogy
+from jax.scipy.special import xlog1py
 from jax.typing import ArrayLike
 
 from flood_optax.bend import wide
@@ -58,7 +58,9 @@ def noise_floor(noise: ArrayLike, num_classes: int | None = None) -> jax.Array:
     c = integer("noise_floor(num_classes=...)", num_classes, least=2)
     number("noise_floor(noise=...)", noise, "in [0, 1]", lambda rate: 0 <= rate <= 1)
     rate = jax.lax.stop_gradient(wide(noise))
-    return -xlog1py(1 - rate, -rate) - xlogy(rate, rate / (c - 1))
+    # A processor may take the smallest numbers for zero, of which log is infinite.
+    log_rate = jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).tiny))
+    return rate * (np.log(c - 1) - log_rate) - xlog1py(1 - rate, -rate)
 
 
 def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:

@@ -295,7 +295,7 @@ def drawn(data):
 
 
 def mapped_over_devices(data):
-    mesh = jax.make_mesh((1,), ("a",))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("a",))
     spec = jax.sharding.PartitionSpec()
     inner = jax.jit(mean_square(data))
     return jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=spec)
