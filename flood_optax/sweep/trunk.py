@@ -104,7 +104,8 @@ def forked(
     batches = jax.tree.map(jnp.asarray, batches)
     number = _num_steps(batches)
     known = None if callable(levels) else checked_levels(levels, "sweep.forked(levels)")
-    lowest = np.float32(-np.inf) if known is None else known.used.min()
+    off = np.dtype(jnp.result_type(float)).type(-np.inf)
+    lowest: Level = off if known is None else known.used.min()
     run = _Run(_program(step), batches, number)
     with progress_bar(
         "sweep.forked(progress=True)",
@@ -114,7 +115,7 @@ def forked(
     ) as advance:
         others = None if known is None else known.used
         trunk = _trunk(run, state, lowest, others, advance)
-        known = known or _levels_of(levels, trunk.rows)
+        known = known or _levels_of(levels, trunk.rows, off.dtype)
         found: list[Rows] = []
         steps_run = number
         for level in known.used:
@@ -256,12 +257,15 @@ def _program(step: Step) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     return advance
 
 
-def _levels_of(function: Callable[[Rows], Any], rows: Rows) -> Levels:
+def _levels_of(
+    function: Callable[[Rows], Any], rows: Rows, dtype: np.dtype[Any]
+) -> Levels:
     """The levels read off the run without flooding, which is one of them."""
     chosen = np.atleast_1d(function(rows))
     if chosen.ndim == 1 and not (chosen == -np.inf).any():
         chosen = np.append(-np.inf, chosen)
-    return checked_levels(chosen, "sweep.forked(levels)'s result")
+    given, used = checked_levels(chosen, "sweep.forked(levels)'s result")
+    return Levels(given, used.astype(dtype))  # of the trunk: another is another program
 
 
 def _fork(losses: Array, level: Level, lowest: Level) -> int:

@@ -404,6 +404,25 @@ def test_forked_levels_read_off_the_trunk_stand_beside_it(chosen, levels):
     assert_same_bits(result, separately(toy_step, TOY_STATE, toy_batches(50), used))
 
 
+@pytest.mark.parametrize("chosen", [0.1, np.float32([0.3, -np.inf])], ids=str)
+@pytest.mark.usefixtures("x64")
+def test_forked_reads_levels_of_any_width_off_the_trunk(chosen, caplog):
+    def step(w, x, level):
+        w, metrics = toy_step(w, x.astype(w.dtype), level)
+        return w, {**metrics, "at": jnp.zeros_like(level)}
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        result = sweep.forked(step, TOY_STATE, toy_batches(50), lambda _: chosen)
+    compiled = [m for m in caplog.messages if "XLA compilation of jit(advance)" in m]
+    assert len(compiled) == 1
+    assert result.metrics["at"].dtype == np.float64
+    alone = [
+        sweep.forked(step, TOY_STATE, toy_batches(50), [np.float64(level)]).metrics
+        for level in result.levels
+    ]
+    assert_same_bits(result, [{n: x[0] for n, x in m.items()} for m in alone])
+
+
 @pytest.mark.parametrize(
     ("chosen", "error", "message"),
     [
