@@ -32,14 +32,12 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     bound = jnp.where(off, jnp.zeros_like(level), level)  # -inf would make a NaN below
     residual = loss - bound
     phi = shape.value(residual)
-    # Above the level (loss - level) + level would round: take the loss as it is. At a
-    # tie it takes off a zero that carries phi': where custom rules do not count, as in
-    # `jax.experimental.jet`, the value is differentiated.
-    at_tie = jnp.logical_not(off) & (residual == 0)
-    tied, bent = (jnp.where(at_tie, x, jnp.zeros_like(x)) for x in (residual, phi))
-    exact = loss - (tied - bent)  # elsewhere inf - inf would be a NaN
-    value = jnp.where(off | (phi == residual), exact, phi + bound)
     multiplier = shape.multiplier(residual).astype(dtype)
+    # Above the level (loss - level) + level would round: take the loss as it is. But
+    # not where phi only crosses r, as at a tie of `soft`: where custom rules do not
+    # count, as in `jax.experimental.jet`, this value is differentiated.
+    same = (phi == residual) & (multiplier == 1)
+    value = jnp.where(off | same, loss, phi + bound)
     multiplier = jnp.where(off, jnp.ones_like(multiplier), multiplier)
     return Bent(loss, level, value, multiplier)
 
