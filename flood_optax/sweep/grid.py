@@ -108,11 +108,18 @@ def run(
     )
 
     def header() -> dict[str, Any]:
+        digest, hidden = fingerprint(traced.jaxpr)
+        if hidden - {"debug_callback"}:  # which returns nothing
+            raise ValueError(
+                "`sweep.run(path=...)` must see all that is swept, to tell its file "
+                f"from another's, but {', '.join(sorted(hidden))} hides a function of "
+                "Python. Compute it in JAX, or leave path out."
+            )
         return {
             "levels": [repr(float(level)) for level in used],
             "keys": [seeds.impl, seeds.data.tolist()],
             "metrics": {n: [str(x.dtype), [*x.shape]] for n, x in traced.shape.items()},
-            "train": fingerprint(traced.jaxpr, "sweep.run(path=...)"),
+            "train": digest,
         }
 
     grid = (len(used), len(seeds.data))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-# What they compute is a function of Python, of which a jaxpr holds the address alone.
-HIDES_PYTHON = ("pure_callback", "io_callback", "custom_vmap_call")
+# They call a function of Python, of which a jaxpr holds the address alone.
+CALLS_PYTHON = {"pure_callback", "io_callback", "custom_vmap_call", "debug_callback"}
 
 
 class Traced(NamedTuple):
@@ -48,8 +48,20 @@ def trace(function: Callable[..., Any], call: str, *args: Any) -> Traced:
     return Traced(jaxpr, shape)
 
 
-def fingerprint(jaxpr: ClosedJaxpr, call: str) -> str:
-    """A digest of a computation and of all arrays that it uses, at any depth.
+class Fingerprint(NamedTuple):
+    """What a computation is recognised by.
+
+    Attributes:
+      digest: of the computation and of all arrays that it uses, at any depth.
+      hidden: primitives that call Python, which a digest does not see.
+    """
+
+    digest: str
+    hidden: frozenset[str]
+
+
+def fingerprint(jaxpr: ClosedJaxpr) -> Fingerprint:
+    """The fingerprint of a computation.
 
     Rules of derivatives need no look: where they are used, they are in the jaxpr.
     """
@@ -57,10 +69,13 @@ def fingerprint(jaxpr: ClosedJaxpr, call: str) -> str:
     # functions it has an address, which is another in each process, and of arrays no
     # more than some numbers, so they follow.
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
-    return hashlib.sha256(text.encode() + _digest(jaxpr, call, {})).hexdigest()
+    hidden: set[str] = set()
+    numbers = _digest(jaxpr, hidden, {})
+    digest = hashlib.sha256(text.encode() + numbers).hexdigest()
+    return Fingerprint(digest, frozenset(hidden))
 
 
-def _digest(part: Any, call: str, known: dict[int, bytes]) -> bytes:
+def _digest(part: Any, hidden: set[str], known: dict[int, bytes]) -> bytes:
     """The digest of the arrays in a jaxpr, or in what equations have as parameters."""
     # jit gives one jaxpr to all calls of a function; each is looked at once.
     if id(part) in known:
@@ -69,15 +84,10 @@ def _digest(part: Any, call: str, known: dict[int, bytes]) -> bytes:
     if isinstance(part, ClosedJaxpr | Jaxpr):
         parts = list(part.consts) if isinstance(part, ClosedJaxpr) else []
         for equation in part.eqns:
-            if equation.primitive.name in HIDES_PYTHON:
-                raise ValueError(
-                    f"`{call}` must see all that is swept, to tell its file from "
-                    f"another's, but {equation.primitive.name} hides a function of "
-                    "Python. Compute it in JAX, or leave path out."
-                )
+            hidden.update({equation.primitive.name} & CALLS_PYTHON)
             parts += jax.tree.leaves(equation.params)
         for inner in parts:
-            digest.update(_digest(inner, call, known))
+            digest.update(_digest(inner, hidden, known))
         known[id(part)] = digest.digest()
     elif hasattr(part, "__array__"):
         typed_key = jnp.issubdtype(part.dtype, jax.dtypes.prng_key)

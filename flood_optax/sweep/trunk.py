@@ -1,5 +1,6 @@
 """Many levels on one sequence of batches: a shared trunk, and a branch per level."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from flood_optax.checks import scalar_loss
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import Levels, checked_levels, checked_metrics
 from flood_optax.sweep.result import Result
-from flood_optax.sweep.traced import trace
+from flood_optax.sweep.traced import Traced, fingerprint, trace
 
 Array = npt.NDArray[Any]
 Level = np.floating[Any]
@@ -52,9 +53,9 @@ def forked(
     (a soft shape, flooding per example, a metric that holds the level: use
     `flood_optax.sweep.run`); steps before those are not looked at.
 
-    ``Result.steps_run`` tells what was saved of ``Result.steps_separate``. The program
-    is compiled once for a ``step``, as by `jax.jit`: further calls with the same
-    function, for other seeds, compile nothing.
+    ``Result.steps_run`` tells what was saved of ``Result.steps_separate``. Calls that
+    differ in state, batches and levels alone, such as for other seeds, trace ``step``
+    again and compile it once.
 
     Args:
       step: (state, batch, level) -> (state, metrics). The metrics are a dict of real
@@ -106,7 +107,11 @@ def forked(
     known = None if callable(levels) else checked_levels(levels, "sweep.forked(levels)")
     off = np.dtype(jnp.result_type(float)).type(-np.inf)
     lowest: Level = off if known is None else known.used.min()
-    run = _Run(_program(step), batches, number)
+    batch = jax.eval_shape(lambda batches: _batch(batches, 0), batches)
+    like = jax.ShapeDtypeStruct((), lowest.dtype)
+    checked = _checked_step(step, state)
+    traced = trace(checked, "sweep.forked(step)", state, batch, like)
+    run = _Run(_program(traced), batches, number)
     with progress_bar(
         "sweep.forked(progress=True)",
         shown=progress,
@@ -231,24 +236,38 @@ def _branch(run: _Run, trunk: _Trunk, begin: int, fork: int, level: Level) -> Ro
     }
 
 
-@functools.lru_cache(maxsize=4)  # a program keeps what its step closes over
-def _program(step: Step) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A traced step, equal to another that computes the same."""
+
+    digest: str
+    tree: Any
+    traced: Traced = dataclasses.field(compare=False)
+
+
+def _program(traced: Traced) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """The program of a step; where Python hides in it, it may be another each time."""
+    digest, hidden = fingerprint(traced.jaxpr)
+    compile_ = _compiled.__wrapped__ if hidden else _compiled
+    return compile_(_Known(digest, jax.tree.structure(traced.shape), traced))
+
+
+@functools.lru_cache(maxsize=4)  # a program keeps the arrays that its step closes over
+def _compiled(known: _Known) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Steps from one number to another, one program for trunk, branches and seeds."""
 
     @jax.jit
     def advance(
         state: Any, batches: Any, level: jax.Array, begin: jax.Array, end: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
-        first = (state, _batch(batches, 0), level)
-        traced = trace(_checked_step(step, state), "sweep.forked(step)", *first)
         rows = {
             name: jnp.zeros((_num_steps(batches), *like.shape), like.dtype)
-            for name, like in traced.shape[1].items()
+            for name, like in known.traced.shape[1].items()
         }
 
         def body(i: jax.Array, carry: Any) -> Any:
             state, rows = carry
-            state, metrics = traced.call(state, _batch(batches, i), level)
+            state, metrics = known.traced.call(state, _batch(batches, i), level)
             put = lax.dynamic_update_index_in_dim
             return state, {n: put(x, metrics[n], i, 0) for n, x in rows.items()}
 

@@ -401,3 +401,41 @@ def test_run_options_that_are_wrong_are_refused(case):
     (name,) = options
     with pytest.raises(error, match=rf"`sweep.run\({name}=...\)` .*{message}"):
         sweep.run(train, LEVELS, KEYS, **options)
+
+
+# --- forked: errors -------------------------------------------------------------------
+
+STEP_ERRORS = {
+    "no pair": (lambda w, x, b: w, "must return .state, metrics., got .*Tracer"),
+    "no dict": (lambda w, x, b: (w, w), "as a dict of arrays"),
+    "no loss": (lambda w, x, b: (w, {"cost": w}), "the metric 'loss', got 'cost'"),
+    "vector": (lambda w, x, b: (w, {"loss": w[None]}), r"scalar, got shape \(1,\)"),
+    "integer": (lambda w, x, b: (w, {"loss": 1}), "real float dtype, got int32"),
+    "tree": (lambda w, x, b: ((w, w), {"loss": w}), "structure of the state"),
+    "shape": (
+        lambda w, x, b: (w[None], {"loss": w}),
+        r"shapes and dtypes of the state, got float32\[1\] from float32\[\]",
+    ),
+    "dtype": (
+        lambda w, x, b: (w.astype(jnp.float16), {"loss": w}),
+        r"got float16\[\] from float32\[\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_ERRORS)
+def test_forked_step_that_returns_something_else_is_refused(case):
+    step, message = STEP_ERRORS[case]
+    error = ValueError if case == "vector" else TypeError
+    with pytest.raises(error, match=r"`sweep.forked\(step\).*" + message):
+        sweep.forked(step, jnp.float32(1), jnp.ones(3), [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [(), jnp.float32(1), (jnp.zeros(3), jnp.zeros((4, 2))), jnp.zeros((0, 2))],
+    ids=["none", "scalar", "uneven", "empty"],
+)
+def test_forked_batches_without_one_leading_axis_are_refused(batches):
+    with pytest.raises(ValueError, match=r"`sweep.forked\(batches\)` must have one"):
+        sweep.forked(None, jnp.float32(1), batches, [0.0, 0.1])
