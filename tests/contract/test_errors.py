@@ -385,12 +385,12 @@ CASES = {
     "warmup_negative": (
         lambda: levels.warmup(0.1, -1),
         ValueError,
-        "`warmup(start_step=...)` must not be negative, got -1.",
+        "`warmup(start_step=...)` must be at least 0, got -1.",
     ),
     "warmup_float": (
         lambda: levels.warmup(0.1, 1.5),
         TypeError,
-        "`warmup(start_step=...)` must be an int, got 1.5.",
+        "`warmup(start_step=...)` must be a static int, got 1.5.",
     ),
 }
 
