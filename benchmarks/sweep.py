@@ -186,6 +186,7 @@ RIVALS: dict[str, Callable[[Jax], np.ndarray]] = {
     f"sweep.run, shard on {DEVICES} CPU devices": lambda jax: jax.run(strategy="shard"),
     "sweep.forked, seed by seed": Jax.forked,
 }
+FASTEST_LOOP = "loop, level a jit argument"
 TORCH = "PyTorch loop"
 NOT_IN_SMOKE = (
     "loop, level a jit argument",
@@ -267,21 +268,27 @@ def answer(request: str) -> None:
     print(MARK, json.dumps(measure(asked["rival"], problem(asked["model"], **sizes))))
 
 
-def summary(
-    model: str, rival: str, runs: list[dict[str, Any]], base: list[float]
-) -> Any:
-    seconds = [run["seconds"] for run in runs]
-    ratios = [own / other for own, other in zip(seconds, base, strict=True)]
+def summary(model: str, rival: str, runs: dict[str, list[dict[str, Any]]]) -> Any:
+    """The medians of a rival; its ratios are paired with those of the same round."""
+    seconds = [run["seconds"] for run in runs[rival]]
+
+    def ratios(to: str) -> list[float]:
+        base = [run["seconds"] for run in runs[to]]
+        return [own / other for own, other in zip(seconds, base, strict=True)]
+
+    floats = ratios("loop, level a Python float")
+    jitted = ratios(FASTEST_LOOP) if FASTEST_LOOP in runs else None
     return {
         "model": model,
         "rival": rival,
         "seconds_median": statistics.median(seconds),
         "seconds": seconds,
-        "time_ratio_median": statistics.median(ratios),
-        "time_ratio_range": [min(ratios), max(ratios)],
-        "memory_mb": statistics.median(run["memory_mb"] for run in runs),
+        "time_ratio_median": statistics.median(floats),
+        "time_ratio_range": [min(floats), max(floats)],
+        "ratio_to_fastest_loop": None if jitted is None else statistics.median(jitted),
+        "memory_mb": statistics.median(run["memory_mb"] for run in runs[rival]),
         **{
-            name: runs[0].get(name)
+            name: runs[rival][0].get(name)
             for name in ("traces", "compilations", "steps_run", "final_loss")
         },
     }
@@ -329,8 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found = in_a_process(rival, model, sizes)
                 runs[rival].append(found)
                 print(f"{model}, round {number}, {rival}: {found['seconds']:.1f} s")
-        base = [run["seconds"] for run in runs[rivals[0]]]
-        rows += [summary(model, rival, runs[rival], base) for rival in rivals]
+        rows += [summary(model, rival, runs) for rival in rivals]
     protocol = {
         **sizes,
         "widths": {model: WIDTHS[model] for model in models},
@@ -343,7 +349,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     written = record.write("sweep", {"protocol": protocol, "rows": rows}, args.out)
     payload = record.read("sweep", args.out)
-    print(f"\n{tables(payload)['sweep']}\n\nWrote {written}")
+    print(f"\n{tables(payload)['sweep']}\n")
+    for row in rows:
+        if row["ratio_to_fastest_loop"] is not None:
+            ratio = f"{row['ratio_to_fastest_loop']:.2f} of the {FASTEST_LOOP}"
+            print(f"{row['model']}, {row['rival']}: {ratio}")
+    print(f"Wrote {written}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ class Traced(NamedTuple):
     """A function after tracing.
 
     Attributes:
+      function: the function under `jax.jit`, which need not trace it again either.
       jaxpr: what the function computes, with the arrays it closes over.
       shape: the tree of its result, with shapes and dtypes.
     """
 
+    function: Callable[..., Any]
     jaxpr: ClosedJaxpr
     shape: Any
 
@@ -34,7 +36,8 @@ class Traced(NamedTuple):
 def trace(function: Callable[..., Any], call: str, *args: Any) -> Traced:
     """Traces a function of arrays; a branch in Python on their numbers gets a note."""
     try:
-        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        jitted = jax.jit(function)
+        stage = jitted.trace(*args)
     except (
         jax.errors.ConcretizationTypeError,
         jax.errors.TracerArrayConversionError,
@@ -45,7 +48,7 @@ def trace(function: Callable[..., Any], call: str, *args: Any) -> Traced:
             "numbers in Python: use `jnp.where` or `jax.lax.cond` instead of `if`."
         )
         raise
-    return Traced(jaxpr, shape)
+    return Traced(jitted, stage.jaxpr, stage.out_info)
 
 
 class Fingerprint(NamedTuple):
