@@ -664,14 +664,14 @@ def test_level_on_plateau_is_driven_by_validation(digits):
         return path, losses[-1], accuracy(params, digits)
 
     # Single paths follow the rounding of the processor; their means over keys do not.
-    keys = jax.random.split(jax.random.key(2), 4)
+    keys = jax.random.split(jax.random.key(2), 12)
     run = jax.jit(lambda active: jax.lax.map(lambda key: train(active, key), keys))
     _, decayed, plain = run(False)
     path, held, driven = run(True)
     np.testing.assert_array_equal(path[:, 0], 0)
     assert (path.max(1) > 0.25).all()  # .3 to .5 when written
-    assert held.mean() < 0.6 * decayed.mean()  # .51
-    assert driven.mean() > plain.mean() + 0.015  # .750 against .712
+    assert held.mean() < 0.6 * decayed.mean()  # .53
+    assert driven.mean() > plain.mean() + 0.015  # .745 or .735 against .709
 
 
 # What to log
