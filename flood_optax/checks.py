@@ -101,12 +101,9 @@ def check_level(level: Any, call: str) -> None:
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real:
         raise TypeError(f"`{call}` must be real, got dtype {dtype}.")
-    known = not isinstance(level, jax.Array) or (
-        not isinstance(level, Tracer) and level.is_fully_addressable
-    )
-    if not known:
+    concrete = _known(level)
+    if concrete is None:
         return
-    concrete = np.asarray(level, np.float64)
     if np.isnan(concrete).any():
         raise ValueError(f"`{call}` must not be NaN, got {level}.")
     if (concrete > np.finfo(jnp.result_type(float)).max).any():
@@ -114,6 +111,15 @@ def check_level(level: Any, call: str) -> None:
             f"`{call}` must not be +inf, got {level}. "
             "To switch flooding off, use -inf: the loss is never below it."
         )
+
+
+def _known(given: Any) -> np.ndarray | None:
+    """The numbers in float64; None of a tracer, or where other processes hold some."""
+    if isinstance(given, Tracer):
+        return None
+    if isinstance(given, jax.Array) and not given.is_fully_addressable:
+        return None
+    return np.asarray(given, np.float64)
 
 
 def check_scalar_level(level: Any, call: str) -> None:
@@ -209,6 +215,32 @@ def loss_mask(
             "is False everywhere."
         )
     return mask
+
+
+def loss_weights(
+    weights: ArrayLike | None, shape: tuple[int, ...], *, split: bool
+) -> jax.Array | None:
+    """The weights of `flood_mean`; a part of a split batch may weigh nothing."""
+    if weights is None:
+        return None
+    call, array = "flood_mean(weights=...)", jnp.asarray(weights)
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"`{call}` must be real numbers, got bool: a mask is `where`.")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"`{call}` must be real numbers, got {array.dtype}.")
+    if array.shape != shape:
+        raise ValueError(
+            f"`{call}` must have the shape {shape} of the losses, got {array.shape}."
+        )
+    concrete = _known(weights)
+    if concrete is not None and not (np.isfinite(concrete) & (concrete >= 0)).all():
+        raise ValueError(
+            f"`{call}` must be non-negative and finite, got {concrete.min()} to "
+            f"{concrete.max()}."
+        )
+    if isinstance(weights, np.ndarray) and not weights.any() and not split:
+        raise ValueError(f"`{call}` must leave at least one loss, got zeros alone.")
+    return array
 
 
 def segments(

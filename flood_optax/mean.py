@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from flood_optax.bend import (
@@ -23,6 +24,7 @@ from flood_optax.checks import (
     check_level,
     check_scalar_level,
     loss_mask,
+    loss_weights,
     one_of,
     real_array,
     segments,
@@ -38,6 +40,7 @@ def flood_mean(
     segment_ids: ArrayLike | None = None,
     num_segments: int | None = None,
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     shape: Shape = reflect(),
 ) -> jax.Array:
@@ -52,13 +55,20 @@ def flood_mean(
       per class or per task; empty segments count nothing.
 
     These are different objectives: flooding examples or devices one by one bounds
-    flooding the batch from above (Jensen). At a tie a group descends. A NaN loss that
-    counts gives NaN. Means are taken in float32 at least.
+    flooding the batch from above (Jensen). With ``weights`` every mean is a weighted
+    one, and n and :math:`n_k` are sums of weights. At a tie a group descends. A NaN
+    loss that counts gives NaN. Means are taken in float32 at least. No gradient flows
+    into level, weights and the numbers of the shape.
+
+    An example is an entry of ``losses``: for losses [B, T] of sequences,
+    ``over="example"`` floods each token. To flood each sequence, make it a segment.
 
     Args:
-      losses: real floats of any shape, one entry per example (and step, ...).
-      level: a scalar for "batch"; broadcasts to ``losses`` for "example", to
-        (num_segments,) for "segment". -inf means off.
+      losses: real floats of any shape, one entry per example (and step, ...); those of
+        8 or 4 bits are refused.
+      level: a scalar for "batch"; broadcasts to ``losses`` for "example" (a level per
+        sequence is ``level[:, None]``), to (num_segments,) for "segment". -inf means
+        off.
       over: what is averaged before it is bent.
       segment_ids: for "segment", integers in [0, num_segments), shaped as ``losses``.
         An id out of range raises if the ids are a NumPy array, and gives NaN otherwise.
@@ -66,10 +76,12 @@ def flood_mean(
       where: boolean mask shaped as ``losses``; entries that are False count nowhere,
         even if NaN. If all are masked the result is NaN; for a NumPy mask, which is
         known at trace time, that is an error unless ``axis_name`` is given.
+      weights: what each loss counts, non-negative real numbers shaped as ``losses``;
+        None weighs all alike. Weight 0 is the same as a mask that is False.
       axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
         The value is then that of the global batch and the gradient is this device's
-        share, whose mean over devices is the gradient of the whole, masks and
-        segments of uneven size included.
+        share, whose mean over devices is the gradient of the whole, masks, weights
+        and segments of uneven size included.
       shape: how to bend, see `flood_optax.shapes`.
 
     Returns:
@@ -89,6 +101,22 @@ def flood_mean(
       >>> print(f"{per_class:.4f}")
       0.2175
 
+      Sequences of unequal length, each flooded by itself and counted alike; without
+      ``weights`` each counts as many times as it has tokens:
+
+      >>> tokens = jnp.array([[0.05, 0.03, 0.7], [0.2, 0.3, 0.4]])
+      >>> real = jnp.array([[True, True, False], [True, True, True]])
+      >>> per_sequence = flood_mean(
+      ...     tokens,
+      ...     jnp.array([0.1, 0.1]),
+      ...     over="segment",
+      ...     segment_ids=jnp.broadcast_to(jnp.arange(2)[:, None], tokens.shape),
+      ...     num_segments=2,
+      ...     weights=real / real.sum(axis=1, keepdims=True),
+      ... )
+      >>> print(f"{per_sequence:.4f}")  # ((0.2 - 0.04) + 0.3) / 2
+      0.2300
+
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709;
       Xie et al., iFlood, ICLR 2022; Bae et al., AdaFlood, TMLR 2024.
@@ -102,37 +130,48 @@ def flood_mean(
             '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '
             f"got over={over!r}."
         )
-    mask = loss_mask(where, losses.shape, split=axis_name is not None)
+    split = axis_name is not None
+    mask = loss_mask(where, losses.shape, split=split)
+    weighed = loss_weights(weights, losses.shape, split=split)
+    # not ones_like(losses), which would inherit their sharding: the number of the
+    # losses would then be summed over the devices too
     counted = jnp.ones(losses.shape, bool) if mask is None else mask
     precise = wide(losses)
-    if mask is not None:
-        precise = jnp.where(mask, precise, jnp.zeros_like(precise))
     counts = counted.astype(precise.dtype)
+    if weighed is not None:
+        weighed = lax.stop_gradient(weighed.astype(precise.dtype))
+        counts = jnp.where(counted, weighed, jnp.zeros_like(counts))
+        counted = counts != 0  # a NaN among the weights counts, and shows
+    if mask is not None or weighed is not None:
+        precise = jnp.where(counted, precise, jnp.zeros_like(precise))
     mean_of = functools.partial(_share, axis_name=axis_name)
+
+    def weigh(x: jax.Array) -> jax.Array:
+        return x if weighed is None else counts * x
 
     if over == "batch":
         check_scalar_level(level, "flood_mean(level=...)")
-        mean = mean_of(precise.sum(), counts.sum())
-        value = flood_share(mean, jnp.asarray(level), shape, axis_name)[0]
+        mean = mean_of(weigh(precise).sum(), counts.sum())
+        value, _ = flood_share(mean, jnp.asarray(level), shape, axis_name)
     elif over == "example":
         levels = broadcast_level(level, losses.shape, "flood_mean(level=...)")
-        bent = flood_share(precise, levels, shape)[0]
-        mean = mean_of(jnp.where(counted, bent, 0 * counts).sum(), counts.sum())
-        value = with_slope(
-            mean, like(global_mean(mean, axis_name), mean), jnp.ones_like(mean)
-        )
+        bent, _ = flood_share(precise, levels, shape)
+        bent = jnp.where(counted, weigh(bent), 0 * counts)
+        mean = mean_of(bent.sum(), counts.sum())
+        value = like(global_mean(mean, axis_name), mean)
+        value = with_slope(mean, value, jnp.ones_like(mean))
     else:
         ids, number = segments(segment_ids, num_segments, losses.shape)
         levels = broadcast_level(level, (number,), "flood_mean(level=...)")
-        sums = jax.ops.segment_sum(precise.ravel(), ids.ravel(), number)
+        sums = jax.ops.segment_sum(weigh(precise).ravel(), ids.ravel(), number)
         sizes = jax.ops.segment_sum(counts.ravel(), ids.ravel(), number)
         total = global_mean(counts.sum(), axis_name)
         sizes = global_mean(sizes, axis_name)
         means = sums / jnp.where(sizes > 0, sizes, jnp.ones_like(sizes))
-        bent = flood_share(means, levels, shape, axis_name)[0]
+        bent, _ = flood_share(means, levels, shape, axis_name)
         value = jnp.where(sizes > 0, sizes / total * bent, jnp.zeros_like(bent)).sum()
         lost = jnp.any(counted & ((ids < 0) | (ids >= number)))
-        valid = jnp.where(lost | (total == 0), jnp.zeros_like(value), 1)
+        valid = jnp.where((total > 0) & jnp.logical_not(lost), jnp.ones_like(value), 0)
         value = value * (valid / valid)  # NaN, without a NaN in a branch not taken
     return value.astype(losses.dtype)
 

@@ -25,11 +25,13 @@ class Shape(NamedTuple):
     r"""A function :math:`\phi(r)` of the residual r = loss - level, and its derivative.
 
     Both functions are elementwise, keep shape and dtype of r, and must be traceable.
-    Wherever ``value(r) == r`` the flooded loss is the loss itself, bit for bit. The
-    gradient of a flooded loss is taken from ``multiplier``, its second derivative from
-    the derivative of ``multiplier``. The shapes of this module are equal, and one
-    static argument, where their numbers are equal; no gradient flows into these. Traced
-    numbers in functions of your own need `jax.lax.stop_gradient`.
+    Where ``value(r) == r`` and ``multiplier(r) == 1`` the flooded loss is the loss
+    itself, bit for bit. The gradient of a flooded loss is taken from ``multiplier``,
+    its second derivative from the derivative of ``multiplier``.
+
+    The shapes of this module are equal, and one static argument, where their numbers
+    are; no gradient flows into these. Traced numbers in functions of your own need
+    `jax.lax.stop_gradient`.
 
     Attributes:
       value: :math:`\phi`, with :math:`\phi(r) \to \infty` as r grows.

@@ -1,0 +1,269 @@
+"""flood_mean with weights, against NumPy in float64 and the batch written out."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from flood_optax import flood_mean, shapes
+
+OVER = ["batch", "example", "segment"]
+every_over = pytest.mark.parametrize("over", OVER)
+NUM_SEGMENTS = 4  # of which the last holds no loss
+
+
+def problem(size, seed=0, *, shape=None):
+    """Losses, weights that are zero here and there, segments and a mask."""
+    rng = np.random.default_rng(seed)
+    shape = shape or (size,)
+    losses = rng.uniform(0.05, 1.5, shape).astype(np.float32)
+    weights = np.where(rng.uniform(size=shape) < 0.3, 0, rng.gamma(1.0, 3.0, shape))
+    weights.flat[0], ids = 1.5, rng.integers(0, NUM_SEGMENTS - 1, shape)
+    where = rng.uniform(size=shape) < 0.8
+    where.flat[0] = True
+    return losses, weights.astype(np.float32), ids, where
+
+
+def level_of(over, shape):
+    if over == "example":
+        return np.linspace(0.2, 0.9, int(np.prod(shape)), dtype=np.float32).reshape(
+            shape
+        )
+    return np.float32([0.9, 0.3, 0.6, 5.0]) if over == "segment" else np.float32(0.7)
+
+
+def numpy_flood(mean, level):
+    """Value and multiplier of flooding."""
+    above = mean >= level
+    return np.where(above, mean, 2 * level - mean), np.where(above, 1.0, -1.0)
+
+
+def numpy_flood_mean(losses, level, over, weights, ids):
+    """Value and gradient in float64; a loss of weight 0 is not looked at."""
+    counted = weights > 0
+    losses, w = np.where(counted, losses, 0).astype(float), weights.astype(float)
+    level, total = np.asarray(level, float), w.sum()
+    if over == "batch":
+        value, m = numpy_flood((w * losses).sum() / total, level)
+        return value, m * w / total
+    if over == "example":
+        value, m = numpy_flood(losses, level)
+        return (w * value).sum() / total, m * w / total
+    value, gradient = 0.0, np.zeros_like(losses)
+    for k in range(NUM_SEGMENTS):
+        here = (ids == k) & counted
+        size = w[here].sum()
+        if size > 0:
+            bent, m = numpy_flood((w * losses)[here].sum() / size, level[k])
+            value += size / total * bent
+            gradient[here] = m * w[here] / total
+    return value, gradient
+
+
+def segments_of(over, ids):
+    given = {"segment_ids": jnp.asarray(ids), "num_segments": NUM_SEGMENTS}
+    return given if over == "segment" else {}
+
+
+@functools.partial(jax.jit, static_argnames="over")
+def ours(losses, level, over, weights, ids, *, where=None):
+    return jax.value_and_grad(flood_mean)(
+        losses, level, over=over, weights=weights, where=where, **segments_of(over, ids)
+    )
+
+
+@every_over
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(size=st.integers(1, 12), seed=st.integers(0, 10**6), poison=st.booleans())
+def test_weighted_mean_equals_numpy_in_float64(over, size, seed, poison):
+    losses, weights, ids, where = problem(size, seed)
+    level, counts = level_of(over, (size,)), np.where(where, weights, 0)
+    value, gradient = numpy_flood_mean(losses, level, over, counts, ids)
+    if poison:
+        losses = np.where(counts == 0, np.nan, losses)
+        weights = np.where(where, weights, np.nan)
+    got = ours(losses, level, over, weights, ids, where=where)
+    np.testing.assert_allclose(got[0], value, rtol=3e-6)
+    np.testing.assert_allclose(got[1], gradient, rtol=3e-6)
+
+
+@every_over
+def test_whole_weights_equal_the_batch_with_losses_repeated(over):
+    """Weight 3 is what a loss counts that stands in the batch three times."""
+    losses, _, ids, _ = problem(6, 3)
+    repeats = np.array([3, 1, 0, 2, 5, 1])
+    level = level_of(over, (6,))
+    spread = np.repeat(level, repeats) if over == "example" else level
+    expected = flood_mean(
+        jnp.repeat(losses, repeats),
+        spread,
+        over=over,
+        **segments_of(over, np.repeat(ids, repeats)),
+    )
+    value, _ = ours(losses, level, over, repeats, ids)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@every_over
+def test_weights_of_one_and_of_any_unit_equal_no_weights(over):
+    losses, _, ids, _ = problem(0, shape=(3, 4))
+    level = level_of(over, (3, 4))
+    plain = flood_mean(losses, level, over=over, **segments_of(over, ids))
+    for unit in (1, 1e-6, 1e6):
+        value, _ = ours(losses, level, over, np.full((3, 4), unit), ids)
+        np.testing.assert_allclose(value, plain, rtol=1e-6)
+
+
+@every_over
+def test_weight_zero_is_a_mask_that_is_false(over):
+    losses, _, ids, where = problem(9, 5)
+    level = level_of(over, (9,))
+    poisoned = np.where(where, losses, np.nan)
+    far = np.where(where, ids, 99)  # nor is its segment looked at
+    by_weight = ours(poisoned, level, over, where.astype(np.float32), far)
+    by_mask = ours(poisoned, level, over, None, far, where=where)
+    for one, other in zip(by_weight, by_mask, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.isfinite(by_weight[0])
+
+
+@every_over
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_losses_and_weights_are_weighed_in_float32(over, dtype):
+    losses, weights, ids, _ = problem(3000, 11)
+    losses, weights = jnp.asarray(losses, dtype), jnp.asarray(weights, dtype)
+    level = level_of(over, (3000,))
+    value, gradient = ours(losses, level, over, weights, ids)
+    assert value.dtype == gradient.dtype == dtype
+    expected, slope = numpy_flood_mean(
+        np.asarray(losses, float), level, over, np.asarray(weights, float), ids
+    )
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(float(value), expected, rtol=eps)
+    rounded = np.asarray(jnp.asarray(slope, dtype), float)
+    np.testing.assert_allclose(
+        np.asarray(gradient, float), rounded, rtol=2 * eps, atol=1e-7
+    )
+
+
+@every_over
+@pytest.mark.parametrize("bad", ["zeros", "nan"])
+def test_weights_without_a_mean_give_nan_at_run_time(over, bad):
+    losses, weights, ids, _ = problem(5, 2)
+    weights = np.zeros(5) if bad == "zeros" else np.where(ids == ids[0], np.nan, 0)
+    value, _ = ours(losses, level_of(over, (5,)), over, weights, ids)
+    assert np.isnan(value)
+
+
+@every_over
+def test_no_gradient_flows_into_weights(over):
+    losses, weights, ids, _ = problem(5, 2)
+    slope = jax.grad(
+        lambda w: flood_mean(
+            losses, level_of(over, (5,)), over=over, weights=w, **segments_of(over, ids)
+        )
+    )(jnp.asarray(weights))
+    np.testing.assert_array_equal(slope, 0)
+
+
+def test_sequences_are_flooded_by_themselves():
+    """[B, T] losses: each sequence a segment, counted alike or by its tokens."""
+    losses, _, _, where = problem(0, 7, shape=(3, 5))
+    level = np.float32([0.9, 0.4, 0.7])
+    rows = np.broadcast_to(np.arange(3)[:, None], (3, 5))
+    tokens = where.sum(axis=1)
+    means = np.where(where, losses, 0).sum(axis=1) / tokens
+    bent, _ = numpy_flood(means, level)
+    flood = functools.partial(
+        flood_mean, losses, level, over="segment", segment_ids=rows, num_segments=3
+    )
+    by_tokens = (tokens * bent).sum() / tokens.sum()
+    np.testing.assert_allclose(flood(where=where), by_tokens, rtol=1e-6)
+    alike = flood(weights=where / tokens[:, None])
+    np.testing.assert_allclose(alike, bent.mean(), rtol=1e-6)
+    by_token = flood_mean(losses, level[:, None], over="example", where=where)
+    tokenwise, _ = numpy_flood(losses, level[:, None])
+    np.testing.assert_allclose(by_token, tokenwise[where].mean(), rtol=1e-6)
+    assert abs(by_token - by_tokens) > 0.01  # another objective
+
+
+def flops(size, over, **options):
+    """What value and gradient cost; segment sums are scatters, which count nothing."""
+    losses, weights, ids, _ = problem(size)
+    given = dict(segments_of(over, ids), over=over, **options)
+    if given.pop("weighed", False):
+        given["weights"] = jnp.asarray(weights)
+    level = jnp.asarray(level_of(over, (size,)))
+    function = jax.value_and_grad(lambda losses: flood_mean(losses, level, **given))
+    return jax.jit(function).lower(losses).compile().cost_analysis()["flops"]
+
+
+def test_weights_that_are_not_given_cost_nothing():
+    """Per loss one addition: the count is no sum, the factor 1 no multiplication."""
+
+    def per_loss(**options):
+        return (flops(8000, "batch", **options) - flops(4000, "batch", **options)) / 4e3
+
+    assert abs(per_loss() - 1) < 0.01
+    assert per_loss(weighed=True) > 2
+
+
+@every_over
+def test_program_without_weights_names_none(over):
+    losses, _, ids, _ = problem(8)
+    text = []
+    for weights in (None, jnp.ones(8)):
+        traced = jax.make_jaxpr(
+            lambda x, weights=weights: flood_mean(
+                x,
+                level_of(over, (8,)),
+                over=over,
+                weights=weights,
+                **segments_of(over, ids),
+            )
+        )(losses)
+        text.append(re.findall(r"\bmul\b", str(traced)))
+    # one product less than with weights; "segment" has one of its own
+    assert len(text[0]) < len(text[1])
+
+
+CASES = {
+    "bool": (np.ones(3, bool), TypeError, "must be real numbers, got bool: a mask is"),
+    "complex": (np.ones(3) * 1j, TypeError, "must be real numbers, got complex"),
+    "shape": (np.ones(2), ValueError, "must have the shape (3,) of the losses, got"),
+    "negative": (
+        np.array([1, -0.5, 2]),
+        ValueError,
+        "must be non-negative and finite, got -0.5 to 2.0.",
+    ),
+    "nan": (jnp.array([1, np.nan, 2]), ValueError, "must be non-negative and finite"),
+    "infinite": (np.array([1, np.inf, 2]), ValueError, "must be non-negative and"),
+    "zeros": (np.zeros(3), ValueError, "must leave at least one loss, got zeros alone"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_weights_get_their_message(case):
+    weights, error, message = CASES[case]
+    with pytest.raises(error, match=re.escape(f"`flood_mean(weights=...)` {message}")):
+        flood_mean(jnp.ones(3), 0.5, weights=weights)
+
+
+@every_over
+def test_weighted_soft_mean_has_the_soft_slope(over):
+    losses, weights, ids, _ = problem(6, 4)
+    level = level_of(over, (6,))
+    soft = shapes.soft(0.5)
+    objective = lambda x: flood_mean(
+        x, level, over=over, weights=weights, shape=soft, **segments_of(over, ids)
+    )
+    slope = jax.grad(objective)(losses)
+    step = 1e-2
+    for i in range(6):
+        e = step * np.eye(6, dtype=np.float32)[i]
+        difference = (objective(losses + e) - objective(losses - e)) / (2 * step)
+        np.testing.assert_allclose(slope[i], difference, atol=2e-3)
