@@ -31,7 +31,7 @@ PUBLIC = {
 }
 SIGNATURES = {
     "flood_loss": "(loss, level, *, shape)",
-    "flood_mean": "(losses, level, *, over, segment_ids, num_segments, where, "
+    "flood_mean": "(losses, level, *, over, segment_ids, num_segments, where, weights, "
     "axis_name, shape)",
     "flooded": "(loss_fn, level, *, has_aux, axis_name, shape, return_info)",
     "scale_by_flood": "(level, *, shape, axis_name)",
