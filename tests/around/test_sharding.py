@@ -401,6 +401,42 @@ def padded_classes_on_uneven_shards_equal_the_unpadded_batch():
         assert_close(got, expected)
 
 
+@CHECKS.always
+def weighted_means_on_uneven_shards_equal_the_large_batch():
+    """The first device weighs nothing, one class neither; NaN where the weight is 0."""
+    rng, mesh = np.random.default_rng(4), mesh_of("data")
+    weights = rng.gamma(1.0, 3.0, ROWS).astype(np.float32)
+    ids = np.where(np.arange(ROWS) % 5 == 0, 1, GROUPS)
+    weights[: ROWS // jax.device_count()] = weights[ids == 1] = 0
+    losses = np.where(weights > 0, rng.uniform(0.1, 2, ROWS), np.nan).astype("f4")
+    means = [np.nanmean(losses[k == ids]) for k in (0, 2)]
+    per_class = np.float32([1.2 * means[0], 1.0, 0.8 * means[1]])
+    whole = np.average(losses[weights > 0], weights=weights[weights > 0])
+    cases = [("batch", np.float32(f * whole)) for f in (0.9, 1.1)]
+    cases += [("example", np.float32(whole)), ("segment", per_class)]
+    for case in cases:
+
+        def objective(w, losses, weights, ids, *, axis_name=None, case=case):
+            over, level = case
+            given = {"over": over, "weights": weights, "axis_name": axis_name}
+            if over == "segment":
+                given |= {"segment_ids": ids, "num_segments": CLASSES}
+            return flood_mean(w * losses + 0.1 * w, level, **given)
+
+        def local(w, *rows, objective=objective):
+            slope = jax.value_and_grad(objective)(varying(w), *rows, axis_name="data")
+            return lax.pmean(slope, "data")
+
+        clean, w = np.nan_to_num(losses, nan=7.0), jnp.float32(0.9)
+        expected = jax.value_and_grad(objective)(w, clean, weights, ids)
+        specs = (P(), P("data"), P("data"), P("data"))
+        for check_vma in (True, False):
+            step = mapped(local, mesh, specs, check_vma=check_vma)
+            assert_close(step(w, clean, weights, ids), expected)
+            value, _ = step(w, losses, weights, ids)
+            np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+
+
 # ---- pmap and vmap ----
 
 
