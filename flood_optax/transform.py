@@ -1,5 +1,7 @@
 """The optax form: flooding as a gradient transformation, first in the chain."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

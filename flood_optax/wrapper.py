@@ -1,5 +1,7 @@
 """The optimizer wrapper: the inner optimizer sees the flooded objective whole."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """How far sub-batches agree on where to go, and the level where they cease to."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

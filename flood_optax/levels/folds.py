@@ -1,5 +1,7 @@
 """Levels from models that never saw the example: hard and mislabelled ones show."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

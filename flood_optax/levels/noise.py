@@ -1,5 +1,7 @@
 """Levels from the noise of the labels, known or estimated."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,7 @@
 """Levels that follow the step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

@@ -1,5 +1,7 @@
 """Levels from the targets themselves, and from a slowly moving copy of the model."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Levels from a validation metric: while training, and from a run that has ended."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

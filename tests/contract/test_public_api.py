@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pydoc
 import re
 
 import pytest
@@ -90,6 +91,30 @@ def names(function):
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_names_are_exactly_these(module):
     assert set(importlib.import_module(module).__all__) == PUBLIC[module]
+
+
+MODULES = ["levels", "objective", "penalty", "shapes", "sharpness", "sweep"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_lists_all_that_it_defines_without_an_underscore(module):
+    found = getattr(flood_optax, module)
+    defined = {
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == found.__name__
+    }
+    assert defined <= set(found.__all__)
+    assert all(hasattr(found, name) for name in found.__all__)
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_help_prints_names_instead_of_unions_and_addresses(path):
+    head = pydoc.render_doc(lookup(path), renderer=pydoc.plaintext).splitlines()[2]
+    assert "Union[" not in head
+    assert " at 0x" not in head
 
 
 @pytest.mark.parametrize("path", SIGNATURES)
