@@ -118,8 +118,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:
-    """The generated tables of the README."""
-    return {"quickstart": table(payload["rows"])}
+    """The generated table of the README: one row for both forms, which coincide."""
+    rows = [
+        row | {"form": "plain" if row["level"] is None else "flooded"}
+        for row in payload["rows"]
+        if row["form"] != "loss form"
+    ]
+    return {"quickstart": table(rows)}
 
 
 def numbers(payload: dict[str, Any]) -> dict[str, Any]:
