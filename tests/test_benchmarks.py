@@ -38,7 +38,7 @@ from flood_optax import sweep
 ENVIRONMENT = dict.fromkeys(
     ("commit", "dirty", "command", "jax", "optax", "cpu_count", "cpu")
 )
-OWN_TESTS = {"quickstart", "report"}
+OWN_TESTS = {"language", "quickstart", "report"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
 LONGEST = {"family", "fashion", "overhead", "penalty", "sweep"}
 
