@@ -14,15 +14,19 @@ EXTRA_OF = {"torch": "rivals"}  # every other missing module is in the extra `be
 
 
 def discover() -> dict[str, str]:
-    """The modules with a `main`, and the first line of their docstrings.
+    """The studies and commands, and the first line of their docstrings.
 
-    They are read, not imported, so a missing extra does not hide any.
+    A study has `measure`, a command of its own kind `main`. They are read, not
+    imported, so a missing extra does not hide any.
     """
     found: dict[str, str] = {}
-    for path in sorted(HERE.glob("[!_]*.py")):
+    packages = {path.parent.name: path for path in HERE.glob("*/__init__.py")}
+    modules = {path.stem: path for path in HERE.glob("[!_]*.py")}
+    for name, path in sorted((packages | modules).items()):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+        if defined & {"main", "measure"}:
+            found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
 
@@ -44,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given is not None:
         record.check_destination(given)  # now, not after an hour
     try:
+        study = importlib.import_module("benchmarks.study")
         module = importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -54,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"`python -m benchmarks {name}` needs {missing}: "
             f"pip install 'flood_optax[{extra}]'."
         ) from error
-    module.main(rest)
+    if hasattr(module, "main"):
+        module.main(rest)
+    else:
+        study.conduct(module, rest)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,41 @@ class Split(NamedTuple):
     test_y: np.ndarray
 
 
-def flip_labels(
-    labels: np.ndarray, rate: float, num_classes: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Gives exactly floor(rate n) labels, drawn without replacement, another class."""
-    count = math.floor(round(rate * len(labels), 9))
-    chosen = rng.choice(len(labels), count, replace=False)
+def flip(
+    labels: Any,
+    rate: float,
+    num_classes: int,
+    chosen: Callable[[int, int], tuple[Any, Any]],
+) -> Any:
+    """Gives exactly floor(rate n) of the labels another class.
+
+    Args:
+      labels: NumPy's or JAX's, [n].
+      rate: the share to flip.
+      num_classes: how many classes there are.
+      chosen: from n and the count to the indices, none of them twice, and how many
+        classes each moves on, from 1 to num_classes - 1; it holds what is random.
+    """
+    count = math.floor(round(rate * len(labels), 9))  # 0.29 * 100 is below 29
+    which, shift = chosen(len(labels), count)
+    moved = (labels[which] + shift) % num_classes
+    if not isinstance(labels, np.ndarray):
+        return labels.at[which].set(moved)
     flipped = labels.copy()
-    shift = rng.integers(1, num_classes, count)
-    flipped[chosen] = (labels[chosen] + shift) % num_classes
+    flipped[which] = moved
     return flipped
+
+
+def flip_by(
+    rng: np.random.Generator, labels: np.ndarray, rate: float, num_classes: int
+) -> np.ndarray:
+    """Flips with what NumPy's generator chooses."""
+
+    def chosen(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        which = rng.choice(size, count, replace=False)
+        return which, rng.integers(1, num_classes, count)
+
+    return flip(labels, rate, num_classes, chosen)
 
 
 def digits(
@@ -119,9 +144,9 @@ def idx_split(
     labels = raw["train_y"][order].astype(np.int32)
     return Split(
         images[:train],
-        flip_labels(labels[:train], noise, 10, rng),
+        flip_by(rng, labels[:train], noise, 10),
         images[train:],
-        flip_labels(labels[train:], noise, 10, rng),
+        flip_by(rng, labels[train:], noise, 10),
         x["test_x"].astype(np.float32) / 255,
         raw["test_y"].astype(np.int32),
     )
@@ -194,9 +219,9 @@ def shuffled_split(
     end = train + validation
     return Split(
         x[:train],
-        flip_labels(y[:train], noise, classes, rng),
+        flip_by(rng, y[:train], noise, classes),
         x[train:end],
-        flip_labels(y[train:end], noise, classes, rng),
+        flip_by(rng, y[train:end], noise, classes),
         x[end:],
         y[end:],
     )

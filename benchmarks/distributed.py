@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -227,53 +227,52 @@ def compare(
     }
 
 
-def table(rows: Sequence[dict[str, Any]], steps: int) -> str:
-    """The rows as Markdown."""
-    header = [
-        "form",
-        "parameters, apart from one process",
-        "apart from each other",
-        "steps below the level",
-        "steps at which local losses disagree",
-    ]
-    cells = [
-        [
-            row["form"],
-            f"{row['parameter_difference']:.1e}",
-            f"{row['difference_between_processes']:g}",
-            f"{row['steps_below']} of {steps}",
-            f"{row['steps_local_losses_disagree']} of {steps}",
-        ]
-        for row in rows
-    ]
-    return report.table(header, cells)
-
-
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The generated table of docs/distributed.md."""
-    made = table(payload["rows"], payload["protocol"]["steps"])
+    steps = payload["protocol"]["steps"]
+    made = report.table(
+        payload["rows"],
+        {
+            "form": "{form}",
+            "difference to one process": "{parameter_difference:.1e}",
+            "between processes": "{difference_between_processes:g}",
+            "steps below the level": f"{{steps_below}} of {steps}",
+            "steps at which local losses disagree": (
+                f"{{steps_local_losses_disagree}} of {steps}"
+            ),
+        },
+    )
     return {"distributed": f"{made}\n\n{report.provenance(payload)}"}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = record.arguments("distributed", __doc__)
-    parser.add_argument("--processes", type=int, default=2, help="how many (2)")
+def number_of_processes(text: str) -> int:
+    """The type of `--processes`: every device must get equally many rows."""
+    most, processes = ROWS // DEVICES, int(text)
+    if processes < 1 or most % processes:
+        raise argparse.ArgumentTypeError(f"must divide {most}, got {processes}")
+    return processes
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", type=number_of_processes, default=2, help="how many (2)"
+    )
     for name, kind in (("--rank", int), ("--steps", int), ("--address", str)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Starts the processes, or is one of them, which keeps nothing but its arrays."""
     if args.rank is not None:
         work_as(args.rank, args.processes, args.steps, args.address, args.out)
-        return
-    if args.processes < 1 or ROWS % (DEVICES * args.processes):
-        most = ROWS // DEVICES
-        parser.error(f"--processes must divide {most}, got {args.processes}")
+        return None
     steps = SMOKE_STEPS if args.smoke else STEPS
     (single,) = launch(1, steps)
     ranks = launch(args.processes, steps)
     rows = [compare(ranks, single, form) for form in FORMS]
     print(
         f"{args.processes} processes with {DEVICES} devices each, {steps} steps of SGD "
-        f"with momentum, level {LEVEL}:\n\n{table(rows, steps)}\n"
+        f"with momentum, level {LEVEL}:"
     )
     protocol = {
         "processes": args.processes,
@@ -284,5 +283,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         "optimizer": f"sgd({LEARNING_RATE}, momentum={MOMENTUM})",
         "seed": SEED,
     }
-    payload = {"protocol": protocol, "rows": rows}
-    print(f"Wrote {record.write('distributed', payload, args.out)}")
+    return {"protocol": protocol, "rows": rows}

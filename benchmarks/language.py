@@ -6,12 +6,13 @@ tokens. One large batch on one device is the reference; the parts must reach its
 curve, and without `weight=` they do not.
 """
 
+import argparse
 import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pydoc_data import topics
 from typing import Any, NamedTuple
 
@@ -231,42 +232,32 @@ def summarise(
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """The generated table of docs/results.md."""
-    header = [
-        "a window of eight unequal parts",
-        "largest distance to the large batch's loss curve",
-        "steps with the wrong sign",
-        "mean loss of the last quarter",
-    ]
-    rows = [
-        [
-            row["form"],
-            f"{row['distance']:.1e}" if row["distance"] else "0",
-            f"{row['wrong_signs']} of {row['steps']}",
-            f"{row['last_losses']:.3f}",
-        ]
-        for row in payload["rows"]
-    ]
-    table = report.table(header, rows)
-    return {"language": f"{table}\n\n{report.provenance(payload)}"}
+    made = report.table(
+        payload["rows"],
+        {
+            "a window of eight unequal parts": "{form}",
+            "largest distance to the large batch's loss curve": "{distance:.1e}",
+            "steps with the wrong sign": "{wrong_signs} of {steps}",
+            "mean loss of the last quarter": "{last_losses:.3f}",
+        },
+    )
+    return {"language": f"{made}\n\n{report.provenance(payload)}"}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = record.arguments("language", __doc__).parse_args(argv)
-    curves = in_a_process(smoke=options.smoke)
-    size = SMOKE if options.smoke else FULL
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The curves of all forms, and what they come to."""
+    curves = in_a_process(smoke=args.smoke)
+    size = SMOKE if args.smoke else FULL
     tokens = paragraphs(size)[..., 1:].reshape(
         size.windows, EVERY_K, DEVICES, size.rows, size.length
     )
     counts = (tokens != 0).sum((-1, -2))
-    payload: dict[str, Any] = {
+    return {
         "protocol": size._asdict() | {"every_k": EVERY_K, "devices": DEVICES},
         "tokens_of_a_part": {"least": int(counts.min()), "most": int(counts.max())},
         "rows": summarise(curves, size.level),
         "curves": curves,
     }
-    path = record.write("language", payload, options.out)
-    print(tables(payload | {"environment": record.environment()})["language"])
-    print(f"\nWrote {path}")
 
 
 if __name__ == "__main__":

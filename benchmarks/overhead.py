@@ -1,23 +1,22 @@
 """Measures what a flooded training step costs beside the plain one and its rivals."""
 
-import functools
+import argparse
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
-from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import record, report, timing, torch_rivals
+from benchmarks import networks, record, report, steps, timing, torch_rivals
+from benchmarks.steps import LEVEL, RHO
 from flood_optax import penalty
 
-LEVEL, RHO, ACCUMULATION = 0.3, 0.05, 4
+ACCUMULATION = 4
 OPTIMIZERS = {"sgd": lambda: optax.sgd(0.1), "adam": lambda: optax.adam(1e-3)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REFERENCE_OF = {  # the others: the plain step, all in one interleaved run
@@ -45,55 +44,14 @@ COMPARED = (  # with the reference
 )
 
 
-class MLP(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(len(x), -1)
-        for width in (512, 512):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-class CNN(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for features in (16, 32):
-            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
-        return nn.Dense(10)(x.reshape(len(x), -1))
-
-
-class Transformer(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(64)(x.reshape(len(x), -1, 28))  # a row of the image is a token
-        for _ in range(2):
-            attention: Any = nn.MultiHeadDotProductAttention(num_heads=4)
-            x += attention(nn.LayerNorm()(x))
-            x += nn.Dense(64)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
-        return nn.Dense(10)(x.mean(1))
-
-
-MODELS: dict[str, tuple[nn.Module, int]] = {  # and the batch size
-    "mlp": (MLP(), 256),
-    "cnn": (CNN(), 64),
-    "transformer": (Transformer(), 32),
-}
-
-
 def one_liner(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """What people write."""
     return lambda *args: jnp.abs(loss_fn(*args) - LEVEL) + LEVEL
 
 
-def sam(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """SAM in one call per step: the adversarial gradient comes from `grad_fn`."""
-    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
-    return optax.contrib.sam(inner, adversary, opaque_mode=True)
-
-
-def steps(
+def variants(
     loss_fn: Callable[..., Any], inner: optax.GradientTransformation, *, rivals: bool
-) -> dict[str, tuple[Any, Any]]:
+) -> dict[str, steps.Variant]:
     """For each variant its objective's value_and_grad, and its optimizer."""
 
     def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -105,7 +63,7 @@ def steps(
     raw = jax.value_and_grad(mean_loss)
     plain = optax.with_extra_args_support(inner)
     loss_form = jax.value_and_grad(flood_optax.flooded(mean_loss, LEVEL))
-    variants: dict[str, tuple[Any, Any]] = {
+    found: dict[str, steps.Variant] = {
         "plain": (raw, plain),
         "plain, again": (raw, plain),
         "loss form": (loss_form, plain),
@@ -120,57 +78,24 @@ def steps(
         ),
     }
     if rivals:
-        variants["exact penalty"] = (penalty.value_and_grad(mean_loss, 0.01), plain)
-        variants["SAM"] = (raw, sam(inner))
-    return variants
+        found["exact penalty"] = (penalty.value_and_grad(mean_loss, 0.01), plain)
+        found["SAM"] = (raw, steps.sam(inner))
+    return found
 
 
-def train_step(value_and_grad: Any, optimizer: Any, *, is_sam: bool) -> Any:
-    """One step, which returns its loss, as training loops do to log it."""
-
-    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        value, grads = value_and_grad(params, x, y)
-
-        def grad_fn(params: Any, _: Any) -> Any:
-            return value_and_grad(params, x, y)[1]
-
-        extra: dict[str, Any] = {"grad_fn": grad_fn} if is_sam else {"value": value}
-        updates, state = optimizer.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def measure(
+def setting(
     model: str, optimizer: str, dtype: str, *, rounds: int, rivals: bool
 ) -> list[dict[str, Any]]:
     """All variants of one setting, interleaved."""
-    net, batch = MODELS[model]
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, 28, 28, 1), DTYPES[dtype])
-    y = jax.random.randint(keys[1], (batch,), 0, 10)
-    params = optax.tree.cast(net.init(keys[2], x), DTYPES[dtype])
-
-    def loss_fn(params: Any, x: jax.Array, y: ArrayLike) -> jax.Array:
-        logits: Any = net.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
-
-    calls: dict[str, Callable[[], Any]] = {}
-    costs: dict[str, dict[str, Any]] = {}
-    compiles: dict[str, int] = {}
-    for name, (value_and_grad, transform) in steps(
-        loss_fn, OPTIMIZERS[optimizer](), rivals=rivals
-    ).items():
-        step = train_step(value_and_grad, transform, is_sam=name == "SAM")
-        arguments = (params, transform.init(params), x, y)
-        costs[name] = timing.compiled_cost(step, *arguments, donate=(0, 1))
-        compiled = cast(Callable[..., tuple[Any, Any, Any]], jax.jit(step))
-        later = (*compiled(*arguments)[:2], x, y)
-        compiles[name] = timing.traces(step, arguments, later, later)
-        calls[name] = functools.partial(compiled, *arguments)
+    at = steps.problem(model, DTYPES[dtype])
+    tried = variants(at.losses, OPTIMIZERS[optimizer](), rivals=rivals)
+    compiled = steps.compiled(tried, at)
+    costs = {name: one.cost for name, one in compiled.items()}
+    compiles = {name: one.traces() for name, one in compiled.items()}
+    calls: dict[str, Callable[[], Any]] = {k: one.call for k, one in compiled.items()}
     timings = timing.compare(calls, rounds=rounds, calls=3)
     if rivals and record.version("torch") is not None:
-        images, labels = np.asarray(x), np.asarray(y)
+        images, labels = np.asarray(at.x), np.asarray(at.y)
         eager = torch_rivals.steps(model, optimizer, images, labels, level=LEVEL)
         calls |= eager
         costs |= dict.fromkeys(eager, EAGER)
@@ -221,13 +146,13 @@ def in_digits(x: float | None, digits: int = 4) -> str:
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with kernels and compile time beside those of their reference."""
 
-    def setting(row: dict[str, Any]) -> tuple[str, str, str]:
-        return row["model"], row["optimizer"], row["dtype"]
+    def place(row: dict[str, Any], variant: str) -> tuple[str, ...]:
+        return row["model"], row["optimizer"], row["dtype"], variant
 
-    found = {(*setting(row), row["variant"]): row for row in rows}
+    found = {place(row, row["variant"]): row for row in rows}
 
     def beside(row: dict[str, Any]) -> dict[str, Any]:
-        base = found[(*setting(row), row["reference"])]
+        base = found[place(row, row["reference"])]
         more = None if row["kernels"] is None else row["kernels"] - base["kernels"]
         slower = ratio(row["compile_seconds"], base["compile_seconds"])
         return row | {"more_kernels": more, "compile_ratio": slower}
@@ -263,53 +188,65 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
         for name in dict.fromkeys(row["variant"] for row in rows)
     }
 
-    def middle(name: str, measure: str) -> str:
-        seen = known(of[name], measure)
-        return in_digits(statistics.median(seen) if seen else None, 3)
+    def middle(measure: str) -> report.Cell:
+        def cell(line: Mapping[str, Any]) -> str:
+            seen = known(line["rows"], measure)
+            return in_digits(statistics.median(seen) if seen else None, 3)
 
-    def most(name: str, measure: str, digits: int = 4) -> str:
-        return in_digits(max(known(of[name], measure), default=None), digits)
+        return cell
 
-    def summary(name: str) -> list[str]:
-        ratios = known(of[name], "time_ratio_median")
-        return [
-            *(name, of[name][0]["reference"], middle(name, "time_ratio_median")),
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
-            *(most(name, "flops_ratio"), middle(name, "temp_memory_ratio")),
-            *(most(name, "temp_memory_ratio"), most(name, "more_kernels", 0)),
-            *(middle(name, "compile_ratio"), most(name, "compiles", 0)),
-        ]
+    def most(measure: str, digits: int = 4) -> report.Cell:
+        def cell(line: Mapping[str, Any]) -> str:
+            return in_digits(max(known(line["rows"], measure), default=None), digits)
 
-    header = [
-        *("variant", "against", "step time, median", "range", "FLOPs, max"),
-        *("memory, median", "memory, max", "more kernels, max"),
-        *("compile time, median", "traces"),
+        return cell
+
+    def extent(line: Mapping[str, Any]) -> str:
+        ratios = known(line["rows"], "time_ratio_median")
+        return f"{min(ratios):.3f} to {max(ratios):.3f}"
+
+    lines = [
+        {"variant": name, "against": mine[0]["reference"], "rows": mine}
+        for name, mine in of.items()
     ]
-    whole = report.table(header, [summary(name) for name in of])
+    whole = report.table(
+        lines,
+        {
+            "variant": "{variant}",
+            "against": "{against}",
+            "step time, median": middle("time_ratio_median"),
+            "range": extent,
+            "FLOPs, max": most("flops_ratio"),
+            "memory, median": middle("temp_memory_ratio"),
+            "memory, max": most("temp_memory_ratio"),
+            "more kernels, max": most("more_kernels", 0),
+            "compile time, median": middle("compile_ratio"),
+            "traces": most("compiles", 0),
+        },
+    )
+    in_readme = {line["variant"]: line for line in lines}
     short = report.table(
-        ["step", "against", "time, median", "FLOPs, max", "memory, median"],
-        [
-            [
-                *(name, of[name][0]["reference"], middle(name, "time_ratio_median")),
-                *(most(name, "flops_ratio"), middle(name, "temp_memory_ratio")),
-            ]
-            for name in SHORT
-            if name in of
-        ],
+        [in_readme[name] for name in SHORT if name in in_readme],
+        {
+            "step": "{variant}",
+            "against": "{against}",
+            "time, median": middle("time_ratio_median"),
+            "FLOPs, max": most("flops_ratio"),
+            "memory, median": middle("temp_memory_ratio"),
+        },
     )
     full = report.table(
-        ["model", "optimizer", "dtype", "variant", "time (IQR)", "FLOPs", "memory"],
-        [
-            [
-                *(row["model"], row["optimizer"], row["dtype"], row["variant"]),
-                "{:.3f} ({:.3f} to {:.3f})".format(
-                    row["time_ratio_median"], *row["time_ratio_iqr"]
-                ),
-                in_digits(row["flops_ratio"]),
-                in_digits(row["temp_memory_ratio"]),
-            ]
-            for row in rows
-        ],
+        rows,
+        {
+            "model": "{model}",
+            "optimizer": "{optimizer}",
+            "dtype": "{dtype}",
+            "variant": "{variant}",
+            "time (IQR)": "{time_ratio_median:.3f} "
+            "({time_ratio_iqr[0]:.3f} to {time_ratio_iqr[1]:.3f})",
+            "FLOPs": lambda row: in_digits(row["flops_ratio"]),
+            "memory": lambda row: in_digits(row["temp_memory_ratio"]),
+        },
     )
     source = report.provenance(payload)
     return {
@@ -319,11 +256,12 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = record.arguments("overhead", __doc__)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=40)
-    args = parser.parse_args(argv)
-    settings = [(m, o, d) for m in MODELS for o in OPTIMIZERS for d in DTYPES]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    settings = [(m, o, d) for m in networks.TIMED for o in OPTIMIZERS for d in DTYPES]
     rounds = args.rounds
     if args.smoke:
         settings, rounds = [("cnn", "sgd", "float32")], 2
@@ -331,11 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("PyTorch is not measured: pip install 'flood_optax[rivals]'.")
     rows: list[dict[str, Any]] = []
     for model, optimizer, dtype in tqdm(settings, unit="setting"):
-        rows += measure(
-            model, optimizer, dtype, rounds=rounds, rivals=dtype == "float32"
-        )
+        rivals = dtype == "float32"
+        rows += setting(model, optimizer, dtype, rounds=rounds, rivals=rivals)
     protocol = {"rounds": rounds, "calls_per_round": 3, "level": LEVEL, "sam_rho": RHO}
-    payload: dict[str, Any] = {"protocol": protocol, "rows": rows}
-    written = record.write("overhead", payload, args.out)
-    payload = record.read("overhead", args.out)
-    print(f"\n{tables(payload)['overhead']}\n\nWrote {written}")
+    return {"protocol": protocol, "rows": rows}

@@ -1,7 +1,8 @@
 """Compares flooding with the gradient penalty: drift by rule, cost, and paths."""
 
+import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import diffrax
@@ -12,7 +13,8 @@ import optax
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import overhead, record, report, timing
+from benchmarks import networks, report, steps, study, timing
+from benchmarks.pictures import panels
 from flood_optax import Shape, penalty, shapes
 
 # Drift: a tanh net on 64 points, in 8 batches; no rule is told which is which.
@@ -221,45 +223,32 @@ def pairs_of_batches(rate: float) -> dict[str, float]:
 
 def cost(model: str, rounds: int) -> list[dict[str, Any]]:
     """One SGD step of each rival, interleaved."""
-    module, batch = overhead.MODELS[model]
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, 28, 28, 1))
-    y = jax.random.randint(keys[1], (batch,), 0, 10)
-    params = module.init(keys[2], x)
+    at = steps.problem(model)
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits: Any = module.apply(params, x)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return jnp.asarray(losses).mean()
+        return at.losses(params, x, y).mean()
 
     raw = jax.value_and_grad(loss_fn)
-    level = overhead.LEVEL
+    flooded = jax.value_and_grad(flood_optax.flooded(loss_fn, steps.LEVEL))
     sgd = optax.with_extra_args_support(optax.sgd(0.1))
     forward = penalty.value_and_grad(loss_fn, STRENGTH, method="forward")
-    variants: dict[str, tuple[Any, Any]] = {
-        "plain": (raw, sgd),
-        "plain, again": (raw, sgd),
-        "flooding, loss form": (
-            jax.value_and_grad(flood_optax.flooded(loss_fn, level)),
-            sgd,
-        ),
-        "flooding, optax form": (
-            raw,
-            optax.chain(flood_optax.scale_by_flood(level), sgd),
-        ),
-        "exact penalty": (penalty.value_and_grad(loss_fn, STRENGTH), sgd),
-        "forward difference": (forward, sgd),
-        "SAM (optax.contrib)": (raw, overhead.sam(optax.sgd(0.1))),
-    }
-    calls: dict[str, Callable[[], Any]] = {}
-    costs: dict[str, dict[str, Any]] = {}
-    for name, (value_and_grad, optimizer) in variants.items():
-        step = overhead.train_step(
-            value_and_grad, optimizer, is_sam=name.startswith("SAM")
-        )
-        arguments = (params, optimizer.init(params), x, y)
-        costs[name] = timing.compiled_cost(step, *arguments, donate=(0, 1))
-        calls[name] = functools.partial(cast(Any, jax.jit(step)), *arguments)
+    compiled = steps.compiled(
+        {
+            "plain": (raw, sgd),
+            "plain, again": (raw, sgd),
+            "flooding, loss form": (flooded, sgd),
+            "flooding, optax form": (
+                raw,
+                optax.chain(flood_optax.scale_by_flood(steps.LEVEL), sgd),
+            ),
+            "exact penalty": (penalty.value_and_grad(loss_fn, STRENGTH), sgd),
+            "forward difference": (forward, sgd),
+            "SAM (optax.contrib)": (raw, steps.sam(optax.sgd(0.1))),
+        },
+        at,
+    )
+    calls = {name: one.call for name, one in compiled.items()}
+    costs = {name: one.cost for name, one in compiled.items()}
     timings = timing.compare(calls, rounds=rounds, calls=3)
     plain = costs["plain"]
     return [
@@ -321,48 +310,64 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The drift by rule and the cost."""
     drift, rates = payload["drift"], payload["protocol"]["learning_rates"]
 
-    def ratio(row: dict[str, Any]) -> str:
-        error = row["standard_error"]
-        return f"{row['ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    def ratio_at(rate: float) -> report.Cell:
+        def cell(line: Mapping[str, Any]) -> str:
+            seen = line["at"][rate]
+            error = seen["standard_error"]
+            return f"{seen['ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
-    lines: list[list[str]] = []
+        return cell
+
+    def angle(line: Mapping[str, Any]) -> str:
+        cosine = line["last"]["cosine"]
+        return "no motion" if cosine is None else f"{cosine:.3f}"
+
+    def holds(line: Mapping[str, Any]) -> str:
+        ratio, cosine = line["last"]["ratio"], line["last"]["cosine"]
+        agrees = cosine is not None and abs(ratio - 1) < 0.02 and cosine > 0.999
+        return "yes" if agrees else "no"
+
+    lines: list[dict[str, Any]] = []
     for rule in dict.fromkeys(row["rule"] for row in drift):
         seen = {row["learning_rate"]: row for row in drift if row["rule"] == rule}
-        last = seen[rates[-1]]
-        cosine, share = last["cosine"], f"{last['alternating']:.2f}"
-        holds = cosine is not None and abs(last["ratio"] - 1) < 0.02 and cosine > 0.999
-        numbers = [ratio(seen[rate]) for rate in rates]
-        angle = "no motion" if cosine is None else f"{cosine:.3f}"
-        lines.append([rule, *numbers, angle, share, "yes" if holds else "no"])
-    header = ["rule", *(f"ratio, η = {rate:g}" for rate in rates)]
-    header += ["cosine", "alternating", "equals the penalty's drift"]
-    shown = report.table(header, lines)
+        lines.append({"rule": rule, "at": seen, "last": seen[rates[-1]]})
+    shown = report.table(
+        lines,
+        {
+            "rule": "{rule}",
+            **{f"ratio, η = {rate:g}": ratio_at(rate) for rate in rates},
+            "cosine": angle,
+            "alternating": "{last[alternating]:.2f}",
+            "equals the penalty's drift": holds,
+        },
+    )
     batch = payload["pairs_of_batches"]
+    independent, same = batch["independent_ratio"], batch["same_batch_ratio"]
     pairs = report.table(
-        ["pair of steps on", "mean, ratio to -η² H g", "noise / mean"],
         [
-            [
-                "independent mini-batches",
-                f"{batch['independent_ratio']:.3f}",
-                f"{batch['independent_noise']:.0f}",
-            ],
-            ["one mini-batch twice", f"{batch['same_batch_ratio']:.3f}", ""],
+            {
+                "pair": "independent mini-batches",
+                "ratio": independent,
+                "noise": f"{batch['independent_noise']:.0f}",
+            },
+            {"pair": "one mini-batch twice", "ratio": same, "noise": ""},
         ],
+        {
+            "pair of steps on": "{pair}",
+            "mean, ratio to -η² H g": "{ratio:.3f}",
+            "noise / mean": "{noise}",
+        },
     )
     costs = report.table(
-        ["model", "variant", "step time (IQR)", "FLOPs", "peak temporary memory"],
-        [
-            [
-                row["model"],
-                row["variant"],
-                "{:.2f} ({:.2f} to {:.2f})".format(
-                    row["time_ratio_median"], *row["time_ratio_iqr"]
-                ),
-                f"{row['flops_ratio']:.3f}",
-                f"{row['temp_memory_ratio']:.2f}",
-            ]
-            for row in payload["cost"]
-        ],
+        payload["cost"],
+        {
+            "model": "{model}",
+            "variant": "{variant}",
+            "step time (IQR)": "{time_ratio_median:.2f} "
+            "({time_ratio_iqr[0]:.2f} to {time_ratio_iqr[1]:.2f})",
+            "FLOPs": "{flops_ratio:.3f}",
+            "peak temporary memory": "{temp_memory_ratio:.2f}",
+        },
     )
     source = report.provenance(payload)
     return {
@@ -374,14 +379,11 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
 
 def figures(payload: dict[str, Any]) -> dict[str, Any]:
     """Contours of the leaning bowl, its level set, the iterates and the flow."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only drawing needs it
-
     seen = payload["paths"]
     span = np.linspace(-1.6, 1.3, 300)
     grid = np.stack(np.meshgrid(span, span), -1)
     loss = 0.5 * (1 + LEAN * grid[..., 0]) * (grid**2).sum(-1)
-    figure = Figure(figsize=(6, 5.2), layout="constrained")
-    axes = cast(Any, figure.subplots())
+    figure, (axes,) = panels(1, 1, size=(6, 5.2))
     axes.contour(span, span, loss, levels=12, colors="0.85", linewidths=0.8)
     axes.contour(span, span, loss, levels=[seen["level"]], colors="k", linewidths=0.8)
     axes.plot([], [], "k", linewidth=0.8, label=f"level set, L = {seen['level']}")
@@ -402,41 +404,32 @@ def figures(payload: dict[str, Any]) -> dict[str, Any]:
     return {"penalty": figure}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = record.arguments("penalty", __doc__)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=40)
-    args = parser.parse_args(argv)
-    rates, rounds, models = RATES, args.rounds, tuple(overhead.MODELS)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    rates, rounds, models = RATES, args.rounds, tuple(networks.TIMED)
     duration, runs = DURATION_OF_PATH, RUNS
     if args.smoke:
         rates, rounds, models, duration, runs = (0.05, 0.02), 2, ("cnn",), 2.0, 8
     costs: list[dict[str, Any]] = []
     for model in tqdm(models, unit="model"):
         costs += cost(model, rounds)
-    before = jax.dtypes.canonicalize_dtype("float64") == np.float64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        payload: dict[str, Any] = {
+    with study.double_precision():
+        return {
             "protocol": {
                 "learning_rates": list(rates),
                 "duration": DURATION,
                 "mini_batch_runs": runs,
                 "rounds": rounds,
                 "calls_per_round": 3,
-                "level": overhead.LEVEL,
+                "level": steps.LEVEL,
                 "strength": STRENGTH,
-                "sam_rho": overhead.RHO,
+                "sam_rho": steps.RHO,
             },
             "drift": drift_by_rule(rates, runs),
             "pairs_of_batches": pairs_of_batches(1e-3),
             "cost": costs,
             "paths": paths(duration),
         }
-    finally:
-        jax.config.update("jax_enable_x64", before)
-    written = record.write("penalty", payload, args.out)
-    payload = record.read("penalty", args.out)
-    print("\n" + "\n\n".join(tables(payload).values()))
-    for name, figure in figures(payload).items():
-        figure.savefig(args.out / f"{name}.png", dpi=150, metadata={"Software": None})
-    print(f"\nWrote {written}")

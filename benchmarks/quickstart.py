@@ -1,25 +1,26 @@
 """Trains a digit classifier on noisy labels, plain and flooded in both forms."""
 
+import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import data, record, report
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from benchmarks import data, report, statistics, study
+from benchmarks.pictures import panels
+from benchmarks.training import cross_entropy
 
 TRAIN, NOISE, WIDTH, LEARNING_RATE = 300, 0.2, 256, 1e-3
 LEVELS, SEEDS, EPOCHS = (0.2, 0.4, 0.6), (0, 1, 2), 300
+FORMS = ("loss form", "optax form")
+APART = "largest_parameter_difference_between_forms"
 METRICS = ("train_loss", "test_loss", "test_accuracy")
 
 
@@ -38,8 +39,7 @@ class MLP(nnx.Module):
 
 
 def loss_fn(model: MLP, x: jax.Array, y: jax.Array) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
-    return losses.mean()
+    return cross_entropy(model(x), y).mean()
 
 
 @nnx.jit
@@ -95,66 +95,93 @@ def train(form: str, level: float | None, seed: int, epochs: int, bar: Any) -> A
     return np.asarray(curves), [np.asarray(leaf) for leaf in params]
 
 
+def columns(reached: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation over the seeds of [seeds, metrics]."""
+    found: dict[str, float] = {}
+    for metric, values in zip(METRICS, reached.T, strict=True):
+        found |= {metric: float(values.mean()), f"{metric}_sd": statistics.sd(values)}
+    return found
+
+
 def summarise(form: str, level: float | None, curves: np.ndarray) -> dict[str, Any]:
-    """One row of the table; curves is [seeds, epochs, metrics]."""
-    last = curves[:, -1]
+    """One row of the record; curves is [seeds, epochs, metrics]."""
     below = 0.0 if level is None else float((curves[:, :, 0] < level).mean())
-    row: dict[str, Any] = {"form": form, "level": level, "share_below": below}
-    for i, metric in enumerate(METRICS):
-        row[metric] = float(last[:, i].mean())
-        row[f"{metric}_sd"] = float(last[:, i].std(ddof=1)) if len(last) > 1 else 0.0
-    return row
+    ends = columns(curves[:, -1])
+    return {"form": form, "level": level, "share_below": below, **ends}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    header = ["training", "level", "train loss", "test loss", "test accuracy", "below"]
-    lines: list[list[str]] = []
-    for row in rows:
-        level = "-" if row["level"] is None else f"{row['level']:.1f}"
-        cells = [f"{row[m]:.3f} ± {row[f'{m}_sd']:.3f}" for m in METRICS]
-        lines.append([row["form"], level, *cells, f"{row['share_below']:.0%}"])
-    return report.table(header, lines)
+def best_epoch(payload: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Where the mean test loss of plain training is least: the epoch, from 1, as a row.
+
+    Only the test set could tell when to stop there.
+    """
+    curves = np.asarray(payload["curves"]["plain"])  # [seeds, epochs, metrics]
+    best = int(curves.mean(0)[:, METRICS.index("test_loss")].argmin())
+    title = f"plain, stopped at its best epoch, {best + 1}"
+    return best + 1, summarise(title, None, curves[:, : best + 1])
 
 
-def tables(payload: dict[str, Any]) -> dict[str, str]:
-    """The generated table of the README: one row for both forms, which coincide."""
-    rows = [
-        row | {"form": "plain" if row["level"] is None else "flooded"}
-        for row in payload["rows"]
-        if row["form"] != "loss form"
-    ]
-    return {"quickstart": table(rows)}
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    """The table of the README: one line for both forms where they print the same."""
+
+    def line(row: Mapping[str, Any]) -> dict[str, str]:
+        level = row["level"]
+        return {
+            "training": row["form"] if level is None else "flooded",
+            "level": "-" if level is None else f"{level:.1f}",
+            **{m: f"{row[m]:.3f} ± {row[f'{m}_sd']:.3f}" for m in METRICS},
+            "below": f"{row['share_below']:.0%}",
+        }
+
+    plain, *flooded = payload["rows"]
+    lines = [line(plain), line(best_epoch(payload)[1])]
+    for row in flooded:
+        if (new := line(row)) != lines[-1]:  # the other form of the same level
+            lines.append(new)
+    made = report.table(
+        lines,
+        {
+            "training": "{training}",
+            "level": "{level}",
+            "train loss": "{train_loss}",
+            "test loss": "{test_loss}",
+            "test accuracy": "{test_accuracy}",
+            "below": "{below}",
+        },
+    )
+    note = (
+        "Flooded in either form: the parameters of the two end within "
+        f"{payload[APART]:.0e} of each other in float64. The best epoch has the "
+        "lowest test loss, which no training knows."
+    )
+    return {"quickstart": f"{made}\n\n{note}"}
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of each row, of either form, and where plain training was best."""
 
     def row_of(row: Mapping[str, Any]) -> str:
         return "plain" if row["level"] is None else f"flooded/{row['level']:g}"
 
-    shown = [row for row in payload["rows"] if row["form"] != "loss form"]
-    found = report.named(shown, row_of)
-    name = "largest_parameter_difference_between_forms"
-    found["forms_apart"] = payload[name]
-    curve = np.asarray(payload["curves"]["plain"]).mean(0)  # [epochs, metrics]
-    best = int(curve[:, METRICS.index("test_loss")].argmin())
-    found["plain/best/epoch"] = best + 1
-    at_best = zip(METRICS, curve[best].tolist(), strict=True)
-    return found | {f"plain/best/{metric}": value for metric, value in at_best}
+    shown = [row for row in payload["rows"] if row["form"] != FORMS[0]]
+    epoch, best = best_epoch(payload)
+    ends = {"forms_apart": payload[APART], "plain/best/epoch": epoch}
+    at_best = report.named([best], lambda _: "plain/best")
+    return report.named(shown, row_of) | at_best | ends
 
 
-def figures(payload: dict[str, Any]) -> dict[str, Any]:
+def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Train and test loss over epochs, plain and flooded, with the level drawn in."""
     level = payload["curves"]["level"]
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    panels = {"plain": "plain", "flooded": f"flooded at {level}"}
-    for axis, (run, title) in zip(axes, panels.items(), strict=True):
+    fig, axes = panels(1, 2, size=(9, 3.4), sharey=True)
+    titles = {"plain": "plain", "flooded": f"flooded at {level}"}
+    for axis, (run, title) in zip(axes, titles.items(), strict=True):
         curves = np.asarray(payload["curves"][run])  # [seeds, epochs, metrics]
         for i, (name, colour) in enumerate((("train", "C0"), ("test", "C3"))):
             lines = curves[:, :, i]
             axis.plot(lines.T, color=colour, alpha=0.3, lw=0.8)
-            axis.plot(lines.mean(0), color=colour, label=f"{name} loss")
+            axis.plot(lines.mean(0), color=colour, label=f"{name} loss, mean")
+        axis.plot([], [], color="0.6", lw=0.8, label=f"each of {len(curves)} seeds")
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.5))
         axis.axhline(level, color="k", ls=":", lw=1, label=f"level {level}")
     axes[0].set_ylabel("raw cross-entropy")
@@ -162,25 +189,20 @@ def figures(payload: dict[str, Any]) -> dict[str, Any]:
     return {"quickstart": fig}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     # The two forms compile to two programs, which round apart in the last bit, and the
     # ups and downs at the level amplify that: float64 keeps the runs together.
-    precision = jnp.zeros([]).dtype == jnp.float64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        run(argv)
-    finally:
-        jax.config.update("jax_enable_x64", precision)
+    with study.double_precision():
+        if args.smoke:
+            return compared(5, SEEDS[:1], LEVELS[:1])
+        return compared(EPOCHS, SEEDS, LEVELS)
 
 
-def run(argv: Sequence[str] | None) -> None:
-    args = record.arguments("quickstart", __doc__).parse_args(argv)
-    epochs, seeds, levels = EPOCHS, SEEDS, LEVELS
-    if args.smoke:
-        epochs, seeds, levels = 5, SEEDS[:1], LEVELS[:1]
-
-    forms = ("loss form", "optax form")
-    runs = [("plain", None), *((form, level) for level in levels for form in forms)]
+def compared(
+    epochs: int, seeds: Sequence[int], levels: Sequence[float]
+) -> dict[str, Any]:
+    """All runs, and how far apart the two forms end."""
+    runs = [("plain", None), *((form, level) for level in levels for form in FORMS)]
     curves: dict[tuple[str, float | None], np.ndarray] = {}
     params: dict[tuple[str, float | None], list[Any]] = {}
     with tqdm(total=len(runs) * len(seeds) * epochs, unit="epoch") as bar:
@@ -193,20 +215,17 @@ def run(argv: Sequence[str] | None) -> None:
     apart = max(
         float(np.abs(a - b).max())
         for level in levels
-        for one, other in zip(
-            params["loss form", level], params["optax form", level], strict=True
-        )
+        for one, other in zip(*(params[form, level] for form in FORMS), strict=True)
         for a, b in zip(one, other, strict=True)
     )
     rows = [summarise(form, level, curves[form, level]) for form, level in runs]
     print(
         f"\nscikit-learn digits: {TRAIN} training examples, {NOISE:.0%} of the labels "
         f"flipped; MLP with 2 x {WIDTH} units, Adam, {epochs} epochs; mean ± sd over "
-        f"{len(seeds)} seeds.\n\n{table(rows)}\n\n"
-        f"Largest difference between the parameters of the two forms: {apart:g}"
+        f"{len(seeds)} seeds."
     )
     drawn = levels[len(levels) // 2]
-    payload: dict[str, Any] = {
+    return {
         "protocol": {
             "data": "scikit-learn digits",
             "train": TRAIN,
@@ -218,15 +237,11 @@ def run(argv: Sequence[str] | None) -> None:
             "seeds": list(seeds),
         },
         "rows": rows,
-        "largest_parameter_difference_between_forms": apart,
+        APART: apart,
         "curves": {
             "level": drawn,
             "metrics": METRICS,
             "plain": curves["plain", None].round(4).tolist(),
-            "flooded": curves["optax form", drawn].round(4).tolist(),
+            "flooded": curves[FORMS[1], drawn].round(4).tolist(),
         },
     }
-    written = record.write("quickstart", payload, args.out)
-    picture = args.out / "quickstart.png"
-    figures(payload)["quickstart"].savefig(picture, dpi=150)
-    print(f"Wrote {written} and {picture}")

@@ -29,12 +29,33 @@ FIGURE = re.compile(
     r"(?P<opening><!--\s+figure:(?P<name>\S+)(?:\s+(?P<format>\S+?))?\s+-->)"
     r"(?P<body>[^<]*)(?P<closing><!--\s+/figure\s+-->)"
 )
+Cell = str | Callable[[Mapping[str, Any]], str]
+Columns = Mapping[str, Cell] | Sequence[tuple[str, Cell]]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> str:
+    """A Markdown table.
+
+    Args:
+      rows: each a mapping from the names that the columns use.
+      columns: header and cell of each column, as a mapping or, where two headers are
+        the same, as pairs. A cell is a format string, filled from the row, or a
+        function of the row.
+    """
+    pairs = list(columns.items() if isinstance(columns, Mapping) else columns)
+    return markdown(
+        [header for header, _ in pairs],
+        [
+            [cell(row) if callable(cell) else cell.format(**row) for _, cell in pairs]
+            for row in rows
+        ],
+    )
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that are text already."""
+    every = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every)
 
 
 def provenance(payload: Mapping[str, Any]) -> str:
@@ -69,6 +90,19 @@ def named(
                     raise ValueError(f"Two rows make the number {key}.")
                 found[key] = value
     return found
+
+
+def named_interval(
+    base: str, name: str, interval: tuple[float, float]
+) -> dict[str, float]:
+    """A mean, and half of its interval beside it."""
+    mean, half = interval
+    return {f"{base}/{name}": mean, f"{base}/{name}_half": half}
+
+
+def epoch_of(row: Mapping[str, Any]) -> str:
+    """Where a row was read off: at the last epoch, or at the best one."""
+    return "best" if row["early_stopping"] else "last"
 
 
 def slug(words: str) -> str:

@@ -314,7 +314,7 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     ]
     header = ["model", "rival", "seconds", "ratio (range)", "traces", "compilations"]
     source = report.provenance(payload)
-    return {"sweep": f"{report.table([*header, 'memory, MB'], rows)}\n\n{source}"}
+    return {"sweep": f"{report.markdown([*header, 'memory, MB'], rows)}\n\n{source}"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

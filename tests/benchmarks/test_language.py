@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("flax", reason="the benchmark needs the extra `bench`")
 
-from benchmarks import language
+from benchmarks import __main__ as command, language
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     out = tmp_path_factory.mktemp("language")
-    language.main(["--smoke", "--out", str(out)])
+    command.main(["language", "--smoke", "--out", str(out)])
     return json.loads((out / "language.json").read_text())
 
 

@@ -157,3 +157,21 @@ def test_report_lists_the_names_that_hold_every_word(capsys):
 def test_two_rows_of_one_name_are_refused():
     with pytest.raises(ValueError, match="Two rows make the number a/x"):
         report.named([{"name": "a", "x": 1}, {"name": "a", "x": 2}])
+
+
+# The repository's own pages
+
+
+def test_pages_agree_with_the_results():
+    assert report.check() == []
+
+
+def test_a_changed_number_in_a_page_is_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    text = (record.REPOSITORY / "README.md").read_text()
+    (tmp_path / "README.md").write_text(
+        text.replace("| plain | - | 0.0", "| plain | - | 0.1")
+    )
+    assert "README.md: table quickstart differs from its result" in report.check(
+        tmp_path, record.RESULTS
+    )

@@ -1,0 +1,200 @@
+"""Their published runs and ours, every level, and the losses on the way."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import report, statistics
+from flood_optax import sweep
+
+SETS = ("train", "validation", "test")
+TITLES = {"plain": "plain", "iflood": "iFlood", "softad": "SoftAD"}
+
+
+class Published(NamedTuple):
+    """Means of three trials after 500 epochs (eval_benchmarks_iFlood.ipynb)."""
+
+    level: float
+    train_loss: float
+    test_loss: float
+    train_accuracy: float
+    test_accuracy: float
+    norm: float
+
+
+PUBLISHED = {
+    "plain": Published(-np.inf, 6.7e-5, 0.8058, 1.0, 0.8966, 75.86),
+    "iflood": Published(0.15, 0.1469, 0.4194, 1.0, 0.8937, 74.63),
+    "softad": Published(0.01, 0.0024, 0.4651, 1.0, 0.8963, 54.69),
+}
+
+
+def summarise(
+    name: str, epochs: int, selection: str, result: sweep.Result, levels: np.ndarray
+) -> dict[str, Any]:
+    """What the last epoch reaches at one level for each seed."""
+    reached = result.curves("reached", levels)[:, -1].astype(np.float64)
+    columns = {
+        f"{which}_{measure}": reached[:, i, j]
+        for i, which in enumerate(SETS)
+        for j, measure in enumerate(("loss", "accuracy"))
+    } | {"norm": result.curves("norm", levels)[:, -1].astype(np.float64)}
+    row: dict[str, Any] = {"method": name, "epochs": epochs, "selection": selection}
+    row["levels"] = None if name == "plain" else levels.tolist()
+    row["seeds"] = len(levels)
+    for measure, values in columns.items():
+        row |= statistics.summary(measure, values)
+    return row
+
+
+def by_level(name: str, result: sweep.Result) -> list[dict[str, Any]]:
+    """Means over the seeds, at the last epoch."""
+    reached = result.metrics["reached"][:, :, -1].astype(np.float64).mean(1)
+    return [
+        {
+            "method": name,
+            "level": float(level),
+            "train_loss": float(seen[0, 0]),
+            "train_accuracy": float(seen[0, 1]),
+            "validation_accuracy": float(seen[1, 1]),
+            "test_loss": float(seen[2, 0]),
+            "test_accuracy": float(seen[2, 1]),
+        }
+        for level, seen in zip(result.levels, reached, strict=True)
+    ]
+
+
+def curve(name: str, epochs: Sequence[int], result: sweep.Result) -> dict[str, Any]:
+    """Train and test loss on the way, means over the seeds."""
+    reached = result.metrics["reached"][0].astype(np.float64).mean(0)
+    return {
+        "method": name,
+        "epochs": list(epochs),
+        "train_loss": np.round(reached[:, 0, 0], 5).tolist(),
+        "test_loss": np.round(reached[:, 2, 0], 5).tolist(),
+        "train_accuracy": np.round(reached[:, 0, 1], 5).tolist(),
+    }
+
+
+def their_row(name: str, theirs: Published) -> dict[str, Any]:
+    """A published run as a line of the table."""
+    return {
+        "title": TITLES[name],
+        "runs": "theirs",
+        "epochs": 500,
+        "level": "-" if name == "plain" else f"{theirs.level:g}",
+        "train_loss": f"{theirs.train_loss:.4f}",
+        "test_loss": f"{theirs.test_loss:.4f}",
+        "train_accuracy": f"{theirs.train_accuracy:.4f}",
+        "test_accuracy": f"{theirs.test_accuracy:.4f}",
+        "norm": f"{theirs.norm:.1f}",
+    }
+
+
+def our_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of ours as a line of the table, with its spread over several seeds."""
+
+    def spread(measure: str, digits: int) -> str:
+        mean = f"{row[f'{measure}_mean']:.{digits}f}"
+        several = f" ({row[f'{measure}_sd']:.{digits}f})"
+        return mean + (several if row["seeds"] > 1 else "")
+
+    level = "-"
+    if row["levels"] is not None:
+        seen = np.array(row["levels"])
+        apart = statistics.sd(seen)
+        level = f"{seen.mean():.3g}" + (f" ({apart:.2f})" if apart else "")
+    losses_and_accuracies = {
+        f"{which}_{measure}": spread(f"{which}_{measure}", 4)
+        for which in SETS
+        for measure in ("loss", "accuracy")
+    }
+    return {
+        "title": TITLES[row["method"]],
+        "runs": f"ours, {row['selection']}",
+        "epochs": row["epochs"],
+        "level": level,
+        "norm": spread("norm", 1),
+        **losses_and_accuracies,
+    }
+
+
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    """Theirs and ours, every level, and the losses on the way."""
+    lines: list[dict[str, Any]] = []
+    for name, theirs in PUBLISHED.items():
+        lines.append(their_row(name, theirs))
+        lines += [our_row(row) for row in payload["rows"] if row["method"] == name]
+    beside = report.table(
+        lines,
+        {
+            "method": "{title}",
+            "runs": "{runs}",
+            "epochs": "{epochs}",
+            "level": "{level}",
+            "train loss": "{train_loss}",
+            "test loss": "{test_loss}",
+            "train accuracy": "{train_accuracy}",
+            "test accuracy": "{test_accuracy}",
+            "norm": "{norm}",
+        },
+    )
+    by_level = report.table(
+        payload["by_level"],
+        {
+            "method": lambda row: TITLES[row["method"]],
+            "level": "{level:g}",
+            "train loss": "{train_loss:.4f}",
+            "train accuracy": "{train_accuracy:.4f}",
+            "test loss": "{test_loss:.4f}",
+            "test acc.": "{test_accuracy:.4f}",
+        },
+    )
+    on_the_way = report.table(
+        [
+            {
+                "title": TITLES[seen["method"]],
+                "part": part,
+                "loss": seen[f"{part}_loss"],
+            }
+            for seen in payload["curves"]
+            for part in ("train", "test")
+        ],
+        {
+            "method": "{title}",
+            "loss": "{part}",
+            **{
+                f"epoch {epoch}": f"{{loss[{i}]:.3f}}"
+                for i, epoch in enumerate(payload["curves"][0]["epochs"])
+            },
+        },
+    )
+    return {
+        "fashion": f"{beside}\n\n{report.provenance(payload)}",
+        "fashion-levels": by_level,
+        "fashion-curves": on_the_way,
+    }
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of each row, theirs and ours, of each level, and each loss on the way."""
+
+    def runs_of(row: Mapping[str, Any]) -> str:
+        return f"{row['method']}/{report.slug(row['selection'])}"
+
+    def level_of(row: Mapping[str, Any]) -> str:
+        return f"{row['method']}/level-{row['level']:g}"
+
+    found = report.named(payload["rows"], runs_of)
+    found |= report.named(payload["by_level"], level_of)
+    for name, theirs in PUBLISHED.items():
+        found |= {f"{name}/theirs/{k}": v for k, v in theirs._asdict().items()}
+    for row in payload["rows"]:
+        if row["levels"] is not None:
+            found[f"{runs_of(row)}/level"] = float(np.array(row["levels"]).mean())
+    for curve in payload["curves"]:
+        for column in ("train_loss", "test_loss", "train_accuracy"):
+            for epoch, value in zip(curve["epochs"], curve[column], strict=True):
+                found[f"{curve['method']}/epoch-{epoch}/{column}"] = value
+    return found

@@ -1,0 +1,129 @@
+"""What every study shares: its options, its runs, and what is done with its findings.
+
+A study is a module, or a package, whose docstring's first line is its question, with
+
+    measure(args)     what it finds, a JSON document; None where nothing is to be kept
+    tables(payload)   the tables of that, by their markers in the pages
+
+and, as it needs them, `options(parser)` for options of its own, `numbers(payload)` and
+`figures(payload)` for the pages (see `report`), and `record_name(payload)` where the
+record is not called as the study is.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import record, training
+from flood_optax import sweep
+
+
+def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
+    """Measures, keeps what was found, and shows it as the pages would."""
+    name = study.__name__.removeprefix("benchmarks.")
+    parser = record.arguments(name, study.__doc__)
+    if hasattr(study, "options"):
+        study.options(parser)
+    args = parser.parse_args(argv)
+    payload = study.measure(args)
+    if payload is None:
+        return
+    if hasattr(study, "record_name"):
+        name = study.record_name(payload)
+    written = record.write(name, payload, args.out)
+    document = record.read(name, args.out)
+    if hasattr(study, "figures"):
+        for title, figure in study.figures(document).items():
+            figure.savefig(args.out / f"{title}.png", dpi=150)
+    print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
+
+
+def sweep_options(
+    parser: argparse.ArgumentParser, *, work: pathlib.Path | None = None
+) -> None:
+    """How the runs of a sweep are spread, and where finished ones are kept."""
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--work",
+        type=pathlib.Path,
+        default=work,
+        help="where the finished runs are kept; a second start does what is missing",
+    )
+
+
+def data_option(parser: argparse.ArgumentParser) -> None:
+    """Where the IDX files of MNIST and Fashion-MNIST are."""
+    parser.add_argument("--data", type=pathlib.Path, help="directory of the IDX files")
+
+
+def multiple_of(factor: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of times `factor`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number % factor:
+            raise argparse.ArgumentTypeError(
+                f"must be a multiple of {factor}, got {number}"
+            )
+        return number
+
+    parse.__name__ = "int"  # what argparse calls it where it is no number
+    return parse
+
+
+@contextlib.contextmanager
+def double_precision() -> Generator[None]:
+    """64-bit types within, and what was before afterwards."""
+    before = jnp.zeros([]).dtype == jnp.float64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def one_thread_per_run(workers: int) -> None:
+    """Makes each core a device: two runs side by side beat one run on two threads.
+
+    It must come before JAX looks for devices; afterwards it changes nothing.
+    """
+    os.environ["XLA_FLAGS"] = " ".join(
+        (
+            os.environ.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={workers}",
+            "--xla_cpu_multi_thread_eigen=false",
+        )
+    ).strip()
+
+
+def run(
+    train: training.Train,
+    grid: Iterable[float],
+    keys: jax.Array,
+    *,
+    journal: pathlib.Path | None = None,
+    progress: bool = True,
+) -> sweep.Result:
+    """A run for each number of the grid and each key; those in `journal` are kept."""
+    if journal is not None:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+    return sweep.run(
+        train,
+        tuple(grid),
+        keys,
+        strategy="shard",
+        chunk_size=1,
+        progress=progress,
+        path=journal,
+    )
+
+
+def journal(work: pathlib.Path | None, *words: object) -> pathlib.Path | None:
+    """The file of one sweep, a line for each finished run; None if none are kept."""
+    return None if work is None else work / f"{'-'.join(map(str, words))}.jsonl"

@@ -1,0 +1,65 @@
+"""What every training loop of the studies is made of."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+# As they are, but for their types: the carry of a loop is a tree of any kind.
+scan = cast(Callable[..., Any], lax.scan)
+cond = cast(Callable[..., Any], lax.cond)
+grad = cast(Callable[..., Any], jax.grad)
+value_and_grad = cast(Callable[..., Any], jax.value_and_grad)
+
+Train = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]  # (number, key)
+
+
+def cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
+    """One loss for each example."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def loss_and_accuracy(logits: Any, labels: jax.Array) -> jax.Array:
+    """The mean loss and the accuracy, never flooded."""
+    right = jnp.mean(logits.argmax(-1) == labels)
+    return jnp.stack([cross_entropy(logits, labels).mean(), right])
+
+
+def batches(key: jax.Array, size: int, batch: int) -> jax.Array:
+    """One epoch of indices below `size`, [steps, batch]; a rest is left out."""
+    order = jax.random.permutation(key, size)
+    return order[: size - size % batch].reshape(-1, batch)
+
+
+def last_and_best(
+    epoch: Callable[[Any, Any], tuple[Any, tuple[Any, jax.Array], Any]],
+    run: Any,
+    best: tuple[Any, jax.Array],
+    *,
+    over: Any = None,
+    length: int | None = None,
+) -> tuple[Any, Any, Any]:
+    """Scans the epochs, and keeps the first model of the highest score on the way.
+
+    Args:
+      epoch: from the run so far and its part of `over` to the run, a model with its
+        score, and what is recorded of this epoch.
+      run: what changes from epoch to epoch.
+      best: a model and the score that a later one must exceed.
+      over: the inputs of the epochs, stacked.
+      length: how many epochs, where there is no `over`.
+
+    Returns:
+      The run after the last epoch, the best model, and the stacked records.
+    """
+
+    def step(carry: Any, given: Any) -> tuple[Any, Any]:
+        run, best = carry
+        run, new, seen = epoch(run, given)
+        return (run, cond(new[1] > best[1], lambda: new, lambda: best)), seen
+
+    (run, (model, _)), seen = scan(step, (run, best), over, length=length)
+    return run, model, seen

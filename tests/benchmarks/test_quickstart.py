@@ -1,0 +1,73 @@
+"""The newcomer's first command: what it shows, and what it once found."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="the quickstart needs the extra `bench`")
+
+from benchmarks import __main__ as command, quickstart, record
+
+
+def test_quickstart_smoke_shows_that_the_forms_coincide(tmp_path, capsys):
+    command.main(["quickstart", "--smoke", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "quickstart.json").read_text())
+    assert result["largest_parameter_difference_between_forms"] < 1e-9
+    assert [row["form"] for row in result["rows"]] == [
+        "plain",
+        "loss form",
+        "optax form",
+    ]
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert quickstart.tables(result)["quickstart"] in capsys.readouterr().out
+    assert jnp.zeros([]).dtype == jnp.float32  # the precision is put back
+
+
+def test_committed_quickstart_reached_its_levels_and_lowered_the_test_loss():
+    rows = record.read("quickstart")["rows"]
+    plain = rows[0]
+    for row in rows[1:]:
+        assert row["train_loss"] == pytest.approx(row["level"], abs=0.02)
+        assert row["test_loss"] < plain["test_loss"]
+        assert row["test_accuracy"] > plain["test_accuracy"]
+
+
+def planted(second_form):
+    """Two seeds of plain training, best at its second epoch, and one level, twice."""
+    plain = [[[2.0, 1.5, 0.3], [1.0, 0.5, 0.8], [0.1, 0.9, 0.7]]]
+    plain += [[[2.2, 1.7, 0.1], [1.4, 0.9, 0.6], [0.3, 0.8, 0.5]]]
+    flooded = np.array([[[1.0, 0.6, 0.85]], [[0.2, 0.8, 0.75]]])
+    rows = [
+        quickstart.summarise("plain", None, np.array(plain)),
+        quickstart.summarise("loss form", 0.4, flooded),
+        quickstart.summarise("optax form", 0.4, flooded + second_form),
+    ]
+    curves = {"level": 0.4, "plain": plain, "flooded": flooded.tolist()}
+    return {"rows": rows, "curves": curves, quickstart.APART: 9.1e-12}
+
+
+def test_quickstart_table_has_one_line_for_two_forms_that_print_the_same():
+    made = quickstart.tables(planted(second_form=1e-9))["quickstart"]
+    lines = made.splitlines()[2:5]
+    # The mean test loss, 1.6, 0.7, 0.85, is least at the second epoch; its standard
+    # deviation there is .4 / sqrt(2). One of the two flooded losses is below the level.
+    assert lines == [
+        "| plain | - | 0.200 ± 0.141 | 0.850 ± 0.071 | 0.600 ± 0.141 | 0% |",
+        "| plain, stopped at its best epoch, 2 | - | 1.200 ± 0.283 | 0.700 ± 0.283 "
+        "| 0.700 ± 0.141 | 0% |",
+        "| flooded | 0.4 | 0.600 ± 0.566 | 0.700 ± 0.141 | 0.800 ± 0.071 | 50% |",
+    ]
+    assert "within 9e-12 of each other" in made
+    apart = quickstart.tables(planted(second_form=1e-3))["quickstart"]
+    assert apart.count("| flooded | 0.4 |") == 2
+
+
+def test_quickstart_figure_says_what_its_thin_lines_are():
+    (figure,) = quickstart.figures(planted(0.0)).values()
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == [
+        *("train loss, mean", "test loss, mean", "each of 2 seeds", "level 0.4")
+    ]
+    assert figure.axes[1].get_title() == "flooded at 0.4"
