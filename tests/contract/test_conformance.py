@@ -10,42 +10,23 @@ import optax
 import pytest
 
 from flood_optax import FloodState, flood, flooded, scale_by_flood
+from tests import forms, oracles
 
 LEVEL = 0.5
 
 
-def bare(level=LEVEL):
-    return scale_by_flood(level)
+def momentum():
+    return optax.sgd(0.5, momentum=0.9)
 
 
-def chain(level=LEVEL):
-    return optax.chain(scale_by_flood(level), optax.sgd(0.5, momentum=0.9))
+def maker(name):
+    """A form by its name, as a function of the level."""
+    return lambda level=LEVEL: forms.OPTAX[name](momentum(), level)
 
 
-def wrapper(level=LEVEL):
-    return flood(optax.sgd(0.5, momentum=0.9), level)
-
-
-def windows(level=LEVEL):
-    return flood(optax.sgd(0.5, momentum=0.9), level, every_k=2)
-
-
-def skipping(level=LEVEL):
-    return flood(
-        optax.sgd(0.5, momentum=0.9),
-        level,
-        should_skip_update_fn=optax.skip_not_finite,
-    )
-
-
-FORMS = {
-    "scale_by_flood": bare,
-    "chain": chain,
-    "flood": wrapper,
-    "flood_every_k": windows,
-    "flood_skip": skipping,
-}
-every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+MAKERS = {name: maker(name) for name in forms.OPTAX}
+bare, windows = MAKERS["scale_by_flood"], MAKERS["flood_every_k"]
+every_form = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 # strong types: jnp.array(0.75) would be a weak one, which every product makes strong
 PARAMS = {"w": jnp.array([[1.0, -2.0, 0.5]]), "b": (jnp.float32(0.75),)}
@@ -62,25 +43,23 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def oracle(make, values=VALUES, scale=1.0):
+def oracle(make, values=VALUES):
     """Updates for GRADS at each of the values, in numpy."""
-    grads = jax.tree.map(np.asarray, GRADS)
-    zeros = jax.tree.map(np.zeros_like, grads)
-    moment, out = zeros, []
-    waiting = []
-    for value in values:
-        waiting.append(value)
-        if make is windows and len(waiting) < 2:
-            out.append(zeros)
-            continue
-        sign = 1.0 if np.mean(waiting) >= LEVEL else -1.0
-        waiting = []
-        flipped = jax.tree.map(lambda g, sign=sign: sign * g, grads)
+    grads, structure = jax.tree.flatten(jax.tree.map(np.asarray, GRADS))
+    size = 2 if make is windows else 1
+    flat = np.concatenate([leaf.ravel() for leaf in grads])
+    flipped, _ = oracles.windows([flat] * len(values), values, size, LEVEL)
+    moment, out = np.zeros_like(flat), []
+    for number, update in enumerate(flipped, start=1):
+        step = np.zeros_like(flat)
         if make is bare:
-            out.append(flipped)
-            continue
-        moment = jax.tree.map(lambda m, g: 0.9 * m + g, moment, flipped)
-        out.append(jax.tree.map(lambda m: -0.5 * m, moment))
+            step = update
+        elif number % size == 0:
+            moment = 0.9 * moment + update
+            step = -0.5 * moment
+        leaves = np.split(step, np.cumsum([leaf.size for leaf in grads])[:-1])
+        shaped = [x.reshape(leaf.shape) for x, leaf in zip(leaves, grads, strict=True)]
+        out.append(jax.tree.unflatten(structure, shaped))
     return out
 
 
@@ -249,41 +228,25 @@ def test_tree_map_params_reaches_what_is_shaped_like_params_alone(make):
         assert mapped.flood_window.flood_value_mean == np.float32(0.3)
 
 
+# a skip function is callable: inject_hyperparams would take it for a schedule
+STATIC = ("every_k", "should_skip_update_fn")
 INJECTED = {
-    "scale_by_flood": (
-        bare,
-        lambda: optax.inject_hyperparams(scale_by_flood)(level=LEVEL),
+    "scale_by_flood": lambda: optax.inject_hyperparams(scale_by_flood)(level=LEVEL),
+    "flood": lambda: optax.inject_hyperparams(flood, static_args="every_k")(
+        momentum(), level=LEVEL
     ),
-    "flood": (
-        wrapper,
-        lambda: optax.inject_hyperparams(flood, static_args="every_k")(
-            optax.sgd(0.5, momentum=0.9), level=LEVEL
-        ),
+    "flood_every_k": lambda: optax.inject_hyperparams(flood, static_args="every_k")(
+        momentum(), level=LEVEL, every_k=2
     ),
-    "flood_every_k": (
-        windows,
-        lambda: optax.inject_hyperparams(flood, static_args="every_k")(
-            optax.sgd(0.5, momentum=0.9), level=LEVEL, every_k=2
-        ),
-    ),
-    "flood_skip": (
-        skipping,
-        # a skip function is callable: inject_hyperparams would take it for a schedule
-        lambda: optax.inject_hyperparams(
-            flood, static_args=("every_k", "should_skip_update_fn")
-        )(
-            optax.sgd(0.5, momentum=0.9),
-            level=LEVEL,
-            should_skip_update_fn=optax.skip_not_finite,
-        ),
+    "flood_skip": lambda: optax.inject_hyperparams(flood, static_args=STATIC)(
+        momentum(), level=LEVEL, should_skip_update_fn=optax.skip_not_finite
     ),
 }
 
 
 @pytest.mark.parametrize("name", INJECTED)
 def test_inject_hyperparams_changes_the_level_without_a_new_trace(name):
-    make, injected = INJECTED[name]
-    optimizer = injected()
+    make, optimizer = MAKERS[name], INJECTED[name]()
     updates = updates_over(optimizer, jit=True)
     chex.assert_trees_all_close(updates, oracle(make), rtol=1e-6)
     chex.clear_trace_counter()

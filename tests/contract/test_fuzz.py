@@ -18,8 +18,8 @@ from flood_optax import (
     flood_mean,
     flooded,
     scale_by_flood,
-    shapes,
 )
+from tests import forms, oracles
 
 
 def bounded(examples):
@@ -42,15 +42,12 @@ def flushed(x):
 
 def oracle(loss, level):
     """Multiplier and value of flooding, in numpy float32 that flushes subnormals."""
-    if level == -np.inf:
-        return 1.0, loss
-    if np.isnan(loss):
-        return np.nan, loss
+    work, bound = flushed(loss), flushed(level)
     with np.errstate(over="ignore"):
-        residual = flushed(flushed(loss) - flushed(level))
-        if residual >= 0:
-            return 1.0, loss
-        return -1.0, (-residual + flushed(level)).astype(loss.dtype)
+        if flushed(work - bound) == 0:  # what differs by less is a tie
+            work = bound
+        value, multiplier = oracles.bend(work, bound)
+        return multiplier, loss if multiplier != -1 else value.astype(loss.dtype)
 
 
 def same(got, wanted):
@@ -123,12 +120,6 @@ def test_eager_and_compiled_calls_agree_bit_for_bit(loss, level, dtype):
 
 # ---- trees ----
 
-SHAPES = {
-    "reflect": shapes.reflect(),
-    "pause": shapes.pause(),
-    "asymmetric": shapes.asymmetric(1.0, 0.25),
-}
-
 
 @st.composite
 def leaf(draw):
@@ -160,12 +151,12 @@ trees = st.recursive(
     ),
     value_dtype=st.sampled_from(sorted(FLOATS)),
     level=st.one_of(st.integers(-8, 8).map(lambda n: n / 8), st.just(-np.inf)),
-    shape=st.sampled_from(sorted(SHAPES)),
+    shape=st.sampled_from(["reflect", "pause", "asymmetric"]),
 )
 def test_any_tree_keeps_structure_and_dtypes_and_equals_the_loss_form(
     tree, value, value_dtype, level, shape
 ):
-    shape = SHAPES[shape]
+    shape = forms.SHAPES[shape]
     tree = jax.tree.map(jnp.asarray, tree)
     offset = jnp.asarray(value, FLOATS[value_dtype])
 
@@ -208,32 +199,6 @@ def partitioned(over, dtype):
     return jax.jit(jax.value_and_grad(run))
 
 
-def mean_oracle(over, losses, level, where, ids):
-    """Value, and the gradient by the chain rule, in numpy float64."""
-
-    def bent(x):
-        return x if x >= level else 2 * level - x
-
-    def sign(x):
-        return 1.0 if x >= level else -1.0
-
-    counted = np.flatnonzero(where)
-    n = len(counted)
-    if n == 0:
-        return np.nan, None
-    groups = {
-        "batch": [counted],
-        "example": [[i] for i in counted],
-        "segment": [[i for i in counted if ids[i] == k] for k in range(GROUPS)],
-    }[over]
-    value, grad = 0.0, np.zeros(COUNT)
-    for group in (np.asarray(g, int) for g in groups if len(g)):
-        mean = losses[group].mean()
-        value += len(group) / n * (np.nan if np.isnan(mean) else bent(mean))
-        grad[group] = (np.nan if np.isnan(mean) else sign(mean)) / n
-    return value, grad
-
-
 sixteenths = st.integers(-64, 64).map(lambda n: n / 16)
 
 
@@ -254,12 +219,13 @@ def test_any_masked_mean_equals_numpy(*, over, losses, level, where, ids, dtype)
     level = np.float32(level)
     value, grad = jax.device_get(partitioned(over, dtype)(losses, level, where, ids))
     exact = losses.astype(np.float64)
-    wanted, wanted_grad = mean_oracle(over, exact, float(level), where, ids)
+    groups = {"batch": None, "example": np.arange(COUNT), "segment": ids}[over]
+    wanted, slopes = oracles.mean(exact, float(level), groups=groups, weights=where)
     eps = float(jnp.finfo(FLOATS[dtype]).eps)
     assert (value.dtype, grad.dtype) == (losses.dtype, losses.dtype)
     np.testing.assert_allclose(np.float64(value), wanted, rtol=2 * eps, atol=4 * eps)
-    if wanted_grad is not None:
-        np.testing.assert_allclose(grad.astype(np.float64), wanted_grad, rtol=2 * eps)
+    if where.any():
+        np.testing.assert_allclose(grad.astype(np.float64), slopes, rtol=2 * eps)
 
 
 # ---- windows ----
@@ -289,22 +255,6 @@ def accumulated(every_k, skips):
     return run
 
 
-def window_oracle(grads, values, every_k, skips):
-    updates, window, closed = [], [], 0
-    for grad, value in zip(grads, values, strict=True):
-        update = np.zeros(2)
-        bad = not (np.isfinite(grad).all() and np.isfinite(value))
-        if not (skips and bad):
-            window.append((grad, value))
-        if len(window) == every_k:
-            loss = np.mean([v for _, v in window])
-            sign = np.nan if np.isnan(loss) else (1.0 if loss >= THRESHOLD else -1.0)
-            update = sign * np.mean([g for g, _ in window], axis=0)
-            window, closed = [], closed + 1
-        updates.append(update)
-    return np.asarray(updates), closed
-
-
 STEPS = 8
 eighths = st.integers(-16, 16).map(lambda n: n / 8)
 spoiled = st.one_of(eighths, eighths, eighths, st.sampled_from([np.nan, np.inf]))
@@ -321,12 +271,12 @@ def test_any_window_equals_numpy(every_k, skips, grads, values):
     grads, values = np.asarray(grads, np.float32), np.asarray(values, np.float32)
     updates, closed = accumulated(every_k, skips)(grads, values)
     with np.errstate(invalid="ignore"):
-        wanted, windows = window_oracle(grads, values, every_k, skips)
+        wanted, losses = oracles.windows(grads, values, every_k, THRESHOLD, skip=skips)
     # an infinite entry may turn into NaN in a running mean: not finite either way
     finite = np.isfinite(wanted)
     np.testing.assert_array_equal(np.isfinite(updates), finite)
     np.testing.assert_allclose(updates[finite], wanted[finite], rtol=1e-6, atol=1e-6)
-    assert closed == windows
+    assert closed == len(losses)
 
 
 # ---- bad input ----

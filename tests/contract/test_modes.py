@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood, shapes
+from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood
 from flood_optax.levels import warmup
-from tests import processes
+from tests import forms, oracles, processes
 
 
 class Mode(NamedTuple):
@@ -120,12 +120,8 @@ def close(got, wanted, dtype, ulps=2):
 def oracle(loss, level):
     """Multiplier and flooded value of flooding, in numpy."""
     work = np.float64 if loss.dtype == np.float64 else np.float32
-    exact, bound = loss.astype(work), np.asarray(level).astype(work)
-    if np.isnan(exact):
-        return np.nan, loss
-    if exact >= bound:
-        return 1.0, loss
-    return -1.0, ((bound - exact) + bound).astype(loss.dtype)
+    value, multiplier = oracles.bend(loss.astype(work), np.asarray(level).astype(work))
+    return multiplier, value.astype(loss.dtype)
 
 
 # ---- what is checked: every function runs in every mode ----
@@ -250,13 +246,7 @@ def check_16_bit_loss_is_rounded_before_the_compare():
 
 def check_off_is_the_identity():
     updates = updates_of_every_dtype()
-    every = {
-        "reflect": shapes.reflect(),
-        "soft": shapes.soft(0.7),
-        "pause": shapes.pause(),
-        "asymmetric": shapes.asymmetric(0.5, 0.1),
-    }
-    for dtype, shape in itertools.product(FLOATS, every.values()):
+    for dtype, shape in itertools.product(FLOATS, forms.SHAPES.values()):
         transform = scale_by_flood(-np.inf, shape=shape)
 
         def both(loss, transform=transform, shape=shape):
@@ -274,18 +264,7 @@ def check_off_is_the_identity():
 
 
 def check_other_shapes():
-    def soft(r):
-        return 0.7**2 * (np.hypot(1, r / 0.7) - 1), r / np.hypot(1, r / 0.7)
-
-    def asymmetric(r):
-        return (r, 1.0) if r >= -0.125 else (-0.5 * (r + 0.125) - 0.125, -0.5)
-
-    cases = (
-        (shapes.soft(0.7), soft),
-        (shapes.pause(), lambda r: (max(r, 0.0), float(r >= 0))),
-        (shapes.asymmetric(0.5, 0.125), asymmetric),
-    )
-    for (shape, exact), dtype in itertools.product(cases, FLOATS):
+    for (name, shape), dtype in itertools.product(forms.SHAPES.items(), FLOATS):
 
         def both(loss, level, shape=shape):
             value, slope = jax.value_and_grad(
@@ -300,8 +279,8 @@ def check_other_shapes():
             value, slope, scaled = in_mode(
                 both, np.asarray(number, dtype), np.float32(0.5)
             )
-            phi, multiplier = exact(number - 0.5)
-            close(value, phi + 0.5, dtype, ulps=4)
+            exact, multiplier = oracles.bend(number, 0.5, oracles.SHAPES[name])
+            close(value, exact, dtype, ulps=4)
             close(slope, multiplier, dtype, ulps=4)
             close(scaled, multiplier, np.float16)
 

@@ -1,0 +1,111 @@
+"""What flooding is, in NumPy: values, multipliers, means over groups, windows."""
+
+import numpy as np
+
+
+def reflect(r):
+    """|r| and its derivative; a tie descends."""
+    return np.abs(r), np.where(r >= 0, 1.0, -1.0)
+
+
+def soft(scale):
+    return lambda r: (
+        scale**2 * (np.hypot(1, r / scale) - 1),
+        r / np.hypot(1, r / scale),
+    )
+
+
+def pause(r):
+    return np.maximum(r, 0.0), np.where(r >= 0, 1.0, 0.0)
+
+
+def asymmetric(ascent, dead_band):
+    return lambda r: (
+        np.where(r >= -dead_band, r, -ascent * (r + dead_band) - dead_band),
+        np.where(r >= -dead_band, 1.0, -ascent),
+    )
+
+
+# the shapes of tests/forms.py, with their numbers
+SHAPES = {
+    "reflect": reflect,
+    "soft": soft(0.7),
+    "pause": pause,
+    "asymmetric": asymmetric(0.5, 0.125),
+}
+
+
+def bend(loss, level, shape=reflect):
+    """phi(loss - level) + level and phi'(loss - level), in the loss's dtype.
+
+    Above the level, and where flooding is off, the reflected value is the loss itself;
+    NaN stays NaN in both.
+    """
+    loss = np.asarray(loss)
+    loss, level = np.broadcast_arrays(loss, np.asarray(level, loss.dtype))
+    off = level == -np.inf
+    with np.errstate(invalid="ignore", over="ignore"):
+        r = loss - np.where(off, 0, level)
+        phi, slope = shape(r)
+        value = phi + np.where(off, 0, level)
+    slope = np.where(np.isnan(loss), np.nan, slope)
+    value = np.where(off | np.isnan(loss) | (phi == r), loss, value)
+    return value.astype(loss.dtype), np.where(off, 1, slope).astype(loss.dtype)
+
+
+def mean(losses, level, *, groups=None, weights=None, shape=reflect):
+    """Sum over groups of n_k/n [phi(mean_k - b_k) + b_k], and its slope by each loss.
+
+    Args:
+        losses: Of shape [n], computed with in float64.
+        level: One for all groups, or one per group.
+        groups: The group of every loss, ints in [0, k); all are one group by default.
+        weights: What every loss counts; one by default. Zero: nowhere, NaN included.
+        shape: One of the shapes above.
+    """
+    losses = np.asarray(losses, np.float64)
+    groups = np.zeros(len(losses), int) if groups is None else np.asarray(groups)
+    weights = np.ones(len(losses)) if weights is None else np.asarray(weights, float)
+    levels = np.broadcast_to(level, (max(groups.max() + 1, np.size(level)),))
+    counted = weights > 0
+    total = weights[counted].sum()
+    if not total:
+        return np.nan, np.full(len(losses), np.nan)
+    value, slopes = 0.0, np.zeros(len(losses))
+    for k in np.unique(groups[counted]):
+        rows = counted & (groups == k)
+        share = weights[rows].sum() / total
+        average = (weights[rows] @ losses[rows]) / weights[rows].sum()
+        bent, slope = bend(average, levels[k], shape)
+        value += share * bent
+        slopes[rows] = slope * weights[rows] / total
+    return float(value), slopes
+
+
+def windows(grads, values, sizes, level, *, skip=False):
+    """What accumulation gives after each micro-batch: a window is one large batch.
+
+    Args:
+        grads: Of shape [steps, ...].
+        values: Of shape [steps].
+        sizes: How many micro-batches make a window: an int, or one for each window.
+        level: The level of every window.
+        skip: Whether a micro-batch that is not finite counts nowhere.
+
+    Returns:
+        The flooded gradients, zero inside a window; the losses of the closed windows.
+    """
+    updates, closed, window = [], [], []
+    for grad, value in zip(np.asarray(grads), np.asarray(values), strict=True):
+        if not skip or (np.isfinite(grad).all() and np.isfinite(value)):
+            window.append((grad, value))
+        size = sizes if isinstance(sizes, int) else sizes[len(closed)]
+        update = np.zeros(np.shape(grad))
+        if len(window) == size:
+            loss = np.mean([value for _, value in window])
+            _, multiplier = bend(loss, level)
+            update = multiplier * np.mean([grad for grad, _ in window], axis=0)
+            closed.append(loss)
+            window = []
+        updates.append(update)
+    return np.stack(updates), np.asarray(closed)
