@@ -248,6 +248,11 @@ def test_relax_loss_nan_stays_nan_and_a_label_that_is_no_class_gives_it(epoch):
 LOGITS = jnp.ones((2, 3))
 RELAX_ERRORS = {
     "labels_float": ({"labels": jnp.ones(2)}, TypeError, r"relax_loss\(labels\)"),
+    "logits_scalar": (
+        {"logits": jnp.array(1.0), "labels": jnp.array(0)},
+        ValueError,
+        r"must be of shapes \[..., num_classes\].*, got \(\), \(\) and \(\)",
+    ),
     "epoch_float": ({"epoch": 1.5}, TypeError, r"relax_loss\(epoch\)` must be int"),
     "labels_shape": ({"labels": jnp.ones(3, int)}, ValueError, r"\(2, 3\), \(3,\) and"),
     "one_class": ({"logits": LOGITS[:, :1]}, ValueError, "two classes at least"),
