@@ -71,8 +71,7 @@ def forms(losses, inner):
 
     def on_plateau(params, batch):
         init, update = levels.on_plateau(LEVEL, step=0.1, patience=2, mode="min")
-        value, grads = jax.value_and_grad(mean)(params, batch)
-        level, _ = update(init(), value)
+        level, _ = update(init(), mean(params, batch))
         return jax.value_and_grad(flood_optax.flooded(mean, level))(params, batch)
 
     key = jax.random.key(0)
