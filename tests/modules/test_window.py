@@ -471,3 +471,19 @@ def test_a_window_from_before_there_were_weights_goes_on_bit_for_bit():
             jnp.asarray(grads), state, jnp.zeros(2), **arguments
         )
         np.testing.assert_array_equal(updates, expected)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_the_skip_rule_remembers_outlives_its_window(jit):
+    def rule(updates, number, params):
+        del number, params
+        return jnp.array(False), {"largest": jnp.max(updates)}
+
+    optimizer = flood(optax.sgd(1.0), 0.5, every_k=2, should_skip_update_fn=rule)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    state = optimizer.init(jnp.zeros(2))
+    for step, largest in enumerate([3.0, 7.0, 2.0], start=1):
+        grads = jnp.array([-1.0, largest])
+        _, state = update(grads, state, value=jnp.float32(1.0))
+        assert state.flood_window.flood_mini_step == step % 2  # 0: the window closed
+        assert state.flood_window.flood_skip_state["largest"] == largest
