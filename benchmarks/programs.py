@@ -129,6 +129,20 @@ def losses_of(model: Model) -> Callable[[Any, Batch], jax.Array]:
     return losses
 
 
+def by_value(value: Any, **given: Any) -> dict[str, Any]:
+    """What an update is handed beside the gradients: the loss."""
+    del given
+    return {"value": value}
+
+
+def by_gradient(
+    value: Any, *, batch: Batch, value_and_grad: Any, **given: Any
+) -> dict[str, Any]:
+    """What SAM is handed: the gradient at other parameters."""
+    del value, given
+    return {"grad_fn": lambda params, _: value_and_grad(params, batch)[1]}
+
+
 class Form(NamedTuple):
     """A step: its value and gradient, its optimizer, and what it is compared with."""
 
@@ -136,7 +150,7 @@ class Form(NamedTuple):
     optimizer: Any
     reference: str | None = "plain"
     axis_name: str | None = None
-    is_sam: bool = False
+    extra: Callable[..., dict[str, Any]] = by_value
 
 
 def forms(
@@ -186,8 +200,8 @@ def forms(
         "shard_map, plain": mapped(raw, plain, None),
         "shard_map, loss form": mapped(on_mesh, plain, "shard_map, plain"),
         "shard_map, optax form": mapped(raw, chain_on_mesh, "shard_map, plain"),
-        "SAM": Form(raw, sam, is_sam=True),
-        "SAM, loss form": Form(flooded, sam, "SAM", is_sam=True),
+        "SAM": Form(raw, sam, extra=by_gradient),
+        "SAM, loss form": Form(flooded, sam, "SAM", extra=by_gradient),
         "exact penalty": Form(penalty.value_and_grad(mean, STRENGTH), plain),
     }
 
@@ -196,17 +210,16 @@ def step_of(form: Form, mesh: Mesh | None = None) -> Callable[..., Any]:
     """(params, state, batch) -> (params, state, value), over the mesh where mapped."""
 
     def step(params: Any, state: Any, batch: Batch) -> Any:
-        local = params
+        local: Any = params
         if form.axis_name:
-            local = lax.pcast(params, form.axis_name, to="varying")
+            local = cast(Any, lax.pcast)(params, form.axis_name, to="varying")
         value, grads = form.value_and_grad(local, batch)
         if form.axis_name:
             grads = lax.pmean(grads, form.axis_name)
 
-        def grad_fn(params: Any, _: Any) -> Any:
-            return form.value_and_grad(params, batch)[1]
-
-        extra = {"grad_fn": grad_fn} if form.is_sam else {"value": value}
+        extra = form.extra(
+            value, grads=grads, batch=batch, value_and_grad=form.value_and_grad
+        )
         updates, state = form.optimizer.update(grads, state, params, **extra)
         if form.axis_name:
             value = lax.pmean(value, form.axis_name)
@@ -235,12 +248,11 @@ def arguments(
         return P(*(["data" if axis == wide else None for axis in range(len(shape))]))
 
     def put(tree: Any, spec_of: Callable[[Any], P]) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf))
-            ),
-            tree,
-        )
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, spec_of(leaf))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(placed, tree)
 
     state = jax.eval_shape(form.optimizer.init, params)
     return put(params, spec), put(state, spec), put(batch, lambda _: P("data"))

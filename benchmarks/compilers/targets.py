@@ -18,7 +18,7 @@ class Target(NamedTuple):
 
         if self.compiler == "tpu":
             per_host = (2, 2, 1) if self.chips == 4 else (2, 4, 1)
-            found = topologies.get_topology_desc(
+            found: Any = topologies.get_topology_desc(
                 platform="tpu",
                 topology_name=self.topology,
                 chips_per_host_bounds=per_host,
@@ -27,7 +27,8 @@ class Target(NamedTuple):
             found = topologies.get_topology_desc(
                 platform="cuda", topology=self.topology, target_config=self.description
             )
-        return list(found.devices)
+        devices: list[Any] = list(found.devices)
+        return devices
 
 
 def gpu(

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -35,7 +35,8 @@ def compiled(cell: dict[str, Any], mesh: Mesh) -> Any:
 
 def compiled_sweep(mesh: Mesh) -> Any:
     """What `sweep.run(strategy="vmap")` maps over 64 runs, on the first chip."""
-    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    first: Any = mesh.devices.flat[0]
+    one = jax.sharding.SingleDeviceSharding(first)
     levels = jax.ShapeDtypeStruct((RUNS,), np.float32, sharding=one)
     keys = jax.random.split(jax.random.key(0), RUNS)
     data = jax.ShapeDtypeStruct((RUNS, 2), np.uint32, sharding=one)
@@ -70,7 +71,7 @@ def measured(program: Any) -> dict[str, Any]:
 
 
 def main(target: str, cells: str, rows: str) -> None:
-    mesh = Mesh(np.array(TARGETS[target].devices()), ("data",))
+    mesh = Mesh(np.array(cast(Any, TARGETS[target].devices())), ("data",))
     with pathlib.Path(rows).open("a", encoding="utf-8") as stream:
         for cell in json.loads(pathlib.Path(cells).read_text(encoding="utf-8")):
             start = time.process_time()
