@@ -126,7 +126,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         if (chosen := having(form=form))
     ]
     made = {
-        "compilers": report.table(
+        "compilers": report.markdown(
             [
                 *("form", "against", "programs", *HEADER, "more kernels"),
                 *("host transfers added", "custom calls added"),
@@ -146,7 +146,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         for form in FLOODED
         if having(target=target, form=form)
     ]
-    made["compilers-machines"] = report.table(
+    made["compilers-machines"] = report.markdown(
         ["machine", "compiled", "form", *HEADER], machines
     )
     growth = [
@@ -161,5 +161,5 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             ]
         )
     ]
-    made["compilers-growth"] = report.table(["chips", "form", *HEADER], growth)
+    made["compilers-growth"] = report.markdown(["chips", "form", *HEADER], growth)
     return made

@@ -1,0 +1,137 @@
+"""Every public form, compiled by XLA for TPU v5e and H100: what it adds to a step."""
+
+import functools
+
+import pytest
+
+from benchmarks import compilers
+from benchmarks.compilers import environments, summary
+from benchmarks.compilers.targets import TARGETS
+from tests.accelerators import more_forms
+
+MACHINES = ("v5e 2x2", "8 H100")
+PLANTED = ("planted debug.callback", "planted pure_callback", "planted pmean")
+OPTAX_FORMS = ("optax form", "wrapper", "shard_map, optax form")
+MORE_OPTAX_FORMS = (
+    *(f"optax form, {name}" for name in more_forms.SHAPES),
+    *("optax form, warm-up", "wrapper, warm-up"),
+)
+LOSS_FORMS = ("loss form", "shard_map, loss form")
+MORE_FORMS = (
+    *MORE_OPTAX_FORMS,
+    *("wrapper, weights and flush", "wrapper, L-BFGS", "loss form, info"),
+    *("loss form, plateau", "masked mean", "WaveBound", "AdaFlood", "RelaxLoss"),
+    *("penalty, objective", "penalty, forward", "penalty, backward"),
+    *("gradient norm", "Hessian trace", "top eigenvalue"),
+)
+FLOODED = (*OPTAX_FORMS, *MORE_OPTAX_FORMS, *LOSS_FORMS, "SAM, loss form")
+WINDOW, STEPS = "wrapper, every_k=4", "MultiSteps(4)"
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.slow,
+    pytest.mark.parametrize("machine", MACHINES),
+]
+
+
+@functools.cache
+def programs_for(machine):
+    """The rows of all programs, by form; those with a reference are compared to it."""
+    compiler = TARGETS[machine].compiler
+    envs = environments.default()
+    if not environments.installed(compiler, envs):
+        pytest.skip(
+            f"XLA's compiler for {compiler} is not installed: "
+            "python -m benchmarks compilers --install"
+        )
+    own = compilers.cells([(machine, "mlp", "bfloat16", False, compilers.EVERY)])
+    sweep = compilers.cells([(machine, "sweep", "float32", False, ("sweep, vmap",))])
+    more = compilers.cells(
+        [(machine, "mlp", "bfloat16", False, (*MORE_FORMS, *PLANTED))]
+    )
+    module = {"forms": more_forms.__name__}
+    cells = [*own, *sweep, *(cell | module for cell in more)]
+    rows = []
+    environments.compile_cells(machine, cells, envs, rows.append)
+    of = summary.references()
+    of |= dict.fromkeys((*MORE_FORMS, *PLANTED), "plain")
+    of["planted pmean"] = "shard_map, plain"
+    of["wrapper, weights and flush"] = STEPS
+    seen = {row["form"]: row for row in rows}
+    return seen | {row["form"]: row for row in summary.compared(rows, of)}
+
+
+def row_of(machine, form):
+    row = programs_for(machine)[form]
+    assert "error" not in row, row["error"]
+    return row
+
+
+def sends_as_the_reference(row):
+    """No collective more, and not a byte more in them."""
+    return (row["more_collectives"], row["more_collective_bytes"]) == (0, 0)
+
+
+def stays_on_the_device(row):
+    return not row["new_host_transfers"] and not row["new_custom_calls"]
+
+
+@pytest.mark.parametrize("form", [*compilers.EVERY, *MORE_FORMS, "sweep, vmap"])
+def test_every_form_compiles_and_stays_on_the_device(machine, form):
+    row = row_of(machine, form)
+    assert row["host_transfers"] == []
+    if "new_custom_calls" in row:
+        assert stays_on_the_device(row), row["new_custom_calls"]
+
+
+@pytest.mark.parametrize("form", [*OPTAX_FORMS, *MORE_OPTAX_FORMS])
+def test_optax_forms_add_no_collective(machine, form):
+    assert sends_as_the_reference(row_of(machine, form))
+
+
+@pytest.mark.parametrize("form", LOSS_FORMS)
+def test_loss_form_adds_one_scalar_collective_at_most(machine, form):
+    row = row_of(machine, form)
+    assert 0 <= row["more_collectives"] <= 1
+    assert 0 <= row["more_collective_bytes"] <= 4
+
+
+@pytest.mark.parametrize("form", FLOODED)
+def test_flooding_holds_no_more_memory(machine, form):
+    row = row_of(machine, form)
+    assert row["peak_bytes_ratio"] <= 1.01
+    assert row["argument_bytes"] > 0
+
+
+@pytest.mark.parametrize("form", FLOODED)
+def test_flooding_moves_no_more_bytes(machine, form):
+    """A multiplication of its own would read and write every gradient again."""
+    row = row_of(machine, form)
+    assert row["kernel_bytes_ratio"] <= 1.002
+    if machine.startswith("v5e"):
+        assert row["bytes_accessed_ratio"] <= 1.01
+        assert row["flops_ratio"] <= 1.005
+
+
+@pytest.mark.parametrize("form", [WINDOW, "wrapper, weights and flush"])
+def test_accumulation_costs_no_more_than_multisteps(machine, form):
+    row = row_of(machine, form)
+    assert sends_as_the_reference(row)
+    assert row["peak_bytes_ratio"] <= 1.01
+    if machine.startswith("v5e"):
+        assert row["flops_ratio"] <= 1.005
+
+
+# ---- that the checks can fail ----
+
+
+@pytest.mark.parametrize("form", ["planted debug.callback", "planted pure_callback"])
+def test_planted_callback_is_found(machine, form):
+    row = programs_for(machine)[form]
+    assert "error" in row or not stays_on_the_device(row)
+    if "error" in row:
+        assert "callback" in row["error"], row["error"]
+
+
+def test_planted_collective_is_found(machine):
+    assert not sends_as_the_reference(row_of(machine, "planted pmean"))
