@@ -129,10 +129,6 @@ def scale_by_flood(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        *,
-        value: ArrayLike | None = None,
-        loss: ArrayLike | None = None,
-        weight: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
@@ -144,7 +140,7 @@ def scale_by_flood(
                 "`flood_optax.flooded(loss_fn, level)`."
             )
         before: FloodState = own_state(state, FloodState, "scale_by_flood()")
-        read = batch_loss("scale_by_flood()", value, loss, weight, axis_name)
+        read = batch_loss("scale_by_flood()", extra_args, axis_name)
         bent, after = at_work.step(before, read.loss)
         multiplier = bent.multiplier
         if not isinstance(read.weight, int):
@@ -213,14 +209,11 @@ class BatchLoss(NamedTuple):
 
 
 def batch_loss(
-    call: str,
-    value: ArrayLike | None,
-    loss: ArrayLike | None,
-    weight: ArrayLike | None,
-    axis_name: AxisName | None,
+    call: str, extra_args: dict[str, Any], axis_name: AxisName | None
 ) -> BatchLoss:
     """The raw loss handed to an update, checked and averaged over the mapped axis."""
-    name, given = ("loss", loss) if value is None else ("value", value)
+    name = "loss" if extra_args.get("value") is None else "value"
+    given, weight = extra_args.get(name), extra_args.get("weight")
     if given is None:
         raise ValueError(
             f"`{call}.update(value=...)` needs the current loss, got None: "

@@ -12,8 +12,8 @@ from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, Bent
-from flood_optax.objective import flooded
+from flood_optax.bend import AxisName
+from flood_optax.search import check_search, flooded_search, forgetting
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
     FloodState,
@@ -144,25 +144,22 @@ def flood(
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        value: ArrayLike | None = None,
-        loss: ArrayLike | None = None,
-        weight: ArrayLike | None = None,
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         before: FloodWrapperState = own_state(state, FloodWrapperState, "flood(inner)")
-        weighted = not (weight is None or axis_name is None)
-        _check_search(extra_args, before, weighted=weighted)
-        read = batch_loss("flood(inner)", value, loss, weight, axis_name)
-        if loss is not None:
-            extra_args["loss"] = loss
-        number = before.flood_state.flood_step
+        check_search(
+            extra_args,
+            windows=before.flood_window != (),
+            weighted=axis_name is not None and extra_args.get("weight") is not None,
+        )
+        read = batch_loss("flood(inner)", extra_args, axis_name)
         batch = windows.add(
             before.flood_window,
             updates,
             *read,
             flush=flush,
-            number=number,
+            number=before.flood_state.flood_step,
             params=params,
         )
 
@@ -174,10 +171,10 @@ def flood(
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
-                **_flooded_search(extra_args, bent, shape, axis_name),
+                **flooded_search(extra_args, bent, shape, axis_name),
             )
             if extra_args.get("value_fn") is not None:
-                inner_state = _forgetting(inner_state, bent)
+                inner_state = forgetting(inner_state, bent)
             return stepped, FloodWrapperState(flood_state, inner_state, batch.closed)
 
         if batch.emits is True:
@@ -254,55 +251,3 @@ def _refuse_floods_and_windows(inner_state: Any) -> None:
                 "each other. Use `flood(optimizer, level)` around the bare optimizer, "
                 "or `scale_by_flood(level)` first in its chain."
             )
-
-
-def _check_search(extra_args: Any, state: FloodWrapperState, *, weighted: bool) -> None:
-    """A line search compares losses of one batch: those it evaluates, and this one."""
-    for name in ("value_fn", "grad"):
-        if extra_args.get(name) is None:
-            continue
-        if state.flood_window != ():
-            raise ValueError(
-                "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
-                f"`{name}`, which belongs to one micro-batch, got one. "
-                "Line searches need the whole batch: `flood(inner, level)`."
-            )
-        if weighted and name == "value_fn":
-            raise ValueError(
-                "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both. "
-                "Give a `value` and a `value_fn` that are the weighted mean over the "
-                "devices already, without axis_name and weight."
-            )
-
-
-def _flooded_search(
-    extra_args: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
-) -> dict[str, Any]:
-    """The extra arguments with those of a line search, which come raw, flooded."""
-    search: dict[str, Any] = {}
-    if extra_args.get("grad") is not None:
-        search["grad"] = scaled(extra_args["grad"], bent.multiplier)
-    if extra_args.get("value_fn") is not None:
-        search["value_fn"] = flooded(
-            extra_args["value_fn"], bent.level, axis_name=axis_name, shape=shape
-        )
-    return extra_args | search
-
-
-def _forgetting(inner_state: Any, bent: Bent) -> Any:
-    """Marks value and gradient that a line search keeps, flooded ones, as unknown.
-
-    `optax.value_and_grad_from_state` takes them for raw ones, unless the value is
-    infinite: then it evaluates the loss function, as it does at the first step.
-    """
-
-    def kept(node: Any) -> bool:
-        return {"value", "grad"} <= set(getattr(node, "_fields", ()))
-
-    def forget(node: Any) -> Any:
-        if not kept(node):
-            return node
-        off = bent.level == -jnp.inf  # nothing was flooded
-        return node._replace(value=jnp.where(off, node.value, jnp.inf))
-
-    return jax.tree.map(forget, inner_state, is_leaf=kept)

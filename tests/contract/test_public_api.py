@@ -11,24 +11,11 @@ import flood_optax
 from tests import processes
 
 PUBLIC = {
-    "flood_optax": {
-        "FloodInfo",
-        "FloodState",
-        "FloodWindow",
-        "FloodWrapperState",
-        "Shape",
-        "flood",
-        "flood_loss",
-        "flood_mean",
-        "flooded",
-        "levels",
-        "objective",
-        "penalty",
-        "scale_by_flood",
-        "shapes",
-        "sharpness",
-        "sweep",
-    },
+    "flood_optax": set(
+        "FloodInfo FloodState FloodWindow FloodWrapperState Shape flood flood_loss "
+        "flood_mean flooded levels objective penalty scale_by_flood shapes sharpness "
+        "sweep".split()
+    ),
 }
 SIGNATURES = {
     "flood_loss": "(loss, level, *, shape)",
