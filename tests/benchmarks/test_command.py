@@ -11,7 +11,7 @@ pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
 from benchmarks import __main__ as command, record, report, synthetic
 
-OWN_TESTS = {"compilers", "language", "quickstart", "report"}
+OWN_TESTS = {"compilers", "language", "quickstart", "report", "trainers"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
 LONGEST = {"family", "fashion", "overhead", "penalty", "sweep"}
 

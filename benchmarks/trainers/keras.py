@@ -1,0 +1,165 @@
+"""Keras 3 on JAX: `fit` with validation and callbacks."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from benchmarks.trainers import problem, rows
+from flood_optax import flood_loss
+
+TITLE = "keras 3 on JAX"
+SECTION = "Keras"
+REQUIREMENTS = ("keras==3.15.1", "jax==0.10.2", "optax==0.2.8")
+VARIABLES = {"KERAS_BACKEND": "jax"}
+LEVEL = problem.LEVEL
+X, Y = problem.X, problem.Y[:, None]
+VALID = problem.VALID_X, problem.VALID_Y[:, None]
+
+
+def network(**options: Any) -> dict[str, Any]:
+    """The inputs and outputs of a small network, the same each time."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(32, activation="tanh", **options)(inputs)
+    return {"inputs": inputs, "outputs": keras.layers.Dense(1, dtype="float32")(hidden)}
+
+
+def fit(model: Any, epochs: int, **options: Any) -> dict[str, np.ndarray]:
+    """What `fit` logs in training by whole batches, or as the options say."""
+    options = {"batch_size": len(X), "validation_data": VALID, "verbose": 0} | options
+    done = model.fit(X, Y, epochs=epochs, **options)
+    return {name: np.array(values) for name, values in done.history.items()}
+
+
+def adam(**options: Any) -> Any:
+    return keras.optimizers.Adam(0.01, **options)
+
+
+class FloodedLoss(keras.losses.MeanSquaredError):
+    """The wrong place: validation calls it, too."""
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return flood_loss(super().__call__(y_true, y_pred, sample_weight), LEVEL)
+
+
+class FloodedCall(keras.losses.MeanSquaredError):
+    """The wrong place: before the mean over the batch."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return flood_loss(super().call(y_true, y_pred), LEVEL)
+
+
+def plain(loss: Any) -> Any:
+    model = keras.Model(**network())
+    model.compile(optimizer=adam(), loss=loss, metrics=["mse"])
+    return model
+
+
+def end(values: np.ndarray) -> float:
+    return float(values[-rows.LAST :].mean())
+
+
+def measure(run: rows.Run) -> rows.Row:
+    steps = run.steps(200)
+    model = run.recipe(**network())["model"]
+    raw: list[float] = []
+
+    def evaluate(*_: Any) -> None:
+        raw.append(float(np.mean((np.asarray(model(VALID[0])) - VALID[1]) ** 2)))
+
+    best = run.work / "best.keras"
+    watch = [
+        keras.callbacks.LambdaCallback(on_epoch_end=evaluate),
+        keras.callbacks.EarlyStopping(patience=steps),
+        keras.callbacks.ModelCheckpoint(str(best), save_best_only=True),
+    ]
+    log = fit(model, steps, callbacks=watch)
+    stopped: Any = watch[1]
+    assert stopped.best_epoch == int(np.argmin(raw))
+    custom = {"Flooded": type(model)}
+    chosen: Any = keras.models.load_model(best, custom_objects=custom)
+    assert abs(chosen.evaluate(*VALID, verbose=0)[0] - min(raw)) < 1e-6
+
+    # steps_per_execution, on four batches an epoch, unshuffled
+    def in_parts(together: int) -> Any:
+        other = run.recipe(**network())["model"]
+        other.compile(adam(), "mse", metrics=["mse"], steps_per_execution=together)
+        fit(other, 20, batch_size=16, shuffle=False)
+        return other.get_weights()
+
+    # mixed precision: the loss is scaled after `compute_loss`
+    half = run.recipe(**network(dtype="mixed_float16"))["model"]
+    half.compile(keras.optimizers.LossScaleOptimizer(adam()), "mse", metrics=["mse"])
+    mixed = fit(half, steps)
+
+    # a run that is resumed from a saved model
+    whole = run.recipe(**network())["model"]
+    fit(whole, 40)
+    first = run.recipe(**network())["model"]
+    fit(first, 20)
+    first.save(run.work / "half.keras")
+    second: Any = keras.models.load_model(
+        run.work / "half.keras", custom_objects=custom
+    )
+    fit(second, 20)
+
+    shown = fit(plain(FloodedLoss()), steps)
+    each = fit(plain(FloodedCall()), steps)
+    parts = run.recipe(**network())["model"]
+    parts.compile(adam(gradient_accumulation_steps=4), "mse", metrics=["mse"])
+    accumulated = fit(parts, steps, batch_size=16, shuffle=False)
+    weighted = run.recipe(**network())["model"]
+    by_weight = fit(weighted, steps, sample_weight=np.full(len(X), 0.5, np.float32))
+    summed = run.recipe(**network())["model"]
+    summed.compile(adam(), keras.losses.MeanSquaredError("sum"), metrics=["mse"])
+    by_sum = fit(summed, steps)
+    return rows.Row(
+        form="override `compute_loss`, flood in training only",
+        level=LEVEL,
+        losses=log["mse"].tolist(),
+        value="it takes no optax",
+        evaluation=log["val_loss"].tolist(),
+        evaluation_raw=raw,
+        evaluates_flooded=bool(shown["val_loss"].min() >= LEVEL > min(raw)),
+        accumulates="each micro-batch",
+        resume=rows.distance(whole.get_weights(), second.get_weights()),
+        wrong=[
+            rows.Wrong(
+                "a loss class with a flooded `__call__`",
+                "`val_loss` is {floor:.3f} at its least, the raw one {raw:.3f}; its "
+                "best epoch is {epoch}, the raw one's {raw_epoch}",
+                {
+                    "floor": float(shown["val_loss"].min()),
+                    "raw": float(shown["val_mse"].min()),
+                    "epoch": int(shown["val_loss"].argmin()),
+                    "raw_epoch": int(shown["val_mse"].argmin()),
+                },
+            ),
+            rows.Wrong(
+                "a loss class with a flooded `call`",
+                "each example is flooded: raw loss {last:.3f}",
+                {"last": end(each["mse"])},
+            ),
+            rows.Wrong(
+                "`gradient_accumulation_steps=4`",
+                "each micro-batch is flooded: raw loss {last:.3f}",
+                {"last": end(accumulated["mse"])},
+            ),
+            rows.Wrong(
+                "`sample_weight` of .5 everywhere",
+                "the weighted sum is divided by the number of examples: raw loss "
+                "{last:.3f}",
+                {"last": end(by_weight["mse"])},
+            ),
+            rows.Wrong(
+                '`MeanSquaredError("sum")`',
+                "the sum of 64 losses meets the level: raw loss {last:.4f}",
+                {"last": end(by_sum["mse"])},
+            ),
+        ],
+        notes={
+            "mixed": end(mixed["mse"]),
+            "steps_per_execution": rows.distance(in_parts(1), in_parts(4)),
+        },
+    )

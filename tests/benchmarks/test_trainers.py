@@ -1,0 +1,146 @@
+"""`python -m benchmarks trainers`: what it records, and what it makes of failures.
+
+The trainers themselves are not installed: their modules are read, not run.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
+
+from benchmarks import __main__ as command, report
+from benchmarks.trainers import environments, page, rows, summary
+
+KNOWN = environments.trainers()
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_trainer_pins_its_versions_and_has_a_recipe_on_the_page(name):
+    trainer = KNOWN[name]
+    assert trainer.requirements
+    for requirement in trainer.requirements:
+        assert "==" in requirement or "@" in requirement, requirement
+    code = page.blocks(trainer.section)
+    assert code
+    for block in code:
+        compile(block, "page", "exec")
+
+
+def test_every_recipe_that_the_suite_cannot_run_is_run_by_a_trainer():
+    text = page.PAGE.read_text(encoding="utf-8")
+    sections = {trainer.section for trainer in KNOWN.values()}
+    for part in text.split("\n## ")[1:]:
+        if "\n```py\n" in part:
+            assert part.partition("\n")[0] in sections
+
+
+def test_recipe_sees_what_all_share_and_what_it_is_given():
+    found = rows.Run("Recipes", pathlib.Path(), smoke=True).recipe(given=3)
+    assert found["given"] == 3
+    assert found["scale_by_flood"]
+    with pytest.raises(LookupError, match="no section 'Nowhere'"):
+        page.blocks("Nowhere")
+
+
+LOSSES = [0.3] * 30 + [0.19, 0.22] * 10
+
+
+def test_row_tells_what_the_run_gave():
+    made = rows.Row(
+        form="loss form",
+        level=0.2,
+        losses=LOSSES,
+        value="yes",
+        evaluation=[0.4, 0.1],
+        evaluation_raw=[0.4, 0.1 + 1e-7],
+    ).checked()
+    assert made["last"] == pytest.approx(0.205)
+    assert made["below"] == 0.5
+    assert made["steps"] == 50
+    assert made["evaluation_off"] == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses": [0.1] * 40}, "the level is 0.2"),
+        ({"losses": [0.201] * 40}, "share of 0.0 of them is below"),
+        ({"evaluation": [0.4, 0.3]}, "differs by 0.19"),
+        ({"evaluation_raw": [0.4, 0.3]}, "0.3, is not below the level"),
+    ],
+    ids=["not flooded", "above the level", "flooded evaluation", "nothing shown"],
+)
+def test_row_of_a_run_that_does_not_show_it_is_refused(change, message):
+    row = rows.Row(
+        form="loss form",
+        level=0.2,
+        losses=LOSSES,
+        value="yes",
+        evaluation=[0.4, 0.1],
+        evaluation_raw=[0.4, 0.1],
+    )
+    with pytest.raises(AssertionError, match=message):
+        dataclasses.replace(row, **change).checked()
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Trainers of one folder, run by the Python that runs the tests."""
+    monkeypatch.setattr(
+        environments, "python_of", lambda *_: pathlib.Path(sys.executable)
+    )
+
+    def install(trainer, envs):
+        if trainer.requirements[0].startswith("absent"):
+            raise RuntimeError("Cannot be installed: no such release | none")
+
+    monkeypatch.setattr(environments, "install", install)
+    one, *_ = KNOWN.values()
+    absent = dataclasses.replace(one, name="absent", requirements=("absent==1",))
+    failing = dataclasses.replace(one, name="nowhere", requirements=("nowhere==1",))
+    monkeypatch.setattr(
+        environments, "trainers", lambda: {"absent": absent, "nowhere": failing}
+    )
+    monkeypatch.setattr(environments, "fingerprint", lambda *_, **__: "same")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def test_trainers_that_cannot_run_keep_rows_that_say_why(here, capsys):
+    command.main(["trainers", "--smoke", "--out", str(here)])
+    payload = json.loads((here / "trainers.json").read_text())
+    absent, failing = payload["rows"]
+    assert absent["error"] == "Cannot be installed: no such release | none"
+    assert failing["error"].startswith("ModuleNotFoundError: No module named")
+    table = report.tables(here)["trainers"]
+    assert "not run: Cannot be installed: no such release / none" in table
+    assert "not run: ModuleNotFoundError" in table
+
+
+def test_messages_lose_the_paths_of_the_machine():
+    assert environments.anonymous("no file /a/b/c.py here") == "no file PATH here"
+    assert environments.anonymous("either/or, and/or") == "either/or, and/or"
+
+
+def test_rows_become_tables_and_numbers():
+    trainer, *_ = KNOWN.values()
+    row = rows.Row(
+        form="loss form",
+        level=0.2,
+        losses=LOSSES,
+        value="yes",
+        evaluates_flooded=True,
+        accumulates="each micro-batch",
+        resume=0.0,
+        wrong=[rows.Wrong("`flooded`", "raw loss {last:.2f}", {"last": 0.123})],
+    ).checked()
+    made = [{"trainer": "one", **trainer.described(), **row, "seconds": 1.0}]
+    tables = summary.tables(made)
+    assert "| yes | **yes** | **each micro-batch** | loss form |" in tables["trainers"]
+    assert "| 0.2 | 0.205 | 50% | - | - | - | 0 |" in tables["trainers-runs"]
+    assert "| `flooded` | raw loss 0.12 |" in tables["trainers-wrong"]
+    assert summary.numbers(made)["one/wrong1/last"] == 0.123
