@@ -26,11 +26,10 @@ def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> 
             f"`{call}` must be a real number, got {given!r} of type "
             f"{type(given).__name__}."
         )
-    dtype, shape = jnp.result_type(given), np.shape(cast(ArrayLike, given))
+    dtype = jnp.result_type(cast(ArrayLike, given))
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
-    if shape != ():
-        raise ValueError(f"`{call}` must be a scalar, got shape {shape}.")
+    scalar(call, given)
     if not isinstance(given, Tracer) and not holds(float(given)):
         raise ValueError(f"`{call}` must be {rule}, got {given}.")
 
@@ -46,6 +45,36 @@ def integer(call: str, given: Any, *, least: int) -> int:
     if found < least:
         raise ValueError(f"`{call}` must be at least {least}, got {found}.")
     return found
+
+
+def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
+    """Demands an array of integers, in [0, below), which a tracer is not asked."""
+    array = jnp.asarray(given)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"`{call}` must be integers, got {array.dtype}.")
+    known = None if below is None else _known(given)
+    if known is not None and known.size and not 0 <= known.min() <= known.max() < below:
+        least, most = known.min(), known.max()
+        raise ValueError(
+            f"`{call}` must lie in [0, {below}), got {least:.0f} to {most:.0f}."
+        )
+    return array
+
+
+def one_per_loss(call: str, given: jax.Array, shape: tuple[int, ...]) -> None:
+    """Demands the shape of the losses."""
+    if given.shape != shape:
+        raise ValueError(
+            f"`{call}` must have the shape {shape} of the losses, got {given.shape}."
+        )
+
+
+def scalar(call: str, given: Any, remedy: str = "") -> None:
+    """Demands the shape ()."""
+    if np.shape(given) != ():
+        raise ValueError(
+            f"`{call}` must be a scalar{remedy}, got shape {np.shape(given)}."
+        )
 
 
 def function(call: str, given: Any, remedy: str = "") -> None:
@@ -125,11 +154,7 @@ def _known(given: Any) -> np.ndarray | None:
 def check_scalar_level(level: Any, call: str) -> None:
     """As `check_level`, and refuses anything that is not one number."""
     check_level(level, call)
-    if np.shape(level) != ():
-        raise ValueError(
-            f"`{call}` must be a scalar where one loss is flooded, "
-            f"got shape {np.shape(level)}."
-        )
+    scalar(call, level, " where one loss is flooded")
 
 
 def real_array(loss: Any, call: str) -> jax.Array:
@@ -204,11 +229,7 @@ def loss_mask(
     mask = jnp.asarray(where)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"`flood_mean(where=...)` must be boolean, got {mask.dtype}.")
-    if mask.shape != shape:
-        raise ValueError(
-            f"`flood_mean(where=...)` must have the shape {shape} of the losses, "
-            f"got {mask.shape}."
-        )
+    one_per_loss("flood_mean(where=...)", mask, shape)
     if isinstance(where, np.ndarray) and not where.any() and not split:
         raise ValueError(
             "`flood_mean(where=...)` must leave at least one loss, got a mask that "
@@ -228,10 +249,7 @@ def loss_weights(
         raise TypeError(f"`{call}` must be real numbers, got bool: a mask is `where`.")
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"`{call}` must be real numbers, got {array.dtype}.")
-    if array.shape != shape:
-        raise ValueError(
-            f"`{call}` must have the shape {shape} of the losses, got {array.shape}."
-        )
+    one_per_loss(call, array, shape)
     concrete = _known(weights)
     if concrete is not None and not (np.isfinite(concrete) & (concrete >= 0)).all():
         raise ValueError(
@@ -254,21 +272,6 @@ def segments(
             '`flood_mean(over="segment")` needs `num_segments`, a static int, got None.'
         )
     count = integer("flood_mean(num_segments=...)", num_segments, least=1)
-    ids = jnp.asarray(segment_ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(
-            f"`flood_mean(segment_ids=...)` must be integers, got {ids.dtype}."
-        )
-    if ids.shape != shape:
-        raise ValueError(
-            f"`flood_mean(segment_ids=...)` must have the shape {shape} of the losses, "
-            f"got {ids.shape}."
-        )
-    if isinstance(segment_ids, np.ndarray) and (
-        segment_ids.min() < 0 or segment_ids.max() >= count
-    ):
-        raise ValueError(
-            f"`flood_mean(segment_ids=...)` must lie in [0, {count}), got "
-            f"{segment_ids.min()} to {segment_ids.max()}."
-        )
+    ids = integers("flood_mean(segment_ids=...)", segment_ids, below=count)
+    one_per_loss("flood_mean(segment_ids=...)", ids, shape)
     return ids, count

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flood_optax.bend import flood_share, wide
-from flood_optax.checks import check_scalar_level, number, real_array
+from flood_optax.checks import check_scalar_level, integers, number, real_array
 from flood_optax.shapes import reflect
 
 
@@ -55,12 +55,8 @@ def relax_loss(
       Chen, Yu and Fritz, RelaxLoss, ICLR 2022, https://arxiv.org/abs/2207.05801
     """
     logits = real_array(logits, "relax_loss(logits)")
-    labels, epoch = jnp.asarray(labels), jnp.asarray(epoch)
-    for name, given in (("labels", labels), ("epoch", epoch)):
-        if not jnp.issubdtype(given.dtype, jnp.integer):
-            raise TypeError(
-                f"`relax_loss({name})` must be integers, got {given.dtype}."
-            )
+    labels = integers("relax_loss(labels)", labels)
+    epoch = integers("relax_loss(epoch)", epoch)
     fit = logits.ndim > 0 and logits.shape[:-1] == labels.shape and labels.size > 0
     if not fit or logits.shape[-1] < 2 or epoch.shape != ():
         raise ValueError(

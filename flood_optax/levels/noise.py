@@ -5,12 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.scipy.special import xlog1py
 from jax.typing import ArrayLike
 
 from flood_optax.bend import wide
-from flood_optax.checks import integer, number
+from flood_optax.checks import integer, integers, number
 from flood_optax.levels.targets import entropy_floor, probabilities
 
 
@@ -101,19 +100,13 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
       Labels, JAIR 2021, https://arxiv.org/abs/1911.00068
     """
     p = probabilities(probs, "noise_matrix(probs)")
-    y = jnp.asarray(labels)
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"`noise_matrix(labels)` must be integers, got {y.dtype}.")
+    y = integers("noise_matrix(labels)", labels, below=p.shape[-1])
     if p.ndim != 2 or y.shape != p.shape[:1] or y.size == 0:
         raise ValueError(
             "`noise_matrix(probs, labels)` must be of shapes [n, c] and [n], got "
             f"{p.shape} and {y.shape}."
         )
     n, c = p.shape
-    if not isinstance(y, Tracer) and not bool(((y >= 0) & (y < c)).all()):
-        raise ValueError(
-            f"`noise_matrix(labels)` must lie in [0, {c}), got {y.min()} to {y.max()}."
-        )
     own = p[jnp.arange(n), y]
     number_of = jnp.zeros(c, p.dtype).at[y].add(1)
     highest = jnp.full(c, -jnp.inf, p.dtype).at[y].max(own)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flood_optax.bend import wide
-from flood_optax.checks import integer, number, one_of, real_array
+from flood_optax.checks import integer, number, one_of, real_array, scalar
 
 
 def at_best(
@@ -167,11 +167,7 @@ def on_plateau(
     def update(
         state: PlateauState, metric: ArrayLike
     ) -> tuple[jax.Array, PlateauState]:
-        if np.shape(metric) != ():
-            raise ValueError(
-                "`on_plateau().update(metric)` must be a scalar, got shape "
-                f"{np.shape(metric)}."
-            )
+        scalar("on_plateau().update(metric)", metric)
         score = jnp.asarray(metric, jnp.float32) * (1 if mode == "max" else -1)
         improved = score > state.best
         best = jnp.where(improved, score, state.best)
