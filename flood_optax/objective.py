@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, check_shape, flood_share
+from flood_optax.bend import AxisName, check_shape, flood_share, like, with_slope
 from flood_optax.checks import (
     broadcast_level,
     check_level,
@@ -92,6 +92,7 @@ def flooded(
     axis_name: AxisName | None = None,
     shape: Shape = reflect(),
     return_info: bool = False,
+    raw_value: bool = False,
 ) -> Callable[..., Any]:
     r"""Wraps a loss function so that its gradient floods.
 
@@ -120,6 +121,9 @@ def flooded(
         JAX has summed their gradients already.
       shape: how to bend, see `flood_optax.shapes`.
       return_info: whether to return (flooded loss, FloodInfo) instead.
+      raw_value: whether the value is the raw loss, and the gradient alone is flooded:
+        for a trainer that logs its training loss, or evaluates with it. Not for a
+        line search, which must see the function whose gradient it follows.
 
     Returns:
       A function of the same arguments as ``loss_fn`` that returns the flooded loss,
@@ -162,8 +166,11 @@ def flooded(
             "`flood_mean(losses, level)` says over what to average.",
         )
         value, bent = flood_share(loss, jnp.asarray(level), shape, axis_name)
+        raw = bent.loss.astype(loss.dtype)
+        if raw_value:
+            shown = raw if axis_name is None else like(raw, loss)
+            value = with_slope(value, shown, jnp.ones_like(shown))
         if return_info:
-            raw = bent.loss.astype(loss.dtype)
             seen = lax.stop_gradient((raw, bent.level, bent.multiplier))
             return value, FloodInfo(*seen, aux)
         return (value, aux) if has_aux else value

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from flood_optax import flood_loss, flooded, scale_by_flood
+from flood_optax import flooded, scale_by_flood, shapes
 from tests import processes
 
 X = jax.random.normal(jax.random.key(0), (64, 4))
@@ -27,17 +28,6 @@ def loss_fn(w, x, y):
 
 
 # ---- a trainer that evaluates with its training loss ----
-
-
-def raw_value(loss_fn, level):
-    """The recipe of the page: the gradient is flooded, the value is raw."""
-
-    def wrapped(*args):
-        loss = loss_fn(*args)
-        bent = flood_loss(loss, level)
-        return bent + jax.lax.stop_gradient(loss - bent)
-
-    return wrapped
 
 
 def fit_by_its_own_loss(function, steps=80):
@@ -64,7 +54,7 @@ def test_flooded_loss_given_to_a_trainer_floods_its_evaluation():
 
 
 def test_raw_value_with_flooded_gradient_leaves_evaluation_raw():
-    train, valid, raw = fit_by_its_own_loss(raw_value(loss_fn, LEVEL))
+    train, valid, raw = fit_by_its_own_loss(flooded(loss_fn, LEVEL, raw_value=True))
     np.testing.assert_allclose(valid, raw, rtol=1e-6)
     assert abs(train[-20:].mean() - LEVEL) < 0.03  # it floods, and its log is raw
     assert train.min() < LEVEL
@@ -73,12 +63,66 @@ def test_raw_value_with_flooded_gradient_leaves_evaluation_raw():
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["below", "above"])
 def test_raw_value_has_the_gradient_of_the_flooded_loss(scale):
     w = START + scale * jnp.array([0.9, 0.3, 0.1, -0.1])
-    value, grads = jax.value_and_grad(raw_value(loss_fn, 0.3))(w, X, Y)
+    value, grads = jax.value_and_grad(flooded(loss_fn, 0.3, raw_value=True))(w, X, Y)
+    assert value == loss_fn(w, X, Y)
     residual = np.asarray(X @ w - Y, np.float64)
     loss, gradient = np.mean(residual**2), 2 / 64 * np.asarray(X).T @ residual
     np.testing.assert_allclose(value, loss, rtol=1e-6)
     sign = 1 if loss >= 0.3 else -1
     np.testing.assert_allclose(grads, sign * gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.3, -jnp.inf])
+@pytest.mark.parametrize("loss", [0.75, 0.3, 0.1, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_raw_value_changes_the_value_and_nothing_else(loss, level, dtype):
+    def cube(w, aux):
+        return (loss * w**3).astype(dtype), aux
+
+    def both(raw_value):
+        objective = flooded(
+            cube, level, has_aux=True, return_info=True, raw_value=raw_value,
+            shape=shapes.soft(0.5),
+        )  # fmt: skip
+        return jax.value_and_grad(objective, has_aux=True)(jnp.float32(1.0), "aux")
+
+    (value, info), grad = both(raw_value=True)
+    (bent, expected_info), expected = both(raw_value=False)
+    assert value.dtype == bent.dtype == dtype
+    np.testing.assert_array_equal(
+        np.float32(value), np.float32(jnp.asarray(loss, dtype))
+    )
+    np.testing.assert_array_equal(grad, expected)
+    np.testing.assert_array_equal(info[:3], expected_info[:3])
+    assert info.aux == "aux"
+    second, expected = (
+        jax.grad(jax.grad(flooded(lambda w: w**3, 0.3, shape=shapes.soft(), **kind)))
+        for kind in ({"raw_value": True}, {})
+    )
+    assert second(0.5) == expected(0.5)
+
+
+def test_raw_value_over_an_axis_is_the_global_mean():
+    """Local losses .05 and .45: the mean, .25, is below the level, one of them not."""
+    w, x = jnp.array([0.5]), jnp.array([[0.1], [0.9]])
+    objective = flooded(lambda w, x: w @ x, 0.3, axis_name="data", raw_value=True)
+    step = jax.value_and_grad(objective)
+    mapped = jax.vmap(step, (None, 0), axis_name="data")
+    values, grads = mapped(w, x)
+    np.testing.assert_allclose(values, [0.25, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(grads, -x, rtol=1e-6)
+
+    def sharded(w, x):
+        value, grads = step(jax.lax.pcast(w, "data", to="varying"), x[0])
+        return jax.lax.pmean(value, "data"), jax.lax.pmean(grads, "data")
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    split = jax.shard_map(
+        sharded, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())
+    )
+    value, grads = jax.jit(split)(w, x[:1])
+    np.testing.assert_allclose(value, 0.05, rtol=1e-6)
+    np.testing.assert_allclose(grads, -x[0], rtol=1e-6)
 
 
 # ---- a loss that comes as (sum, count) ----
@@ -142,7 +186,7 @@ KERAS = textwrap.dedent("""
     import jax
     import keras
     import numpy as np
-    from flood_optax import flood_loss
+    from flood_optax import flood_loss, flooded
 
     LEVEL = 0.2
 
@@ -153,23 +197,19 @@ KERAS = textwrap.dedent("""
             return flood_loss(loss, LEVEL)
 
 
-    class Flooded(keras.Model):
-        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-            return flood_loss(loss, LEVEL) if training else loss
-
-
     rng = np.random.default_rng(0)
     x = rng.normal(size=(96, 4)).astype("float32")
     y = np.sin(x[:, :1]) + 0.3 * x[:, 1:2]
     easy = (0.5 * x[:32], np.sin(0.5 * x[:32, :1]) + 0.15 * x[:32, 1:2])
 
 
-    def history(kind, loss, sample_weight=None, **options):
+    def history(loss, flood=False, sample_weight=None, **options):
         keras.utils.set_random_seed(1)
         inputs = keras.Input((4,))
         hidden = keras.layers.Dense(16, activation="tanh", **options)(inputs)
-        model = kind(inputs, keras.layers.Dense(1)(hidden))
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        if flood:
+            model.compute_loss = flooded(model.compute_loss, LEVEL, raw_value=True)
         model.compile(optimizer=keras.optimizers.SGD(0.05), loss=loss, metrics=["mse"])
         done = model.fit(
             x, y, epochs=100, batch_size=96, verbose=0,
@@ -177,24 +217,24 @@ KERAS = textwrap.dedent("""
         )
         return {name: np.array(values) for name, values in done.history.items()}
 
-    shown = history(keras.Model, FloodedLoss())
+    shown = history(FloodedLoss())
     assert shown["val_mse"].min() < LEVEL / 2, shown["val_mse"].min()
     assert shown["val_loss"].min() >= LEVEL  # flooded: a floor under the criterion
     assert shown["val_loss"].argmin() != shown["val_mse"].argmin()
     assert abs(shown["mse"][-20:].mean() - LEVEL) < 0.03
 
-    shown = history(Flooded, "mse")
+    shown = history("mse", flood=True)
     np.testing.assert_allclose(shown["val_loss"], shown["val_mse"], rtol=1e-5)
     assert abs(shown["mse"][-20:].mean() - LEVEL) < 0.03
-    assert shown["loss"].min() >= LEVEL  # what `fit` logs in training is flooded
+    np.testing.assert_allclose(shown["loss"], shown["mse"], rtol=1e-5)  # raw, too
 
     # weights: Keras adds w l and divides by n, so weights of .25 make the mean .8
-    shown = history(Flooded, "mse", sample_weight=np.full(96, 0.25, "float32"))
+    shown = history("mse", flood=True, sample_weight=np.full(96, 0.25, "float32"))
     assert shown["mse"][-20:].min() > 1.5 * LEVEL, shown["mse"][-20:]
 
     # a penalty of a layer is part of compute_loss, and counts
     penalty = keras.regularizers.L2(0.01)
-    shown = history(Flooded, "mse", kernel_regularizer=penalty)
+    shown = history("mse", flood=True, kernel_regularizer=penalty)
     assert shown["mse"][-20:].mean() < LEVEL - 0.02, shown["mse"][-20:]
 """)
 
