@@ -56,13 +56,13 @@ class Batch(NamedTuple):
     Attributes:
       emits: whether the window is complete, and holds anything to step by.
       means: gives the mean gradients and the mean loss of the window.
-      closed: the window after a step.
+      closed: gives the window after a step.
       kept: gives the window after no step.
     """
 
     emits: jax.Array | bool
     means: Callable[[], tuple[Any, jax.Array]]
-    closed: Any
+    closed: Callable[[], Any]
     kept: Callable[[], Any]
 
 
@@ -104,32 +104,51 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
         params: Any,
     ) -> Batch:
         window = _complete(window)
-        flushing = _flushes(flush)
+        flushing, weighted = _flushes(flush), not isinstance(weight, int)
         skip, skip_state = _verdict(should_skip, updates, number, params, loss)
-        if not isinstance(weight, int):
+        if weighted:
             # A micro-batch that counts nothing is not skipped: it takes its place in
             # the window, as the rows of padding that it stands for in a large batch.
             skip &= weight != 0
             skip_state = _pick(weight != 0, skip_state, window.flood_skip_state)
-        window = window._replace(flood_skip_state=skip_state)
-        grown = _grown(window, updates, loss, weight)
+        # Selected is only where something may not count: a select costs memory.
+        adds = should_skip is None and not weighted
+        adds = adds or jnp.logical_not(skip) & (weight != 0)
+        # The scalars here, the gradients in the branch that needs them: there they are
+        # added in place, or on their way into the inner optimizer.
+        before = window._replace(flood_grad_mean=(), flood_skip_state=())
+        grown, parts = _grown(before, loss, weight)
+        grown = _pick(adds, grown, before)
+
+        def grads() -> Any:
+            old = window.flood_grad_mean
+            return _pick(adds, _grown_grads(old, updates, parts), old)
+
         full = window.flood_mini_step >= _number(every_k, number) - 1
         full &= jnp.logical_not(skip)
         if flushing:
             full |= flush
-            grown = _pick(skip, window, grown)
         # A window can be empty at its end only in these cases; without them nothing is
         # computed that unweighted accumulation would not.
-        empties = flushing or not isinstance(weight, int)
-        closed = _emptied(grown)
+        empties = flushing or weighted
+
+        def closed() -> FloodWindow:
+            zeros = optax.tree.zeros_like(window._replace(flood_skip_state=()))
+            return zeros._replace(flood_skip_state=skip_state)
 
         def kept() -> FloodWindow:
-            held = _pick(skip, window, grown)
-            return _pick(full, closed, held) if empties else held
+            held = grown._replace(
+                flood_mini_step=jnp.where(
+                    skip, window.flood_mini_step, window.flood_mini_step + 1
+                ),
+                flood_grad_mean=grads(),
+                flood_skip_state=skip_state,
+            )
+            return _pick(full, closed(), held) if empties else held
 
         return Batch(
             emits=full & (grown.flood_weight != 0) if empties else full,
-            means=lambda: _means(grown, updates, loss),
+            means=lambda: _means(grads(), updates, grown.flood_value_mean, loss),
             closed=closed,
             kept=kept,
         )
@@ -177,7 +196,7 @@ def _add_to_none(
             "`state._replace(flood_window=())`."
         )
     emits = True if isinstance(weight, int) else weight != 0
-    return Batch(emits, lambda: (updates, loss), (), lambda: ())
+    return Batch(emits, lambda: (updates, loss), tuple, tuple)
 
 
 def _flushes(flush: ArrayLike) -> bool:
@@ -243,33 +262,35 @@ def _verdict(
 
 
 def _grown(
-    window: FloodWindow, updates: Any, loss: jax.Array, weight: jax.Array | int
-) -> FloodWindow:
-    """The window with one more micro-batch, by running means."""
+    window: FloodWindow, loss: jax.Array, weight: jax.Array | int
+) -> tuple[FloodWindow, jax.Array]:
+    """Its scalars with one more micro-batch, and of how many parts this one is one."""
     value, lost = window.flood_value_mean, window.flood_value_rest
     more = jnp.asarray(weight, value.dtype)
     total, lost_weight = _added(window.flood_weight, window.flood_weight_rest, more)
-    parts = total / more  # of which this one is one
+    parts = total / more
+    # An infinite loss stays in the mean, where inf - inf would make a NaN of it.
+    finite = jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
+    step = (loss.astype(value.dtype) - finite - lost) / parts
+    value, lost = _added(value, lost, step)
+    grown = window._replace(
+        flood_value_mean=value,
+        flood_weight=total,
+        flood_weight_rest=lost_weight,
+        flood_value_rest=lost,
+    )
+    return grown, parts
+
+
+def _grown_grads(means: Any, updates: Any, parts: jax.Array) -> Any:
+    """The mean gradients with those of one more micro-batch."""
 
     def mean(new: Any, old: Any) -> Any:
         if isinstance(old, optax.MaskedNode):
             return old
         return old + (jnp.asarray(new, old.dtype) - old) / parts.astype(old.dtype)
 
-    # An infinite loss stays in the mean, where inf - inf would make a NaN of it.
-    finite = jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
-    step = (loss.astype(value.dtype) - finite - lost) / parts
-    value, lost = _added(value, lost, step)
-    grown = window._replace(
-        flood_grad_mean=jax.tree.map(mean, updates, window.flood_grad_mean),
-        flood_value_mean=value,
-        flood_weight=total,
-        flood_weight_rest=lost_weight,
-        flood_value_rest=lost,
-    )
-    if not isinstance(weight, int):
-        grown = _pick(weight != 0, grown, window)
-    return grown._replace(flood_mini_step=window.flood_mini_step + 1)
+    return jax.tree.map(mean, updates, means)
 
 
 def _added(
@@ -285,7 +306,9 @@ def _added(
     return rounded, (t - (r - back)) + (m - back)
 
 
-def _means(grown: FloodWindow, updates: Any, loss: jax.Array) -> tuple[Any, jax.Array]:
+def _means(
+    grads: Any, updates: Any, value: jax.Array, loss: jax.Array
+) -> tuple[Any, jax.Array]:
     """The means, of the dtypes of the updates and of the loss."""
 
     def merged(update: Any, mean: Any) -> Any:
@@ -293,16 +316,10 @@ def _means(grown: FloodWindow, updates: Any, loss: jax.Array) -> tuple[Any, jax.
             return update
         return mean.astype(jnp.result_type(update))
 
-    means = jax.tree.map(merged, updates, grown.flood_grad_mean)
-    return means, grown.flood_value_mean.astype(loss.dtype)
+    return jax.tree.map(merged, updates, grads), value.astype(loss.dtype)
 
 
-def _emptied(window: FloodWindow) -> FloodWindow:
-    """The window to start with next: zeros, whatever was in this one."""
-    skip_state = window.flood_skip_state
-    zeros = optax.tree.zeros_like(window._replace(flood_skip_state=()))
-    return zeros._replace(flood_skip_state=skip_state)
-
-
-def _pick(condition: jax.Array, yes: Any, no: Any) -> Any:
+def _pick(condition: jax.Array | bool, yes: Any, no: Any) -> Any:
+    if condition is True:
+        return yes
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)

@@ -175,7 +175,7 @@ def flood(
             )
             if extra_args.get("value_fn") is not None:
                 inner_state = forgetting(inner_state, bent)
-            return stepped, FloodWrapperState(flood_state, inner_state, batch.closed)
+            return stepped, FloodWrapperState(flood_state, inner_state, batch.closed())
 
         if batch.emits is True:
             return step()

@@ -321,6 +321,29 @@ def test_flood_every_k_traces_once_over_windows_and_keeps_the_state_type():
         state = new
 
 
+def first_is_nan(updates, window, params):
+    del window, params
+    return jnp.isnan(updates[0]), ()
+
+
+@pytest.mark.parametrize("skip", [None, first_is_nan], ids=["all", "skipped"])
+@pytest.mark.parametrize("extra", [{}, {"weight": jnp.float32(2.0), "flush": True}])
+def test_flood_every_k_makes_no_second_window(skip, extra):
+    """Gradients are added up in the branch that needs them: nowhere else, in place."""
+    optimizer = flood(optax.adam(0.1), 0.5, every_k=3, should_skip_update_fn=skip)
+    params = jnp.ones(1000)
+    state = optimizer.init(params)
+    program = jax.make_jaxpr(
+        lambda state: optimizer.update(params, state, params, value=1.0, **extra)
+    )(state)
+    large = [
+        equation.primitive.name
+        for equation in program.eqns
+        if any(out.aval.size == params.size for out in equation.outvars)
+    ]
+    assert large == ["cond"]
+
+
 # ---- the traps, pinned to what optax does today: docs/traps.md ----
 
 # Four micro-batches of gradient .475 and mean loss .475, above the level; the last
