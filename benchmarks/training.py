@@ -28,6 +28,20 @@ def loss_and_accuracy(logits: Any, labels: jax.Array) -> jax.Array:
     return jnp.stack([cross_entropy(logits, labels).mean(), right])
 
 
+def expected_calibration_error(
+    logits: jax.Array, labels: jax.Array, bins: int
+) -> jax.Array:
+    """Sum over bins of confidence of |accuracy - confidence|, weighted by their size.
+
+    The bins are (i/m, (i+1)/m]. Guo et al., On Calibration of Modern Neural Networks,
+    ICML 2017, equation 3.
+    """
+    confidence = jax.nn.softmax(logits).max(-1)
+    index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = (logits.argmax(-1) == labels) - confidence
+    return jnp.abs(jax.ops.segment_sum(gap, index, bins)).sum() / len(labels)
+
+
 def batches(key: jax.Array, size: int, batch: int) -> jax.Array:
     """One epoch of indices below `size`, [steps, batch]; a rest is left out."""
     order = jax.random.permutation(key, size)

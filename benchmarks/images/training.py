@@ -30,20 +30,6 @@ class Protocol:
 SMOKE = Protocol((16,), batch=50, epochs=2, flatness_points=20, flatness_probes=2)
 
 
-def expected_calibration_error(
-    logits: jax.Array, labels: jax.Array, bins: int
-) -> jax.Array:
-    """Sum over bins of confidence of |accuracy - confidence|, weighted by their size.
-
-    The bins are (i/m, (i+1)/m]. Guo et al., On Calibration of Modern Neural Networks,
-    ICML 2017, equation 3.
-    """
-    confidence = jax.nn.softmax(logits).max(-1)
-    index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = (logits.argmax(-1) == labels) - confidence
-    return jnp.abs(jax.ops.segment_sum(gap, index, bins)).sum() / len(labels)
-
-
 def trainer(images: pixels.Images, noise: float, protocol: Protocol) -> training.Train:
     """One run: (level, key) -> what it reaches, and flatness before and after.
 
@@ -60,7 +46,7 @@ def trainer(images: pixels.Images, noise: float, protocol: Protocol) -> training
     def evaluate(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """Loss, accuracy and calibration error."""
         logits: Any = net.apply(params, x)
-        ece = expected_calibration_error(logits, y, protocol.ece_bins)
+        ece = training.expected_calibration_error(logits, y, protocol.ece_bins)
         return jnp.append(training.loss_and_accuracy(logits, y), ece)
 
     def flatness(params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:

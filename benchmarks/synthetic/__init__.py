@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from benchmarks import study
+from benchmarks.points import GENERATORS
 from benchmarks.synthetic.findings import (
     TITLES,
     by_level,
@@ -18,7 +19,7 @@ from benchmarks.synthetic.findings import (
     summarise,
     tables,
 )
-from benchmarks.synthetic.training import GENERATORS, SMOKE, Protocol, trainer
+from benchmarks.synthetic.training import SMOKE, Protocol, trainer
 from flood_optax import sweep
 
 __all__ = ["figures", "measure", "numbers", "options", "run_cell", "tables"]

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import images, pixels
+from benchmarks import images, pixels, training as shared
 from benchmarks.images import training
 
 
@@ -26,7 +26,7 @@ def test_expected_calibration_error_equals_the_sum_over_bins():
         if inside.any():
             gap = abs(right[inside].mean() - confidence[inside].mean())
             expected += inside.mean() * gap
-    got = training.expected_calibration_error(jnp.asarray(logits), labels, 15)
+    got = shared.expected_calibration_error(jnp.asarray(logits), labels, 15)
     assert float(got) == pytest.approx(expected, rel=1e-4)
 
 

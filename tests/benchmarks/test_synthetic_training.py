@@ -11,14 +11,14 @@ from scipy import stats
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import networks, synthetic
+from benchmarks import networks, points, synthetic
 from benchmarks.synthetic import findings, training
 
 TINY = training.Protocol(test_points=40, widths=(6, 6), learning_rate=0.05, epochs=40)
 
 
 def test_two_gaussians_have_unit_covariance_and_the_bayes_accuracy_of_the_paper():
-    x, y = map(np.asarray, training.two_gaussians(jax.random.key(0), 10_000))
+    x, y = map(np.asarray, points.two_gaussians(jax.random.key(0), 10_000))
     assert x.shape == (20_000, 10)
     np.testing.assert_array_equal(y, np.repeat([0, 1], 10_000))
     for label in (0, 1):
@@ -30,7 +30,7 @@ def test_two_gaussians_have_unit_covariance_and_the_bayes_accuracy_of_the_paper(
 
 
 def test_spiral_is_the_one_of_the_paper():
-    x, y = map(np.asarray, training.spiral(jax.random.key(0), 100))
+    x, y = map(np.asarray, points.spiral(jax.random.key(0), 100))
     t = np.linspace(0, 4 * np.pi, 100)
     plus = np.column_stack([t * np.cos(t), t * np.sin(t)])
     minus = np.column_stack([(t + np.pi) * np.cos(t), (t + np.pi) * np.sin(t)])
@@ -41,7 +41,7 @@ def test_spiral_is_the_one_of_the_paper():
 
 
 def test_sinusoid_fills_the_disc_of_radius_two_evenly():
-    x, y = map(np.asarray, training.sinusoid(jax.random.key(0), 20_000))
+    x, y = map(np.asarray, points.sinusoid(jax.random.key(0), 20_000))
     squared = (x.astype(np.float64) ** 2).sum(1) / 4
     assert squared.max() <= 1 + 1e-6
     # The squared radius of a uniform point of the disc is uniform (Kolmogorov, 0.1%).
@@ -53,7 +53,7 @@ def test_sinusoid_fills_the_disc_of_radius_two_evenly():
     np.testing.assert_array_equal((y == 1)[clear], (side > 0)[clear])
 
 
-@pytest.mark.parametrize("name", training.GENERATORS)
+@pytest.mark.parametrize("name", points.GENERATORS)
 @pytest.mark.parametrize("noise", synthetic.NOISES)
 def test_synthetic_splits_flip_an_exact_share_each(name, noise):
     protocol = training.Protocol(test_points=250)
