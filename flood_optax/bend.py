@@ -31,6 +31,9 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     off = level == -jnp.inf
     bound = jnp.where(off, jnp.zeros_like(level), level)  # -inf would make a NaN below
     residual = loss - bound
+    # XLA may fuse a mean's product into this subtraction, unrounded, so that a tie is
+    # none; the compare sees the rounded loss.
+    residual -= lax.stop_gradient(jnp.where(loss == bound, residual, 0))
     phi = shape.value(residual)
     multiplier = shape.multiplier(residual).astype(dtype)
     # Above the level (loss - level) + level would round: take the loss as it is. But

@@ -235,3 +235,35 @@ def test_level_per_sequence_is_told_of_its_missing_axis():
         flood_mean(losses, jnp.ones(4), over="example")
     with pytest.raises(ValueError, match=r"got shape \(5,\)\.$"):
         flood_mean(losses, jnp.ones(5), over="example")
+
+
+# ---- a level read off a compiled run ----
+
+
+def optax_form(loss_fn, level, shape):
+    def update(x):
+        value, grad = jax.value_and_grad(loss_fn)(x)
+        transform = scale_by_flood(level, shape=shape)
+        return transform.update(grad, transform.init(x), value=value)[0]
+
+    return update
+
+
+TIES = {
+    "flooded": lambda f, b, s: jax.grad(flooded(lambda x: f(x).mean(), b, shape=s)),
+    "flood_mean": lambda f, b, s: jax.grad(lambda x: flood_mean(f(x), b, shape=s)),
+    "optax form": lambda f, b, s: optax_form(lambda x: f(x).mean(), b, s),
+}
+
+
+@pytest.mark.parametrize("shape", ["reflect", "soft"])
+@pytest.mark.parametrize("form", TIES)
+def test_compiled_mean_that_equals_the_level_is_a_tie(form, shape):
+    """The last product of a mean of 50 fused with "- level" is no rounded loss."""
+    mean = jax.jit(lambda x: jnp.square(x).mean())
+    step = jax.jit(lambda x, level: TIES[form](jnp.square, level, SHAPES[shape])(x))
+    slope = {"reflect": 1, "soft": 0}[shape]
+    for seed in range(40):
+        x = np.random.default_rng(seed).normal(size=50).astype(np.float32)
+        expected = slope * np.float32(2 / 50) * x
+        np.testing.assert_allclose(step(x, mean(x)), expected, rtol=1e-6)

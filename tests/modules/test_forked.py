@@ -477,6 +477,15 @@ def test_forked_function_that_returns_no_level_is_refused(chosen, error, message
         sweep.forked(toy_step, TOY_STATE, toy_batches(5), lambda _: chosen)
 
 
+def test_forked_level_read_off_a_loss_of_the_trunk_is_a_tie():
+    """A mean of 25, so that a compiled step may compare more digits than it returns."""
+    step, state, batches = mlp("loss", optax.sgd(0.3), batch=25, steps=24)
+    for at in range(4, 20, 5):
+        result = sweep.forked(step, state, batches, lambda m, at=at: m["loss"][at])
+        below = result.metrics["loss"] < result.levels[1]
+        assert (below.argmax(axis=1) == at + 1).all()  # both descend at the tie
+
+
 def test_forked_progress_counts_every_step(monkeypatch):
     tqdm = pytest.importorskip("tqdm")
     bars = []
