@@ -1,0 +1,257 @@
+"""The recipes of docs/own-loop.md, with the code of the page itself."""
+
+import os
+import pathlib
+import signal
+import types
+
+import chex
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from flood_optax import flood
+from tests import processes
+from tests.claims.test_docs import blocks
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "own-loop.md"
+EPOCHS = 12
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
+
+
+def code(definition):
+    """The block of the page that has the definition."""
+    (block,) = [text for text in blocks(PAGE.read_text()) if definition in text]
+    return block.partition("\nwith ")[0]  # without the page's own run
+
+
+# ---- stop and flood ----
+
+
+def loop():
+    """The names that the page defines, for a shorter training."""
+    names = {"__name__": "own_loop"}
+    for definition in ("def train_epoch", "def train_on"):
+        exec(compile(code(definition), str(PAGE), "exec"), names)
+    names["EPOCHS"] = EPOCHS
+    return types.SimpleNamespace(**names), names
+
+
+def accumulating():
+    """The same loop, four batches to a window; an epoch of six leaves one open."""
+    ours, names = loop()
+
+    def optimizer(level):
+        return flood(optax.adam(0.02), level, every_k=4)
+
+    @jax.jit
+    def train_step(state, x, y, level):
+        params, opt_state = state
+        value, grads = jax.value_and_grad(ours.loss_fn)(params, x, y)
+        updates, opt_state = optimizer(level).update(
+            grads, opt_state, params, value=value
+        )
+        closed = optax.tree.get(opt_state, "flood_step") > 0
+        recorded = optax.tree.get(opt_state, "flood_value")
+        recorded = jax.numpy.where(closed, recorded, value)  # none yet
+        return (optax.apply_updates(params, updates), opt_state), recorded
+
+    def start():
+        params, _ = ours.start()
+        return params, optimizer(-np.inf).init(params)
+
+    names.update(train_step=train_step, start=start)
+    return types.SimpleNamespace(**names), names
+
+
+LOOPS = {"loss form": loop, "windows": accumulating}
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def plain(request, tmp_path_factory):
+    ours, _ = LOOPS[request.param]()
+    with ocp.CheckpointManager(tmp_path_factory.mktemp("plain")) as manager:
+        state, mean, least, scores = ours.plain_run(manager)
+        ours.manager, ours.state = manager, state
+        ours.mean, ours.least, ours.scores = mean, least, scores
+        yield ours
+
+
+def whole(ours, level):
+    """The run that is flooded from its first step on."""
+    state = ours.start()
+    for epoch in range(EPOCHS):
+        state, _ = ours.train_epoch(state, epoch, level)
+    return state
+
+
+def differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any(np.any(np.asarray(x) != np.asarray(y)) for x, y in pairs)
+
+
+def test_branch_of_the_plain_run_is_the_flooded_run_bit_for_bit(plain):
+    level = plain.levels.at_best(plain.mean, plain.scores, mode="max", window=3)
+    begin = plain.fork(plain.least, level)
+    assert 0 < begin < EPOCHS
+    flooded = whole(plain, level)
+    chex.assert_trees_all_equal(plain.train_on(plain.manager, level, begin), flooded)
+    assert differ(flooded, plain.state)
+
+
+def test_one_batch_below_the_level_is_the_fork_and_not_the_epochs_mean(plain):
+    """Where the mean is below is too late: steps before it are turned around."""
+    level = plain.mean[-4]
+    begin, late = plain.fork(plain.least, level), plain.fork(plain.mean, level)
+    assert begin < late < EPOCHS
+    flooded = whole(plain, level)
+    chex.assert_trees_all_equal(plain.train_on(plain.manager, level, begin), flooded)
+    assert differ(plain.train_on(plain.manager, level, late), flooded)
+    # and it is the latest epoch that can be the fork
+    assert differ(plain.train_on(plain.manager, level, begin + 1), flooded)
+
+
+def test_level_that_a_batch_loss_equals_is_plain_training_up_to_the_next(plain):
+    lowest = np.minimum.accumulate(plain.least)
+    at = int(np.flatnonzero(np.diff(lowest) < 0)[-3]) + 1
+    level = plain.least[at]
+    begin = plain.fork(plain.least, level)
+    assert begin > at
+    assert plain.fork(plain.least, np.nextafter(level, np.float32(np.inf))) == at
+    flooded = whole(plain, level)
+    chex.assert_trees_all_equal(plain.train_on(plain.manager, level, begin), flooded)
+
+
+def test_level_that_no_loss_is_below_is_the_plain_run(plain):
+    level = plain.least.min()
+    assert plain.fork(plain.least, level) == EPOCHS
+    chex.assert_trees_all_equal(
+        whole(plain, level)[0], plain.state[0]
+    )  # the states remember which level it was
+
+
+def test_fork_is_at_a_nan_loss_and_nowhere_where_flooding_is_off():
+    ours, _ = loop()
+    assert ours.fork(np.float32([2.0, np.nan, 0.5]), 1.0) == 1
+    assert ours.fork(np.float32([2.0, 1.0, 0.5]), -np.inf) == 3
+
+
+def test_fewer_checkpoints_give_the_same_branch(tmp_path):
+    ours, _ = loop()
+    options = ocp.CheckpointManagerOptions(save_interval_steps=4)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        _, mean, least, _ = ours.plain_run(manager)
+        level = mean[8]
+        begin = ours.fork(least, level)
+        assert begin not in manager.all_steps()
+        branch = ours.train_on(manager, level, begin)
+    chex.assert_trees_all_equal(branch, whole(ours, level))
+
+
+# ---- the search by several processes ----
+
+CENTRE, PATIENCE, LENGTH = 0.5, 4, 12
+OVERFITTING = f"""
+import numpy as np
+
+def validation_curve(level):
+    # more parameters than examples, in NumPy; the validation error rises again
+    rng = np.random.default_rng(0)
+    x, w, truth = rng.normal(size=(60, 40)), np.zeros(40), np.append(2.0, np.zeros(39))
+    y = x @ truth + rng.normal(size=60)
+    for epoch in range({LENGTH}):
+        for _ in range(20):
+            error = x[:30] @ w - y[:30]
+            sign = 1 if np.mean(error**2) >= level else -1
+            w = w - 0.02 * sign * x[:30].T @ error / 30
+        yield -np.mean((x[30:] @ w - y[30:]) ** 2)
+"""
+WORKER = """
+import os, pathlib, signal, sys, time
+
+folder, storage, trials, killed = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+search, number = objective, 0
+
+def objective(trial):
+    global number
+    number += 1
+    trial.set_user_attr("process", os.getpid())
+    (folder / str(os.getpid())).touch()
+    until = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2:  # both have one before either goes on
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    if killed == "killed" and number == 2:
+        for epoch, score in zip(range(3), validation_curve(0.5)):
+            trial.report(score, epoch)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return search(trial)
+
+work(storage, int(trials))
+"""
+
+
+def searching():
+    names = {"__name__": "own_loop"}
+    exec(compile(code("def create_study"), str(PAGE), "exec"), names)
+    exec(OVERFITTING, names)
+    names["optuna"].logging.set_verbosity(names["optuna"].logging.WARNING)
+    return types.SimpleNamespace(**names)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
+def test_two_processes_share_a_study_that_outlives_one_of_them(tmp_path):
+    ours = searching()
+    storage = f"sqlite:///{tmp_path}/levels.db"
+    script, flags = tmp_path / "worker.py", tmp_path / "flags"
+    script.write_text(code("def create_study") + OVERFITTING + WORKER)
+    flags.mkdir()
+    for _ in range(2):  # once is enough, twice is the same
+        ours.create_study(storage, CENTRE, PATIENCE)
+    doomed, steady = (
+        processes.start(script, flags, storage, 6, fate) for fate in ("killed", "not")
+    )
+    code_of_doomed, _, errors = processes.end(doomed, 60)
+    assert code_of_doomed == -signal.SIGKILL, errors
+    code_of_steady, _, errors = processes.end(steady, 60)
+    assert code_of_steady == 0, errors
+
+    state = ours.optuna.trial.TrialState
+    study = ours.optuna.load_study(study_name="level", storage=storage)
+    ended = study.get_trials(states=(state.COMPLETE, state.PRUNED))
+    (left,) = study.get_trials(states=(state.RUNNING,))
+    assert len(ended) == 6
+    by = [trial.user_attrs["process"] for trial in ended]
+    assert by.count(doomed.pid) == 1
+    assert by.count(steady.pid) == 5
+    assert left.user_attrs["process"] == doomed.pid
+    assert list(left.intermediate_values) == [0, 1, 2]
+    assert [trial.params["level"] for trial in study.trials[:2]] == [CENTRE, 0.0]
+    for trial in ended:
+        level = trial.params["level"]
+        assert 0 <= level <= 2 * CENTRE
+        curve = list(ours.validation_curve(level))
+        assert trial.value == curve[len(trial.intermediate_values) - 1]
+
+    # what was left is made up for, and nothing is lost
+    resumed = ours.work(storage, 8)
+    assert len(resumed.get_trials(states=(state.COMPLETE, state.PRUNED))) == 8
+    assert [
+        t.value for t in resumed.trials if t.number in {e.number for e in ended}
+    ] == [trial.value for trial in ended]
+    assert ours.work(storage, 8).trials[-1].number == resumed.trials[-1].number
+    assert resumed.best_trial.params["level"] > 0
+
+
+def test_runs_that_are_behind_are_pruned_but_not_before_levels_differ():
+    ours = searching()
+    storage = ours.optuna.storages.InMemoryStorage()
+    ours.create_study(storage, CENTRE, PATIENCE)
+    study = ours.work(storage, 4)  # which the pruner lets end
+    assert all(len(t.intermediate_values) == LENGTH for t in study.trials)
+    study.enqueue_trial({"level": 2 * CENTRE})  # which underfits
+    pruned = ours.work(storage, 5).trials[-1]
+    assert pruned.state == ours.optuna.trial.TrialState.PRUNED
+    assert PATIENCE <= max(pruned.intermediate_values) < LENGTH - 1
