@@ -68,7 +68,7 @@ def measure(run: rows.Run) -> rows.Row:
         optax.adam = adam
     assert "needs the current loss" in no_value, no_value
     return rows.Row(
-        form="`flooded`, in place of the module's loss",
+        form="loss form",
         level=LEVEL,
         losses=rows.floats(flood),
         value="no",

@@ -95,7 +95,7 @@ def measure(run: rows.Run) -> rows.Row:
     chosen_loss = validation_loss(chosen)
     assert floor >= LEVEL > best
     return rows.Row(
-        form="`flood_loss` in the loss function, with a raw value",
+        form="loss form, `raw_value`",
         level=LEVEL,
         losses=losses["train"],
         value="no",

@@ -52,7 +52,7 @@ def measure(run: rows.Run) -> rows.Row:
     triple = refused(loss_fn=flooded(recipe["loss_fn"], LEVEL, has_aux=True))
     assert "tuple" in triple, triple
     return rows.Row(
-        form="`flood_loss` in the loss function",
+        form="loss form",
         level=LEVEL,
         losses=losses,
         value="no",
