@@ -1,7 +1,7 @@
 """What is measured in a trainer; imports nothing that a trainer might not have."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -122,6 +122,31 @@ class Row:
         return document
 
 
+class Path(NamedTuple):
+    """The raw losses of each step, and the evaluations after it."""
+
+    losses: list[float]
+    evaluation: list[float]
+    evaluation_raw: list[float]
+
+
+def follow(
+    step: Callable[[Any], tuple[Any, Any]],
+    carry: Any,
+    steps: int,
+    evaluate: Callable[[Any], Any],
+    outside: Callable[[Any], float],
+) -> tuple[Any, Path]:
+    """Takes steps, and evaluates after each: by the trainer, and outside of it."""
+    path = Path([], [], [])
+    for _ in range(steps):
+        carry, loss = step(carry)
+        path.losses.append(float(loss))
+        path.evaluation.append(float(evaluate(carry)))
+        path.evaluation_raw.append(outside(carry))
+    return carry, path
+
+
 def distance(tree: Any, other: Any) -> float:
     """Greatest difference between two trees of arrays."""
     import jax  # noqa: PLC0415 - summaries need no jax
@@ -132,6 +157,20 @@ def distance(tree: Any, other: Any) -> float:
         float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
         for a, b in pairs
     )
+
+
+def off_by(moved: Any, due: Any, start: Any) -> float:
+    """How far a step is from the one that is due, in lengths of that one."""
+    import jax  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    def flat(tree: Any) -> Any:
+        leaves = jax.tree.leaves(tree)
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+    base = flat(start)
+    step = flat(due) - base
+    return float(np.linalg.norm(flat(moved) - base - step) / np.linalg.norm(step))
 
 
 def refusal(attempt: Any) -> str:
