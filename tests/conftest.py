@@ -1,5 +1,6 @@
 """One compilation cache for all processes of a run, a worker per core, fixtures."""
 
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -26,7 +27,8 @@ _KEY = hashlib.sha256(processor().encode()).hexdigest()[:12]
 _VERSION = importlib.metadata.version("jaxlib")
 _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / f"{_VERSION}-{_KEY}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# of programs that compile in no time there are so many that together they take minutes
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")  # the workers share the cores already
 
@@ -36,6 +38,11 @@ def pytest_xdist_auto_num_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), 8)
     return min(os.cpu_count() or 1, 8)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the collector need not walk through it again."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Both forms against numpy in every numeric mode of JAX.
 
-This file is also a script, `python test_modes.py MODE`: a mode has a process of
-its own, which runs every check and reports each by name.
+This file is also a script: one process, apart from all other tests, runs every check
+in every mode and reports each by name.
 """
 
 import contextlib
 import functools
 import itertools
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,13 +21,17 @@ from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood
 from flood_optax.levels import warmup
 from tests import forms, oracles, processes
 
+HALVES = (np.float16, ml_dtypes.bfloat16)
+
 
 class Mode(NamedTuple):
-    """How to enter a mode, what it refuses, and whether it sees more op by op."""
+    """How to enter a mode, what it refuses, whether it sees more op by op, dtypes."""
 
     context: Callable[[], contextlib.AbstractContextManager]
     refuses: dict[str, Callable[[], object]]
     eager: bool = False
+    floats: tuple[type, ...] = (ml_dtypes.bfloat16, np.float32)
+    levels: tuple[type, ...] = (np.float16, np.float32)
 
 
 def strict():
@@ -53,8 +56,13 @@ def leak():
 
 ONE, MATRIX = np.ones(3, np.float32), np.ones((2, 3), np.float32)
 MODES = {
-    "plain": Mode(contextlib.nullcontext, {}),
-    "x64": Mode(lambda: jax.enable_x64(True), {}),
+    "guarded": Mode(guarded, {"leaks": leak, "transfers": lambda: jnp.ones(3) + 1.5}),
+    "debug_nans": Mode(
+        lambda: jax.debug_nans(True),
+        {"naive off": lambda: jnp.abs(jnp.float32(0.5) + jnp.inf) - jnp.inf},
+        eager=True,
+        floats=(np.float32,),
+    ),
     "strict": Mode(
         strict,
         {
@@ -62,35 +70,28 @@ MODES = {
             "mixed ranks": lambda: jnp.add(ONE, MATRIX),
         },
     ),
-    "debug_nans": Mode(
-        lambda: jax.debug_nans(True),
-        {"naive off": lambda: jnp.abs(jnp.float32(0.5) + jnp.inf) - jnp.inf},
-        eager=True,
-    ),
-    "guarded": Mode(guarded, {"leaks": leak, "transfers": lambda: jnp.ones(3) + 1.5}),
     "disable_jit": Mode(jax.disable_jit, {}),
+    "plain": Mode(
+        contextlib.nullcontext,
+        {},
+        floats=(*HALVES, np.float32),
+        levels=(*HALVES, np.float32, np.int32),
+    ),
+    "x64": Mode(
+        lambda: jax.enable_x64(True),
+        {},
+        floats=(*HALVES, np.float32, np.float64),
+        levels=(*HALVES, np.float32, np.int32, np.float64),
+    ),
 }
-NAME = sys.argv[1] if __name__ == "__main__" else "plain"
-MODE = MODES[NAME]
-X64 = NAME == "x64"
-THOROUGH = NAME in ("plain", "x64")
-FLOATS = (ml_dtypes.bfloat16, np.float32)
-LEVEL_DTYPES = (np.float16, np.float32)
-if THOROUGH:
-    FLOATS = (np.float16, *FLOATS)
-    LEVEL_DTYPES = (*LEVEL_DTYPES, ml_dtypes.bfloat16, np.int32)
-if NAME == "debug_nans":
-    FLOATS = (np.float32,)
-if X64:
-    FLOATS, LEVEL_DTYPES = (*FLOATS, np.float64), (*LEVEL_DTYPES, np.float64)
 
 
-def in_mode(function, *args):
+def in_mode(mode, function, *args):
     """The compiled result; where op by op finds more, the eager one must agree."""
-    with MODE.context():
+    with mode.context():
         args = jax.device_put(args)
         compiled = jax.jit(function)(*args)
-        eager = function(*args) if MODE.eager else compiled
+        eager = function(*args) if mode.eager else compiled
     jax.tree.map(lambda x, y: close(x, y, y.dtype, ulps=4), eager, compiled)
     return compiled
 
@@ -127,36 +128,37 @@ def oracle(loss, level):
 # ---- what is checked: every function runs in every mode ----
 
 
-def check_the_mode_is_on():
-    if NAME == "x64":
-        with MODE.context():
+def check_the_mode_is_on(mode):
+    if mode is MODES["x64"]:
+        with mode.context():
             assert jnp.asarray(1.0).dtype == np.float64
-    if NAME == "disable_jit":
-        with MODE.context():
+    if mode is MODES["disable_jit"]:
+        with mode.context():
             assert jax.jit(lambda x: bool(x > 0))(1.0) is True
-    for name, act in MODE.refuses.items():
+    for name, act in mode.refuses.items():
         act()  # legal outside the mode
         try:
-            with MODE.context():
+            with mode.context():
                 act()
         except Exception:
             continue
         raise AssertionError(f"the mode does not refuse {name}")
 
 
-def updates_of_every_dtype():
+def updates_of_every_dtype(mode):
     """Updates whose entries have a full mantissa, and leaves without gradient."""
     exact = np.array([[np.pi, -np.e], [0.1, -300.7]])
-    tree = {np.dtype(dtype).name: exact.astype(dtype) for dtype in FLOATS}
+    tree = {np.dtype(dtype).name: exact.astype(dtype) for dtype in mode.floats}
     zero = np.array([0.0, -0.0], np.float32)
     return tree | {"int": np.array([3, -4], np.int32), "none": None, "zero": zero}
 
 
 def times(multiplier, updates):
-    """The oracle of an update, in numpy; integer leaves pass."""
+    """The oracle of an update, for each multiplier, in numpy; integer leaves pass."""
 
     def scaled(x):
-        return x if x.dtype == np.int32 else x * np.asarray(multiplier, x.dtype)
+        factor = np.ones_like if x.dtype == np.int32 else np.asarray
+        return np.multiply.outer(factor(multiplier, x.dtype), x)
 
     return jax.tree.map(scaled, updates)
 
@@ -164,12 +166,12 @@ def times(multiplier, updates):
 LOSSES = (0.3125, 0.2, -1.7, np.inf, -np.inf, np.nan)
 
 
-def finite_in_mode(losses):
-    return [x for x in losses if not (NAME == "debug_nans" and np.isnan(x))]
+def finite_in_mode(mode, losses):
+    return [x for x in losses if not (mode is MODES["debug_nans"] and np.isnan(x))]
 
 
-def check_mixed_dtypes_of_loss_level_and_updates():
-    updates = updates_of_every_dtype()
+def check_mixed_dtypes_of_loss_level_and_updates(mode):
+    updates = updates_of_every_dtype(mode)
 
     def both(loss, level):
         transform = scale_by_flood(level)
@@ -180,37 +182,34 @@ def check_mixed_dtypes_of_loss_level_and_updates():
         value, slope = jax.value_and_grad(bent)(loss)
         return by_chain, by_wrapper, value, slope, flood_loss(loss, level), state
 
-    for loss_dtype, level_dtype in itertools.product(FLOATS, LEVEL_DTYPES):
-        with MODE.context():
-            run = jax.jit(both)
-        for number in finite_in_mode(LOSSES):
-            loss = np.asarray(number, loss_dtype)
-            for offset in (0.0, -0.5, 1e-3):
-                exact = np.asarray(number + offset)
-                if not np.isfinite(exact):
-                    exact = np.asarray(0.5 + offset)
-                level = np.asarray(exact, level_dtype)
-                with MODE.context():
-                    got = run(*jax.device_put((loss, level)))
-                multiplier, value = oracle(loss, level)
-                wanted = times(multiplier, updates)
-                same_bits(got[0], wanted)
-                same_bits(got[1], wanted)
-                same_bits(got[2], value)
-                same_bits(got[3], np.asarray(multiplier, loss_dtype))
-                same_bits(got[4], value)
-                work = np.float64 if loss_dtype == np.float64 else np.float32
-                record = (np.float32(level.astype(work)), np.float32(loss))
-                same_bits(
-                    tuple(got[5]), (np.int32(1), *record, np.int32(multiplier == -1))
-                )
+    pairs = [
+        (number, (number if np.isfinite(number) else 0.5) + offset)
+        for number in finite_in_mode(mode, LOSSES)
+        for offset in (0.0, -0.5, 1e-3)
+    ]
+    numbers, bounds = np.array(pairs).T
+    levels = [bounds.astype(dtype) for dtype in mode.levels]
+    for loss_dtype in mode.floats:
+        loss = numbers.astype(loss_dtype)
+        run = lambda loss, levels: [jax.vmap(both)(loss, level) for level in levels]
+        with mode.context():
+            results = jax.jit(run)(*jax.device_put((loss, levels)))
+        for got, level in zip(results, levels, strict=True):
+            multiplier, value = oracle(loss, level)
+            wanted = times(multiplier, updates)
+            slope = multiplier.astype(loss_dtype)
+            same_bits(got[:5], (wanted, wanted, value, slope, value))
+            work = np.float64 if loss_dtype == np.float64 else np.float32
+            used = level.astype(work).astype(np.float32), loss.astype(np.float32)
+            below = (multiplier == -1).astype(np.int32)
+            same_bits(tuple(got[5]), (np.ones_like(below), *used, below))
 
 
-def check_eager_calls_with_python_numbers():
-    if NAME == "guarded":
+def check_eager_calls_with_python_numbers(mode):
+    if mode is MODES["guarded"]:
         return  # a Python number is a transfer, as everywhere in JAX
-    updates = updates_of_every_dtype()
-    with MODE.context():
+    updates = updates_of_every_dtype(mode)
+    with mode.context():
         for level, loss in ((0.5, 0.2), (-1, -2.25), (0.2, 0.2)):
             transform = scale_by_flood(level)
             got, _ = transform.update(updates, transform.init(updates), value=loss)
@@ -219,15 +218,15 @@ def check_eager_calls_with_python_numbers():
             np.testing.assert_allclose(value, abs(loss - level) + level, rtol=1e-6)
 
 
-def check_level_is_not_rounded_to_a_16_bit_loss():
+def check_level_is_not_rounded_to_a_16_bit_loss(mode):
     # bf16 rounds .2 to .20019531: above the level .2, below the level .2002
     loss = np.asarray(0.2, ml_dtypes.bfloat16)
     for level, sign in ((0.2, 1.0), (0.2002, -1.0), (float(loss), 1.0)):
-        slope = in_mode(jax.grad(flooded(lambda x: x, level)), loss)
+        slope = in_mode(mode, jax.grad(flooded(lambda x: x, level)), loss)
         same_bits(slope, np.asarray(sign, loss.dtype))
 
 
-def check_16_bit_loss_is_rounded_before_the_compare():
+def check_16_bit_loss_is_rounded_before_the_compare(mode):
     # under jit XLA keeps more bits of a bf16 product than bf16 has: .22053, which is
     # below the level; rounded to bf16 it is .22070, above
     level, factor = 0.2206, jnp.asarray(1.1, jnp.bfloat16)
@@ -239,84 +238,106 @@ def check_16_bit_loss_is_rounded_before_the_compare():
         scaled, _ = transform.update(jnp.float32(3.0), state, value=loss)
         return scaled, flood_loss(loss, level).astype(jnp.float32)
 
-    scaled, value = in_mode(update, np.float32(0.2001))
+    scaled, value = in_mode(mode, update, np.float32(0.2001))
     same_bits(scaled, np.float32(3.0))
     same_bits(value, np.float32(np.asarray(0.2207, ml_dtypes.bfloat16)))
 
 
-def check_off_is_the_identity():
-    updates = updates_of_every_dtype()
-    for dtype, shape in itertools.product(FLOATS, forms.SHAPES.values()):
+def check_off_is_the_identity(mode):
+    updates = updates_of_every_dtype(mode)
+
+    def off(loss, shape):
         transform = scale_by_flood(-np.inf, shape=shape)
+        scaled, _ = transform.update(updates, transform.init(updates), value=loss)
+        bent = flooded(lambda x: x, -np.inf, shape=shape)
+        return scaled, jax.value_and_grad(bent)(loss)
 
-        def both(loss, transform=transform, shape=shape):
-            scaled, _ = transform.update(updates, transform.init(updates), value=loss)
-            bent = flooded(lambda x: x, -np.inf, shape=shape)
-            return scaled, jax.value_and_grad(bent)(loss)
+    def off_in_every_shape(losses):
+        return [
+            jax.vmap(functools.partial(off, shape=shape))(losses)
+            for shape in forms.SHAPES.values()
+        ]
 
-        with MODE.context():
-            run = jax.jit(both)
-        for number in finite_in_mode((0.3, -2.0, np.inf, -np.inf, np.nan)):
-            loss = np.asarray(number, dtype)
-            with MODE.context():
-                got = run(*jax.device_put((loss,)))
-            same_bits(got, (updates, (loss, np.ones((), dtype))))
+    numbers = finite_in_mode(mode, (0.3, -2.0, np.inf, -np.inf, np.nan))
+    for dtype in mode.floats:
+        losses = np.asarray(numbers, dtype)
+        with mode.context():
+            results = jax.jit(off_in_every_shape)(jax.device_put(losses))
+        ones = np.ones_like(losses)
+        for got in results:
+            same_bits(got, (times(ones, updates), (losses, ones)))
 
 
-def check_other_shapes():
-    for (name, shape), dtype in itertools.product(forms.SHAPES.items(), FLOATS):
+def check_other_shapes(mode):
+    def bent(loss, level, shape):
+        value, slope = jax.value_and_grad(lambda x: flood_loss(x, level, shape=shape))(
+            loss
+        )
+        transform = scale_by_flood(level, shape=shape)
+        one = jnp.ones((), jnp.float16)
+        scaled, _ = transform.update(one, transform.init(one), value=loss)
+        return value, slope, scaled
 
-        def both(loss, level, shape=shape):
-            value, slope = jax.value_and_grad(
-                lambda x: flood_loss(x, level, shape=shape)
-            )(loss)
-            transform = scale_by_flood(level, shape=shape)
-            one = jnp.ones((), jnp.float16)
-            scaled, _ = transform.update(one, transform.init(one), value=loss)
-            return value, slope, scaled
+    def bent_by_every_shape(losses, level):
+        return {
+            name: jax.vmap(functools.partial(bent, level=level, shape=shape))(losses)
+            for name, shape in forms.SHAPES.items()
+        }
 
-        for number in (2.0, 0.53125, 0.25, 0.125):  # level .5: exact in every dtype
-            value, slope, scaled = in_mode(
-                both, np.asarray(number, dtype), np.float32(0.5)
-            )
-            exact, multiplier = oracles.bend(number, 0.5, oracles.SHAPES[name])
+    numbers = np.array([2.0, 0.53125, 0.25, 0.125])  # level .5: exact in every dtype
+    for dtype in mode.floats:
+        results = in_mode(
+            mode, bent_by_every_shape, numbers.astype(dtype), np.float32(0.5)
+        )
+        for name, (value, slope, scaled) in results.items():
+            exact, multiplier = oracles.bend(numbers, 0.5, oracles.SHAPES[name])
             close(value, exact, dtype, ulps=4)
             close(slope, multiplier, dtype, ulps=4)
             close(scaled, multiplier, np.float16)
 
 
-def check_second_derivative():
+def check_second_derivative(mode):
     # flooding x^3 below the level: -6x; above: 6x
     def bent(x, level):
         return flooded(lambda x: x**3, level)(x)
 
-    for dtype, (level, sign) in itertools.product(FLOATS, ((0.5, -1.0), (0.05, 1.0))):
+    for dtype, (level, sign) in itertools.product(
+        mode.floats, ((0.5, -1.0), (0.05, 1.0))
+    ):
         second = jax.grad(jax.grad(bent))
-        got = in_mode(second, np.asarray(0.5, dtype), np.float32(level))
+        got = in_mode(mode, second, np.asarray(0.5, dtype), np.float32(level))
         close(got, sign * 6 * 0.5, dtype)
 
 
-def check_means_are_taken_in_float32():
+def check_means_are_taken_in_float32(mode):
     # 3000 f16 losses of about 100 overflow f16 when summed, and stall it when counted
     exact = 100.0 + np.sin(np.arange(3000.0))
     ids = np.arange(3000) % 2
     level = 110.0
-    partitions = {
-        "batch": {},
-        "example": {},
-        "segment": {"segment_ids": ids, "num_segments": 2},
-    }
-    for dtype, (over, given) in itertools.product(FLOATS, partitions.items()):
+    partitions = [
+        {"over": "batch"},
+        {"over": "example"},
+        {"over": "segment", "segment_ids": ids, "num_segments": 2},
+    ]
+
+    def by_partition(losses):
+        return [
+            jax.value_and_grad(functools.partial(flood_mean, level=level, **given))(
+                losses
+            )
+            for given in partitions
+        ]
+
+    for dtype in mode.floats:
         losses = exact.astype(dtype)
-        mean = functools.partial(flood_mean, level=level, over=over, **given)
-        value, slopes = in_mode(jax.value_and_grad(mean), losses)
-        # all are below the level; a sum of 3000 float32 terms may lose some bits
-        close(value, 2 * level - losses.astype(np.float64).mean(), dtype, ulps=8)
-        close(slopes, -1 / 3000, dtype)
+        for value, slopes in in_mode(mode, by_partition, losses):
+            # all are below; a sum of 3000 float32 terms may lose some bits
+            close(value, 2 * level - losses.astype(np.float64).mean(), dtype, ulps=8)
+            close(slopes, -1 / 3000, dtype)
 
 
-def check_windows_accumulate_in_float32():
-    for dtype in FLOATS:
+def check_windows_accumulate_in_float32(mode):
+    for dtype in mode.floats:
         grads = np.asarray([40000.0, 60000.0, 20000.0], dtype)  # sum overflows f16
         values = np.asarray([0.75, 0.25, 0.125], dtype)
         optimizer = flood(optax.identity(), 0.5, every_k=3)
@@ -329,14 +350,14 @@ def check_windows_accumulate_in_float32():
                 out.append(update)
             return jnp.stack(out), optax.tree.get(state, "flood_value")
 
-        updates, value = in_mode(window, grads, values)
+        updates, value = in_mode(mode, window, grads, values)
         mean = values.astype(np.float64).mean()  # .375, below the level
         close(value, mean, np.float32)
         wanted = grads.astype(np.float64).mean()
         close(updates, [0.0, 0.0, -wanted], dtype)
 
 
-def check_the_scaled_loss_is_not_the_loss():
+def check_the_scaled_loss_is_not_the_loss(mode):
     # loss scaling by hand: unscale the gradient, hand over the raw loss
     scale = np.float32(2.0**12)
     transform = scale_by_flood(0.5)
@@ -350,11 +371,11 @@ def check_the_scaled_loss_is_not_the_loss():
         grad = grad / scale
         return transform.update(grad, transform.init(grad), value=loss)[0]
 
-    close(in_mode(step, np.float32(0.25)), -0.5, np.float32)
-    close(in_mode(step, np.float32(1.5)), 3.0, np.float32)
+    close(in_mode(mode, step, np.float32(0.25)), -0.5, np.float32)
+    close(in_mode(mode, step, np.float32(1.5)), 3.0, np.float32)
 
 
-def check_schedules():
+def check_schedules(mode):
     schedule = warmup(0.5, 2)
     transform = optax.chain(scale_by_flood(schedule), optax.sgd(1.0))
 
@@ -366,10 +387,10 @@ def check_schedules():
         return jax.lax.scan(step, transform.init(jnp.float32(0.0)), values)[1]
 
     values = np.asarray([0.3, 0.3, 0.3, 0.7], np.float32)
-    same_bits(in_mode(train, values), np.asarray([-2, -2, 2, -2], np.float32))
+    same_bits(in_mode(mode, train, values), np.asarray([-2, -2, 2, -2], np.float32))
 
 
-def check_vmap_over_level_and_value():
+def check_vmap_over_level_and_value(mode):
     def signs(level, value):
         transform = scale_by_flood(level)
         one = jnp.ones((), jnp.float32)
@@ -377,18 +398,18 @@ def check_vmap_over_level_and_value():
 
     levels = np.asarray([0.1, 0.5, -np.inf, 0.3], np.float32)
     values = np.asarray([0.3, 0.3, 0.3, 0.3], np.float32)
-    got = in_mode(jax.vmap(signs), levels, values)
+    got = in_mode(mode, jax.vmap(signs), levels, values)
     same_bits(got, np.asarray([1, -1, 1, 1], np.float32))
 
 
-def check_vector_losses_are_refused():
+def check_vector_losses_are_refused(mode):
     vector = jnp.ones((1,))
     optimizers = (scale_by_flood(0.5), flood(optax.sgd(1.0), 0.5, every_k=2))
     for optimizer in optimizers:
         params = jnp.zeros(3)
         state = optimizer.init(params)
         refused = pytest.raises(ValueError, match=r"must be a scalar, got shape \(1,\)")
-        with MODE.context(), refused:
+        with mode.context(), refused:
             optimizer.update(params, state, params, value=vector)
 
 
@@ -402,8 +423,14 @@ CHECKS = {
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("mode", MODES)
 def test_both_forms_equal_numpy_in_mode(mode, check):
-    processes.assert_held(check, __file__, mode)
+    processes.assert_held(f"{mode}: {check}", __file__)
 
 
 if __name__ == "__main__":
-    processes.report(CHECKS)
+    processes.report(
+        {
+            f"{name}: {check}": functools.partial(function, mode)
+            for name, mode in MODES.items()
+            for check, function in CHECKS.items()
+        }
+    )
