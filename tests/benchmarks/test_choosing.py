@@ -16,7 +16,7 @@ from benchmarks import choosing, points
 from benchmarks.choosing import findings, rules, runs, settings, training
 from flood_optax import levels
 
-TINY = dataclasses.replace(settings.SMOKE, steps=8, every=2, window=1, wave=1)
+TINY = settings.SMOKE
 WINE = settings.Setting("wine", 0.2)
 
 
@@ -87,7 +87,7 @@ def test_rules_read_off_what_the_checks_have_seen():
     np.testing.assert_array_equal(found["early_accuracy"].reached, [0.61, 1, 2])
     np.testing.assert_array_equal(found["label_wave"].reached, [0.62, 3, 4])
     assert found["label_wave"].cost == 1.0  # the rise is seen at the last check
-    level = rules.read_off(trunk, TINY)
+    level = rules.read_off(trunk, dataclasses.replace(TINY, window=1, wave=1))
     assert level["best_loss"] == pytest.approx(0.5)  # the mean of 0.6 and 0.4
     assert level["best_accuracy"] == pytest.approx(0.9)
     assert level["wave"] == pytest.approx(0.5)
