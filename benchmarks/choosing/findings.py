@@ -14,33 +14,38 @@ RULES = {  # and what a row calls it
     "early_loss": "early stopping, validation loss",
     "early_accuracy": "early stopping, validation accuracy",
     "label_wave": "early stopping by Label Wave",
+    "average": "averaged weights",
+    "decay": "weight decay, by validation",
+    "smoothing": "label smoothing, by validation",
+    "oracle": "the grid, by the test set (no rule)",
     "grid": "the grid, by validation",
     "grid_shared": "the grid on a shared trunk (`forked`)",
+    "grid_best": "the grid with early stopping, by validation",
+    "grid_average": "the grid with averaged weights, by validation",
     "halving": "successive halving on the shared trunk",
-    "oracle": "the grid, by the test set (no rule)",
     "floor": "`noise_floor`, rate known",
     "floor_half": "`noise_floor`, rate halved",
     "floor_more": "`noise_floor`, rate x 1.5",
-    "floor_estimated": "`noise_floor`, rate estimated (`noise_matrix`)",
-    "floor_average": "`noise_floor`, rate known, averaged weights",
-    "best_loss_again": "`at_best` by validation loss, a second run",
+    "floor_estimated": "`noise_floor`, rate estimated",
     "best_loss_forked": "stop and flood, validation loss",
-    "best_loss_average": "stop and flood, validation loss, averaged weights",
-    "best_loss_better": "stop and flood or stop, the better by validation",
-    "best_accuracy_again": "`at_best` by validation accuracy, a second run",
     "best_accuracy_forked": "stop and flood, validation accuracy",
+    "best_loss_better": "stop, or stop and flood, whichever validates better",
     "wave_forked": "stop and flood at Label Wave's loss",
+    "floor_average": "`noise_floor`, rate known, averaged weights",
+    "floor_half_average": "`noise_floor`, rate halved, averaged weights",
+    "floor_more_average": "`noise_floor`, rate x 1.5, averaged weights",
+    "floor_estimated_average": "`noise_floor`, rate estimated, averaged weights",
+    "best_loss_average": "stop and flood, validation loss, averaged weights",
+    "best_accuracy_average": "stop and flood, validation accuracy, averaged weights",
+    "wave_average": "stop and flood at Label Wave's loss, averaged weights",
     "accordance_again": "level from accordance (Flooding-X)",
     "plateau": "level on plateau, from 0",
     "plateau_floor": "level on plateau, from `noise_floor`",
     "adaflood": "AdaFlood",
-    "decay": "weight decay, by validation",
-    "smoothing": "label smoothing, by validation",
-    "average": "averaged weights",
 }
-NO_RULE = {"plain", "oracle", "grid", "grid_shared"}  # of what the criterion asks
 RIVALS = {"early_loss", "early_accuracy", "label_wave", "decay", "smoothing", "average"}
-TARGETS = ((0.90, 1.2), (0.95, 2.0))  # a share of the grid's gain, at most at a cost
+NO_RULE = {"plain", "oracle", "grid", "grid_shared", "grid_best", "grid_average"}
+TARGETS = ((0.90, 1.2), (0.95, 2.0))  # a share of the grid's gain, and a cost at most
 GROUPS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "all": ("all", lambda _: True),
     "fixed": ("constants fixed on", lambda s: s["development"]),
@@ -95,6 +100,41 @@ def shares(payload: Mapping[str, Any]) -> dict[str, dict[str, Share]]:
             for rule in RULES:
                 found[rule][group] = share(chosen, rule)
     return found
+
+
+def mean_of_shares(settings: Settings, rule: str) -> float:
+    """The shares of the settings, averaged; small gains of the grid weigh heavily."""
+    own = [gains(s, rule).mean() / gains(s, "grid").mean() for s in settings]
+    return float(np.mean(own))
+
+
+def criterion(payload: Mapping[str, Any], group: str = "all") -> str:
+    """Which rules of flooding reach a share of the grid's gain at a cost."""
+    settings = payload["settings"]
+    found = {
+        rule: (by_group[group], cost(settings, rule))
+        for rule, by_group in shares(payload).items()
+        if group in by_group and rule not in RIVALS | NO_RULE
+    }
+    lines: list[str] = []
+    for least, most in TARGETS:
+        cheap = {rule: one for rule, (one, price) in found.items() if price <= most}
+        reach = [rule for rule in cheap if cheap[rule].share >= least]
+        miss = [
+            f"{RULES[rule]} by {100 * (least - one.share):.0f} points"
+            for rule, one in cheap.items()
+            if one.share < least
+        ]
+        named = [
+            f"{RULES[rule]}, {cheap[rule]}"
+            + (", with its whole interval" if cheap[rule].low >= least else "")
+            for rule in reach
+        ]
+        lines.append(
+            f"* At least {least:.0%} at a cost of at most {most:g}: "
+            f"{'; '.join(named) or 'no rule'}. Missed by: {'; '.join(miss) or 'none'}."
+        )
+    return "\n".join(lines)
 
 
 def setting_title(setting: Mapping[str, Any]) -> str:
@@ -181,17 +221,19 @@ def setting_table(payload: Mapping[str, Any]) -> str:
             "constants": lambda s: "fixed on" if s["development"] else "new",
             "plain, %": plain,
             "grid": gain("grid"),
-            "stop and flood": gain("best_loss_forked"),
+            "stop and flood": gain("best_accuracy_forked"),
             "`noise_floor`": gain("floor"),
-            "estimated": gain("floor_estimated"),
-            "early stopping": gain("early_loss"),
+            "averaged": gain("floor_average"),
+            "estimated": gain("floor_estimated_average"),
+            "early stopping": gain("early_accuracy"),
             "weight decay": gain("decay"),
         },
     )
     text = (
         "Test accuracy of plain training at the end, and what is gained over it, in "
         "points with 95% intervals, paired by seed: stop and flood and early stopping "
-        "by validation loss, `noise_floor` with the rate known and estimated."
+        "by validation accuracy, `noise_floor` with the rate known, and with averaged "
+        "weights and the rate known or estimated."
     )
     return f"{body}\n\n{text}"
 
@@ -220,11 +262,12 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
         for group, one in by_group.items():
             found |= {f"{rule}/{group}/{k}": v for k, v in one._asdict().items()}
         found |= gain_numbers(settings, rule)
-        for over in ("plain", "early_loss", "decay", "best_loss_forked", "grid"):
-            names = ahead(settings, rule, over)
-            found[f"{rule}/ahead-of/{over}"], found[f"{rule}/behind/{over}"] = map(
-                len, names
-            )
+        if gaining:
+            found[f"{rule}/all/mean_of_shares"] = mean_of_shares(gaining, rule)
+        for over in ("plain", "early_accuracy", "decay", "grid"):
+            better, worse = ahead(settings, rule, over)
+            found[f"{rule}/ahead-of/{over}"] = len(better)
+            found[f"{rule}/behind/{over}"] = len(worse)
     for group, (_, holds) in GROUPS.items():
         found[f"{group}/settings"] = sum(holds(s) for s in settings)
         found[f"{group}/gaining"] = sum(holds(s) for s in gaining)
@@ -256,13 +299,15 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     fig, axes = panels(1, len(groups), size=(6 * len(groups), 5), sharey=True)
     short = {
-        "early_loss": "early stopping",
+        "early_accuracy": "early stopping",
         "label_wave": "Label Wave",
         "grid": "grid",
         "halving": "halving",
         "floor": "noise_floor",
-        "floor_estimated": "noise_floor, estimated",
-        "best_loss_forked": "stop and flood",
+        "floor_average": "noise_floor, averaged",
+        "floor_estimated_average": "estimated, averaged",
+        "best_accuracy_forked": "stop and flood",
+        "best_loss_better": "stop, or stop and flood",
         "wave_forked": "wave and flood",
         "accordance_again": "accordance",
         "plateau": "plateau",
@@ -272,13 +317,22 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
         "average": "averaged weights",
     }
     for axis, group in zip(axes, groups, strict=True):
-        for rule, name in short.items():
+        below: dict[int, float] = {}  # where the last text of a column ended
+        for rule in sorted(short, key=lambda rule: found[rule][group].share):
             one, x = found[rule][group], cost(payload["settings"], rule)
             color = "C1" if rule in RIVALS else "C0"
             half = [[max(one.share - one.low, 0)], [max(one.high - one.share, 0)]]
             axis.errorbar(x, one.share, yerr=half, fmt="o", ms=4, lw=0.7, color=color)
+            column = round(3 * np.log(x))
+            text_y = max(one.share, below.get(column, -9) + 0.06)
+            below[column] = text_y
             axis.annotate(
-                name, (x, one.share), (5, 3), textcoords="offset points", fontsize=7
+                short[rule],
+                (x, one.share),
+                (x * 1.08, text_y),
+                fontsize=7,
+                color=color,
+                va="center",
             )
         axis.axhline(1, color="gray", lw=0.6, ls=":")
         for least, most in TARGETS:
@@ -287,7 +341,8 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
             xscale="log",
             xlabel="cost, plain runs",
             title=f"settings: {GROUPS[group][0]}",
-            ylim=(-0.5, 1.5),
+            xlim=(0.15, 20),
+            ylim=(-0.5, 1.6),
         )
     axes[0].set_ylabel("share of the grid's gain in test accuracy")
     return {"choosing": fig}

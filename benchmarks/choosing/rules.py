@@ -133,9 +133,24 @@ def plain_rules(trunk: Trunk, averaged: np.ndarray, wave: int) -> dict[str, Outc
 
 
 def grid_rules(
-    seen: np.ndarray, begins: Sequence[int], cuts: Sequence[float], steps: int
+    seen: np.ndarray,
+    averaged: np.ndarray,
+    begins: Sequence[int],
+    *,
+    cuts: Sequence[float],
+    steps: int,
 ) -> dict[str, Outcome]:
-    """What choosing among levels gives: seen [levels, checks, ...], plain the first."""
+    """What choosing among levels gives, plain training the first.
+
+    Args:
+      seen: what the checks have seen, [levels, checks, 5].
+      averaged: what is seen of the averaged weights at the end, [levels, 5].
+      begins: the step at which each level leaves the trunk.
+      cuts: see `halving`.
+      steps: of a run.
+    """
+    each, level = seen.reshape(-1, seen.shape[2]), averaged[:, VALID_ACCURACY].argmax()
+    best = each[int(each[:, VALID_ACCURACY].argmax())]  # lowest level, first check
     valid, test = seen[:, -1, VALID_ACCURACY], seen[:, -1, ACCURACY]
     picked = int(valid.argmax())
     number = len(seen)
@@ -144,6 +159,8 @@ def grid_rules(
     return {
         "grid": Outcome(seen[picked, -1, REACHED], number),
         "grid_shared": Outcome(seen[picked, -1, REACHED], shared),
+        "grid_best": Outcome(best[REACHED], number),
+        "grid_average": Outcome(averaged[int(level), REACHED], number),
         "oracle": Outcome(seen[int(test.argmax()), -1, REACHED], number),
         "halving": Outcome(seen[survivor, -1, REACHED], cost),
     }

@@ -133,9 +133,15 @@ def outcomes(runner: Runner, seed: int, key: jax.Array) -> dict[str, Outcome]:
     at = {float(level): i for i, level in enumerate(runs["levels"])}
     begins = {level: rules.leaves(trunk.losses, level, c.every) for level in at}
     grid = [rules.PLAIN, *np.array(runner.grid, np.float32).tolist()]
-    on_grid = runs["branches"][[at[level] for level in grid]]
+    which = [at[level] for level in grid]
     found = rules.plain_rules(trunk, runs["averaged"][0], c.wave)
-    found |= rules.grid_rules(on_grid, [begins[b] for b in grid], c.halving, c.steps)
+    found |= rules.grid_rules(
+        runs["branches"][which],
+        runs["averaged"][which],
+        [begins[level] for level in grid],
+        cuts=c.halving,
+        steps=c.steps,
+    )
 
     for rule, number in zip(map(str, runs["rules"]), runs["rule_levels"], strict=True):
         level = float(number)

@@ -101,7 +101,11 @@ def test_rules_read_off_what_the_checks_have_seen():
 def test_the_grid_is_chosen_by_validation_and_costs_its_runs():
     ends = np.array([[9, 0.5, 0.1, 1, 1], [9, 0.7, 0.3, 2, 2], [9, 0.7, 0.4, 3, 3]])
     seen = np.repeat(ends[:, None], 4, axis=1)
-    found = rules.grid_rules(seen, [0, 2, 6], (0.5,), 8)
+    seen[1, 2] = [9, 0.8, 0.6, 4, 4]
+    averaged = np.array([[9, 0.8, 0.2, 1, 1], [9, 0.7, 0.9, 2, 2], [9, 0.8, 0.5, 3, 3]])
+    found = rules.grid_rules(seen, averaged, [0, 2, 6], cuts=(0.5,), steps=8)
+    assert found["grid_best"].reached[0] == 0.6
+    assert found["grid_average"].reached[0] == 0.2
     assert found["grid"].reached[0] == 0.3
     assert found["grid"].cost == 3
     assert found["grid_shared"].cost == pytest.approx(1 + 6 / 8 + 2 / 8)
