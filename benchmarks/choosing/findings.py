@@ -46,14 +46,33 @@ RULES = {  # and what a row calls it
 RIVALS = {"early_loss", "early_accuracy", "label_wave", "decay", "smoothing", "average"}
 NO_RULE = {"plain", "oracle", "grid", "grid_shared", "grid_best", "grid_average"}
 TARGETS = ((0.90, 1.2), (0.95, 2.0))  # a share of the grid's gain, and a cost at most
+
+
+def is_full_batch(setting: Mapping[str, Any]) -> bool:
+    """Whether every step is on all training examples."""
+    return setting["batch"] is None
+
+
 GROUPS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "all": ("all", lambda _: True),
     "fixed": ("constants fixed on", lambda s: s["development"]),
     "new": ("new", lambda s: not s["development"]),
-    "full": ("full batch", lambda s: s["batch"] is None),
-    "mini": ("mini-batch", lambda s: s["batch"] is not None),
+    "full": ("full batch", is_full_batch),
+    "mini": ("mini-batch", lambda s: not is_full_batch(s)),
     "adam": ("Adam", lambda s: s["optimizer"] == "adam"),
     "sgd": ("SGD with momentum", lambda s: s["optimizer"] == "sgd"),
+}
+FLIPS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "clean": ("none", lambda s: s["flips"] == 0),
+    "some": (
+        "1 to 10 %, full batch",
+        lambda s: is_full_batch(s) and 0 < s["flips"] <= 0.1,
+    ),
+    "many": ("20 to 40 %, full batch", lambda s: is_full_batch(s) and s["flips"] > 0.1),
+    "parts": (
+        "10 to 40 %, mini-batches",
+        lambda s: not is_full_batch(s) and s["flips"] > 0,
+    ),
 }
 Settings = list[Mapping[str, Any]]
 
@@ -108,33 +127,30 @@ def mean_of_shares(settings: Settings, rule: str) -> float:
     return float(np.mean(own))
 
 
-def criterion(payload: Mapping[str, Any], group: str = "all") -> str:
-    """Which rules of flooding reach a share of the grid's gain at a cost."""
+def criterion(payload: Mapping[str, Any]) -> str:
+    """By how much each rule of flooding reaches or misses what was asked."""
     settings = payload["settings"]
-    found = {
-        rule: (by_group[group], cost(settings, rule))
+
+    def cell(least: float, most: float, group: str) -> report.Cell:
+        def write(row: Mapping[str, Any]) -> str:
+            one = row["shares"].get(group)
+            if one is None or row["cost"] > most:
+                return "-"
+            return f"{100 * (one.share - least):+.0f} ({100 * (one.low - least):+.0f})"
+
+        return write
+
+    lines: list[dict[str, Any]] = [
+        {"title": RULES[rule], "cost": cost(settings, rule), "shares": by_group}
         for rule, by_group in shares(payload).items()
-        if group in by_group and rule not in RIVALS | NO_RULE
-    }
-    lines: list[str] = []
+        if rule not in RIVALS | NO_RULE
+    ]
+    columns: dict[str, report.Cell] = {"rule": "{title}", "cost": "{cost:.2f}"}
     for least, most in TARGETS:
-        cheap = {rule: one for rule, (one, price) in found.items() if price <= most}
-        reach = [rule for rule in cheap if cheap[rule].share >= least]
-        miss = [
-            f"{RULES[rule]} by {100 * (least - one.share):.0f} points"
-            for rule, one in cheap.items()
-            if one.share < least
-        ]
-        named = [
-            f"{RULES[rule]}, {cheap[rule]}"
-            + (", with its whole interval" if cheap[rule].low >= least else "")
-            for rule in reach
-        ]
-        lines.append(
-            f"* At least {least:.0%} at a cost of at most {most:g}: "
-            f"{'; '.join(named) or 'no rule'}. Missed by: {'; '.join(miss) or 'none'}."
-        )
-    return "\n".join(lines)
+        for group, title in (("all", "all"), ("new", "new ones")):
+            head = f"{least:.0%} for {most:g}, {title}"
+            columns[head] = cell(least, most, group)
+    return report.table([line for line in lines if line["cost"] <= 2], columns)
 
 
 def setting_title(setting: Mapping[str, Any]) -> str:
@@ -148,10 +164,12 @@ def setting_title(setting: Mapping[str, Any]) -> str:
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    """Rules by share and cost, and settings by accuracy."""
+    """Rules by share and cost, settings by accuracy, and what was asked."""
     return {
         "choosing": rule_table(payload),
+        "choosing-criterion": criterion(payload),
         "choosing-settings": setting_table(payload),
+        "choosing-help": help_table(payload),
     }
 
 
@@ -238,6 +256,36 @@ def setting_table(payload: Mapping[str, Any]) -> str:
     return f"{body}\n\n{text}"
 
 
+def help_table(payload: Mapping[str, Any]) -> str:
+    """Where flooding helps, and its rivals: by the share of wrong labels."""
+    settings = payload["settings"]
+
+    def cell(rule: str) -> report.Cell:
+        def write(row: Mapping[str, Any]) -> str:
+            better, worse = ahead(row["settings"], rule, "plain")
+            gain = np.mean([gains(s, rule).mean() for s in row["settings"]])
+            return f"{gain:+.1f} ({len(better)}, {len(worse)})"
+
+        return write
+
+    lines = [
+        {"title": title, "settings": chosen, "number": len(chosen)}
+        for title, holds in FLIPS.values()
+        if (chosen := [s for s in settings if holds(s)])
+    ]
+    return report.table(
+        lines,
+        {
+            "wrong labels": "{title}",
+            "settings": "{number}",
+            "flooding": cell("floor_average"),
+            "stop and flood": cell("best_accuracy_average"),
+            "early stopping": cell("early_accuracy"),
+            "weight decay": cell("decay"),
+        },
+    )
+
+
 def ahead(settings: Settings, rule: str, over: str) -> tuple[list[str], list[str]]:
     """The settings where a rule is ahead of another with its interval, and behind."""
     both = [(s["setting"], statistics.interval(gains(s, rule, over))) for s in settings]
@@ -277,11 +325,7 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
 def gain_numbers(settings: Settings, rule: str) -> dict[str, float]:
     """Mean gains over all settings, over those without flips and of each setting."""
     found: dict[str, float] = {}
-    for name, holds in {
-        "clean": lambda s: s["flips"] == 0,
-        "some": lambda s: 0 < s["flips"] <= 0.1,
-        "many": lambda s: s["flips"] > 0.1,
-    }.items():
+    for name, (_, holds) in FLIPS.items():
         if chosen := [s for s in settings if holds(s)]:
             means = [gains(s, rule).mean() for s in chosen]
             found[f"{rule}/{name}/gain"] = float(np.mean(means))
@@ -326,13 +370,15 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
             column = round(3 * np.log(x))
             text_y = max(one.share, below.get(column, -9) + 0.06)
             below[column] = text_y
+            left = 0.9 < x < 1.5
             axis.annotate(
                 short[rule],
                 (x, one.share),
-                (x * 1.08, text_y),
+                (x / 1.08 if left else x * 1.08, text_y),
                 fontsize=7,
                 color=color,
                 va="center",
+                ha="right" if left else "left",
             )
         axis.axhline(1, color="gray", lw=0.6, ls=":")
         for least, most in TARGETS:

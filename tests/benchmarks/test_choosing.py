@@ -125,6 +125,62 @@ def test_shares_are_quotients_of_mean_gains():
     )
     # Of two seeds drawn with replacement the mean is 1, 1.5 or 2.
     assert (low, high) == (0.75, 1.5)
+    own = {"a": np.array([1.0, 1.0]), "b": np.array([3.0, 3.0])}
+    twos = dict.fromkeys(own, np.array([2.0, 2.0]))
+    assert rules.share_interval(own, twos) == (0.5, 1.5)  # settings are drawn as well
+
+
+def make_payload():
+    """Three settings of three seeds, in two of which the grid gains."""
+    given = {  # accuracies of plain training, then what grid and floor gain
+        "a": (60.0, [4.0, 5.0, 6.0], [3.0, 5.0, 5.5]),
+        "b": (70.0, [1.9, 2.0, 2.1], [2.0, 3.0, 4.0]),
+        "c": (90.0, [-1.0, 0.0, 1.0], [-2.0, -2.1, -2.2]),
+    }
+    rows = []
+    for name, (plain, grid, floor) in given.items():
+        gain = {rule: [0.0, 0.0, 0.0] for rule in findings.RULES}
+        gain |= {"grid": grid, "floor": floor}
+        reached = {
+            rule: {
+                "accuracies": [plain + one for one in gains],
+                "losses": [1.0, 2.0, 3.0],
+                "ece": 0.1,
+                "cost": 3.0 if rule == "grid" else 1.0,
+            }
+            for rule, gains in gain.items()
+        }
+        setting = {"data": "wine", "flips": 0.2, "optimizer": "adam", "batch": None}
+        setting |= {"setting": name, "pair": False, "development": name == "a"}
+        rows.append(setting | {"rules": reached})
+    protocol = {"seeds": 3, "grid": [0.1, 0.2]}
+    environment = dict.fromkeys(("command", "dirty", "jax", "optax", "cpu"), "x")
+    environment |= {"commit": "0" * 40, "cpu_count": 2}
+    return {"settings": rows, "protocol": protocol, "environment": environment}
+
+
+def test_findings_share_the_gain_of_the_settings_where_the_grid_gains():
+    payload = make_payload()
+    found = findings.numbers(payload)
+    assert (found["settings"], found["gaining"]) == (3, 2)
+    own, grid = (4.5 + 3) / 2, (5 + 2) / 2
+    assert found["floor/all/share"] == pytest.approx(own / grid)
+    assert found["floor/new/share"] == pytest.approx(3 / 2)
+    assert found["floor/all/mean_of_shares"] == pytest.approx((4.5 / 5 + 3 / 2) / 2)
+    assert found["b/floor/gain"] == pytest.approx(3.0)
+    assert found["floor/many/gain"] == pytest.approx((4.5 + 3 - 2.1) / 3)
+    assert (found["floor/ahead-of/plain"], found["floor/behind/plain"]) == (2, 1)
+    made = findings.tables(payload)
+    line = next(
+        text
+        for text in made["choosing-criterion"].splitlines()
+        if text.startswith("| `noise_floor`, rate known |")
+    )
+    above = (
+        f"{100 * (own / grid - 0.9):+.0f} ({100 * (found['floor/all/low'] - 0.9):+.0f})"
+    )
+    assert line.split(" | ")[2] == above
+    assert "| 20 to 40 %, full batch | 3 |" in made["choosing-help"]
 
 
 @pytest.mark.parametrize("batch", [None, 10])
