@@ -53,8 +53,15 @@ def test_sinusoid_fills_the_disc_of_radius_two_evenly():
     np.testing.assert_array_equal((y == 1)[clear], (side > 0)[clear])
 
 
-@pytest.mark.parametrize("name", points.GENERATORS)
-@pytest.mark.parametrize("noise", synthetic.NOISES)
+@pytest.mark.parametrize(
+    ("noise", "name"),
+    [
+        # a program each: every generator at one rate, at the others in slow
+        pytest.param(noise, name, marks=[] if noise == 0.1 else [pytest.mark.slow])
+        for noise in synthetic.NOISES
+        for name in points.GENERATORS
+    ],
+)
 def test_synthetic_splits_flip_an_exact_share_each(name, noise):
     protocol = training.Protocol(test_points=250)
     draw = jax.jit(training.draw_splits, static_argnums=(1, 2, 3))

@@ -18,7 +18,18 @@ def blocks(text):
         yield "\n" * line + textwrap.dedent(match.group(1))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# their blocks train or compile for ten seconds each; shorter pages run every time
+SLOW = ("choosing-b.md", "family.md", "sharpness.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        for page in PAGES
+    ],
+    ids=lambda page: page.name,
+)
 def test_code_blocks_of_page_run(page, capsys):
     namespace = {"__name__": "__main__"}
     for code in blocks(page.read_text()):

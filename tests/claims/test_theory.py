@@ -257,7 +257,10 @@ def test_flooded_iterate_finds_the_flattest_point_of_the_level_set(x64):
 
 @pytest.fixture(scope="module")
 def drift():
-    """The benchmark's measurement: ratio to the penalty's flow, by rule and rate."""
+    """The benchmark's measurement: ratio to the penalty's flow, by rule and rate.
+
+    Ten programs; every time SGD alone is followed along the flow, in the test above.
+    """
     jax.config.update("jax_enable_x64", True)
     try:
         rows = benchmark.drift_by_rule(rates=(0.02,), num_runs=50)
@@ -266,6 +269,7 @@ def drift():
     return {row["rule"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_drift_of_sgd_equals_the_penalty(drift):
     row = drift["SGD"]
     assert abs(row["ratio"] - 1) < 0.005
@@ -283,6 +287,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", OTHERS)
 def test_drift_of_other_optimizers_differs_from_the_penalty(drift, rule):
     ratios, cosines = OTHERS[rule]
@@ -291,6 +296,7 @@ def test_drift_of_other_optimizers_differs_from_the_penalty(drift, rule):
     assert cosines[0] < row["cosine"] <= cosines[1] + 1e-9, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", ["soft (SoftAD), scale 1", "soft (SoftAD), scale 0.01", "pause"]
 )
@@ -300,6 +306,7 @@ def test_shapes_that_come_to_rest_do_not_drift(drift, rule):
     assert drift[rule]["alternating"] < 0.01
 
 
+@pytest.mark.slow
 def test_drift_of_mini_batches_is_not_the_penalty(drift):
     """They descend on the mean of the flooded batch losses, at first order in eta."""
     row = drift["SGD, mini-batches"]

@@ -130,6 +130,7 @@ def test_export_serialised_step_trains_as_the_step_itself(form):
     """Written to bytes and read back; 24 steps, batches of 6, 5, 6, 5, ... rows."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers.")
     program = export.deserialize(exported(form, symbolic=True).serialize())
+    call = jax.jit(program.call)
     step, params, state = train_step(form)
     step = jax.jit(step)
     original = restored = (params, state)
@@ -137,7 +138,7 @@ def test_export_serialised_step_trains_as_the_step_itself(form):
     for i in range(24):
         rows = batch(6 - i % 2, seed=i)
         *original, value = step(*original, *rows)
-        *restored, restored_value = program.call(*restored, *rows)
+        *restored, restored_value = call(*restored, *rows)
         values.append(float(value))
         chex.assert_trees_all_close(
             (restored, restored_value), (original, value), rtol=2e-5, atol=1e-6

@@ -123,12 +123,11 @@ def test_top_eigenvalue_with_few_iterations_never_over_estimates(net):
         top_eigenvalue(net_loss, params, x, targets=targets, key=KEY, num_iterations=k)[
             0
         ]
-        for k in (1, 3, 8)
+        for k in (1, 6)
     ]
     magnitudes = np.abs(np.array(estimates))
     assert (magnitudes <= top * (1 + 1e-12)).all()
-    assert (np.diff(magnitudes) > 0).all()
-    assert magnitudes[0] < 0.9 * top < magnitudes[-1]
+    assert magnitudes[0] < 0.9 * top < magnitudes[1]
 
 
 def quadratic(w, hessian):
@@ -254,8 +253,8 @@ def test_all_measures_under_jit_and_with_aux_equal_eager(net):
 
     settings = {
         "gradient_norm": {},
-        "hessian_trace": {"key": KEY, "num_samples": 5},
-        "top_eigenvalue": {"key": KEY, "num_iterations": 6},
+        "hessian_trace": {"key": KEY, "num_samples": 3},
+        "top_eigenvalue": {"key": KEY, "num_iterations": 2},
     }
     for name, setting in settings.items():
         measure = getattr(sharpness, name)
