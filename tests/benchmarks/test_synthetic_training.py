@@ -136,6 +136,7 @@ def test_synthetic_run_equals_an_explicit_loop_over_epochs(level):
         assert abs(losses[-1] - level) < 0.1
 
 
+@pytest.mark.slow  # a network of its own; the loop above holds the best epoch too
 def test_synthetic_best_epoch_may_be_before_training():
     still = dataclasses.replace(TINY, learning_rate=0.0, epochs=2)
     train = jax.jit(training.trainer("sinusoid", 0.1, still))
@@ -146,6 +147,7 @@ def test_synthetic_best_epoch_may_be_before_training():
     assert float(metrics["last"][1, 0, 1]) == after[-1]
 
 
+@pytest.mark.slow  # compiles the study; tests of the sweep resume a small one
 def test_synthetic_resumed_equals_uninterrupted(tmp_path, capsys):
     def run():
         keys = jax.random.split(jax.random.key(0), 2)

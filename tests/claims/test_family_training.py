@@ -178,7 +178,10 @@ def fit_classifier(digits, objective, steps=300, seed=2, learning_rate=1e-2):
     )()
 
 
-@pytest.mark.parametrize("variant", ["whole_network", "last_layer"])
+# the cheap variant runs every time
+@pytest.mark.parametrize(
+    "variant", [pytest.param("whole_network", marks=pytest.mark.slow), "last_layer"]
+)
 def test_adaflood_gives_mislabelled_digits_higher_levels(digits, variant):
     x, y = jnp.asarray(digits.x), jnp.asarray(digits.y)
     start = lambda key: mlp(key, 64, 64, 10)
@@ -243,6 +246,7 @@ def test_relax_loss_makes_membership_harder_to_infer(digits):
     assert accuracy(after, digits) > accuracy(before, digits)  # .82 against .72
 
 
+@pytest.mark.slow  # ten networks; its equation is held by test_family.py
 def test_wavebound_keeps_a_forecaster_from_overfitting():
     # yearly sunspots since 1700: the next 12 years from the last 24, an MLP, 5 seeds
     series = sunspots.load_pandas().data["SUNACTIVITY"].to_numpy(np.float32)

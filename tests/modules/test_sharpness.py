@@ -245,24 +245,32 @@ def test_key_checker_can_complain():
         jax.jit(twice)(KEY)
 
 
-def test_all_measures_under_jit_and_with_aux_equal_eager(net):
+# op by op the power iteration compiles for five seconds
+SETTINGS = {
+    "gradient_norm": {},
+    "hessian_trace": {"key": KEY, "num_samples": 3},
+    "top_eigenvalue": {"key": KEY, "num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gradient_norm",
+        "hessian_trace",
+        pytest.param("top_eigenvalue", marks=pytest.mark.slow),
+    ],
+)
+def test_all_measures_under_jit_and_with_aux_equal_eager(net, name):
     params, x, targets = net
+    measure, setting = getattr(sharpness, name), SETTINGS[name]
 
     def with_aux(params, x, targets):
         return net_loss(params, x, targets=targets), {"n": len(x)}
 
-    settings = {
-        "gradient_norm": {},
-        "hessian_trace": {"key": KEY, "num_samples": 3},
-        "top_eigenvalue": {"key": KEY, "num_iterations": 2},
-    }
-    for name, setting in settings.items():
-        measure = getattr(sharpness, name)
-        eager = measure(net_loss, params, x, targets=targets, **setting)
-        compiled = jitted(measure)(
-            with_aux, params, x, targets, has_aux=True, **setting
-        )
-        chex.assert_trees_all_close(compiled, eager, rtol=1e-9)
+    eager = measure(net_loss, params, x, targets=targets, **setting)
+    compiled = jitted(measure)(with_aux, params, x, targets, has_aux=True, **setting)
+    chex.assert_trees_all_close(compiled, eager, rtol=1e-9)
 
 
 def test_same_key_gives_same_result_and_another_key_another(net):
