@@ -209,7 +209,9 @@ def started(*arguments):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
-@pytest.mark.parametrize("file_format", ["flax", "orbax"])
+@pytest.mark.parametrize(
+    "file_format", ["flax", pytest.param("orbax", marks=pytest.mark.slow)]
+)
 def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):
     code, _, errors = started(tmp_path, file_format, STOP)
     assert code == -signal.SIGKILL, errors

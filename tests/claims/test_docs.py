@@ -19,7 +19,7 @@ def blocks(text):
 
 
 # their blocks train or compile for ten seconds each; shorter pages run every time
-SLOW = ("choosing-b.md", "family.md", "sharpness.md")
+SLOW = ("choosing-b.md", "family.md", "sharpness.md", "trainers.md")
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,14 @@ LONG_RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", LONG_RUNS)
+# the net every time
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "tanh_mlp" else [pytest.mark.slow])
+        for name in LONG_RUNS
+    ],
+)
 def test_flooded_sgd_follows_the_penalty_flow_on_the_level_set(x64, name):
     """Seen at tau = steps eta^2 / 2, on the level set: their distance is O(eta^2)."""
     make, duration, eta = LONG_RUNS[name]

@@ -125,7 +125,17 @@ def test_export_of_a_train_step_is_portable(form, symbolic):
     assert sizes == (["rows"] * 2 if symbolic else ["6"] * 2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+# two programs each: one form of each kind of state every time
+SERIALISED = {"chain", "skipping", "flooded"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[] if form in SERIALISED else [pytest.mark.slow])
+        for form in FORMS
+    ],
+)
 def test_export_serialised_step_trains_as_the_step_itself(form):
     """Written to bytes and read back; 24 steps, batches of 6, 5, 6, 5, ... rows."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers.")
