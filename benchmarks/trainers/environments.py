@@ -113,7 +113,7 @@ def install(trainer: Trainer, envs: pathlib.Path) -> None:
     """Makes the environment: the trainer, and this repository as it stands.
 
     Raises:
-      RuntimeError: with pip's first error, if it cannot be installed.
+      RuntimeError: with the installer's first error, if it cannot be installed.
     """
     home = envs / trainer.name
     mark = home / "requirements.json"
@@ -122,16 +122,19 @@ def install(trainer: Trainer, envs: pathlib.Path) -> None:
         return
     print(f"Installing {', '.join(trainer.requirements)} in {home}.", flush=True)
     make = [interpreter(trainer.python), "-m", "venv", "--clear", str(home)]
-    pip = [str(python_of(trainer, envs)), "-m", "pip", "install", "--no-cache-dir"]
-    steps = (
-        make,
-        [*pip, "--quiet", *trainer.requirements, "-e", str(record.REPOSITORY)],
-    )
+    python = str(python_of(trainer, envs))
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+    if uv := shutil.which(
+        "uv"
+    ):  # pip tries releases for hours where this needs seconds
+        pip = [uv, "pip", "install", "--quiet", "--no-cache", "--python", python]
+    steps = (make, [*pip, *trainer.requirements, "-e", str(record.REPOSITORY)])
     for step in steps:
         done = subprocess.run(step, check=False, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no output"]
-            said = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+            said = [line for line in lines if line.lower().startswith("error")]
+            said = said or lines[-1:]
             raise RuntimeError(f"Cannot be installed: {anonymous(said[0])[:500]}")
     mark.write_text(json.dumps(wanted), encoding="utf-8")
 
