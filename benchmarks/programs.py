@@ -46,6 +46,7 @@ class Transformer(nn.Module):
     width: int
     heads: int
     layers: int
+    attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -55,11 +56,22 @@ class Transformer(nn.Module):
             y = nn.Dense(3 * self.width)(nn.LayerNorm()(x))
             y = y.reshape(*y.shape[:2], 3 * self.heads, -1)
             query, key, value = jnp.split(y, 3, 2)
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            y = self.attention(query, key, value, is_causal=True)
             x += nn.Dense(self.width)(y.reshape(x.shape))
             y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x += nn.Dense(self.width)(y)
         return embedding.attend(nn.LayerNorm()(x))
+
+
+def flash(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, is_causal: bool
+) -> jax.Array:
+    """Attention in one kernel, as JAX writes it for TPUs."""
+    # here, because it is for TPUs alone
+    from jax.experimental.pallas.ops.tpu import flash_attention  # noqa: PLC0415
+
+    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+    return flash_attention.flash_attention(*by_head, causal=is_causal).swapaxes(1, 2)
 
 
 class Model(NamedTuple):
@@ -82,6 +94,7 @@ MODELS = {
     "mlp": Model(MLP((1024, 1024)), (784,), 256),
     "cnn": Model(CNN((64, 128, 256)), (32, 32, 3), 64),
     "transformer": Model(Transformer(512, 128, 2, 2), (64,), 16),
+    "flash": Model(Transformer(512, 256, 2, 2, flash), (128,), 16),
 }
 
 
@@ -143,6 +156,21 @@ def by_gradient(
     return {"grad_fn": lambda params, _: value_and_grad(params, batch)[1]}
 
 
+def scaled_by(
+    factor: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies gradients by any function of the loss, as a control."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, value: Any, **others: Any
+    ) -> tuple[Any, Any]:
+        del params, others
+        by = factor(value)
+        return jax.tree.map(lambda g: g * by.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), cast(Any, update))
+
+
 class Form(NamedTuple):
     """A step: its value and gradient, its optimizer, and what it is compared with."""
 
@@ -181,6 +209,7 @@ def forms(
     chain = optax.chain(flood_optax.scale_by_flood(level), inner)
     steps = optax.MultiSteps(inner, WINDOW).gradient_transformation()
     window = flood_optax.flood(inner, level, every_k=WINDOW)
+    another = optax.chain(scaled_by(lambda loss: 1 / (1 + loss)), inner)
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     sam = optax.contrib.sam(inner, adversary, opaque_mode=True)
     mapped = functools.partial(Form, axis_name="data")
@@ -192,6 +221,7 @@ def forms(
         "plain": Form(raw, plain, None),
         "loss form": Form(flooded, plain),
         "optax form": Form(raw, chain),
+        "another factor": Form(raw, another),
         "wrapper": Form(raw, flood_optax.flood(inner, level)),
         f"MultiSteps({WINDOW})": Form(raw, steps, None),
         f"wrapper, every_k={WINDOW}": Form(raw, window, f"MultiSteps({WINDOW})"),

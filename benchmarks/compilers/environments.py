@@ -97,14 +97,11 @@ def compile_cells(
     cells: Sequence[Cell],
     envs: pathlib.Path,
     keep: Callable[[dict[str, Any]], None],
-) -> float:
+) -> None:
     """Compiles in a process of its own, which sees the compiler and this jax.
 
     Hands each row over as it comes. Importing jax beside libtpu looks for a TPU first,
     and a compiler that crashes ends its process: neither may touch this one.
-
-    Returns:
-      The seconds of processor time that it took.
 
     Raises:
       RuntimeError: with the end of its log, if the process fails.
@@ -119,7 +116,7 @@ def compile_cells(
         (work / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
         rows, log = work / "rows.jsonl", work / "log.txt"
         command = [str(python_of(compiler, envs)), "-m", "benchmarks.compilers.worker"]
-        before, seen = os.times(), 0
+        seen = 0
         with log.open("wb") as stream:
             worker = subprocess.Popen(
                 [*command, target, str(work / "cells.json"), str(rows)],
@@ -150,7 +147,3 @@ def compile_cells(
                 f"The compiler for {target} ended with {worker.returncode} after "
                 f"{seen} of {len(cells)} programs.\n{tail}"
             )
-    after = os.times()
-    return (after.children_user - before.children_user) + (
-        after.children_system - before.children_system
-    )

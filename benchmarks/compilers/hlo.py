@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections import Counter
+from typing import Any
 
 BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
@@ -91,16 +92,24 @@ class Program:
         return sum(self.moved(one) for one in self.kernels)
 
     def collectives(self) -> list[tuple[str, int]]:
-        """Kind and bytes that go in, of every collective."""
-        found: list[tuple[str, int]] = []
+        """Kind and bytes that go in, of every collective.
+
+        One that runs beside other work stands in each kernel which drives it on, and is
+        the same one everywhere: of one channel, which others of its kind may share.
+        """
+        found: dict[Any, tuple[str, int]] = {}
         for one in self.instructions:
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 given = (
                     self.by_name[n].bytes for n in one.operands if n in self.by_name
                 )
-                found.append((kind, sum(given)))
-        return sorted(found)
+                sent, key = (kind, sum(given)), (one.name,)
+                channel = re.search(r"channel_id=\d+", one.attributes)
+                if channel and one.computation in self.inside:
+                    key = (channel[0], *sent)
+                found.setdefault(key, sent)
+        return sorted(found.values())
 
     def custom_calls(self) -> Counter[str]:
         """How often each function outside the program is called."""
@@ -115,6 +124,18 @@ class Program:
             or "is_host_transfer=true" in one.attributes
             or (one.target and HOST_TARGETS.search(one.target))
         ]
+
+
+def main_memory(report: str) -> int:
+    """Bytes that a program takes of the device's main memory, by XLA's own report.
+
+    Arguments, results and temporary arrays, each counted once. What a TPU holds on the
+    chip is left out: there the compiler keeps whatever fits.
+    """
+    found = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)
+    if not found:
+        raise ValueError(f"No main memory in the report: {report[:200]!r}")
+    return int(found[1])
 
 
 def parse(text: str):

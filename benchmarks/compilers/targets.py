@@ -17,7 +17,7 @@ class Target(NamedTuple):
         from jax.experimental import topologies  # noqa: PLC0415 - in the child only
 
         if self.compiler == "tpu":
-            per_host = (2, 2, 1) if self.chips == 4 else (2, 4, 1)
+            per_host = {1: (1, 1, 1), 4: (2, 2, 1)}.get(self.chips, (2, 4, 1))
             found: Any = topologies.get_topology_desc(
                 platform="tpu",
                 topology_name=self.topology,
@@ -91,6 +91,7 @@ A100 = gpu(
     clock=1.41,
 )
 TARGETS = {
+    "v5e": Target("tpu", "v5e:1x1", 1),
     "v5e 2x2": Target("tpu", "v5e:2x2", 4),
     "v5e 4x4": Target("tpu", "v5e:4x4", 16),
     "v5e 8x8": Target("tpu", "v5e:8x8", 64),

@@ -4,25 +4,28 @@ import importlib
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any, cast
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from benchmarks import programs
 from benchmarks.compilers import hlo
 from benchmarks.compilers.targets import TARGETS
+from flood_optax.sweep.placement import placement
+from flood_optax.sweep.traced import trace
 
 RUNS = 64
 
 
-def compiled(cell: dict[str, Any], mesh: Mesh) -> Any:
-    """The program of a cell."""
-    if cell["form"] == "sweep, vmap":
-        return compiled_sweep(mesh)
+def lowered(cell: dict[str, Any], mesh: Mesh) -> Any:
+    """The program of a cell, before the compiler of the target sees it."""
+    if cell["model"] == "sweep":
+        return lowered_sweep(cell["form"], mesh)
     model = programs.MODELS[cell["model"]]
     dtype = programs.DTYPES[cell["dtype"]]
     params, batch = programs.like(model, dtype, mesh.size)
@@ -30,26 +33,43 @@ def compiled(cell: dict[str, Any], mesh: Mesh) -> Any:
     form = module.forms(programs.losses_of(model), optax.adam(1e-3))[cell["form"]]
     given = programs.arguments(form, params, batch, mesh, fsdp=cell["fsdp"])
     step = programs.step_of(form, mesh)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*given)
 
 
-def compiled_sweep(mesh: Mesh) -> Any:
-    """What `sweep.run(strategy="vmap")` maps over 64 runs, on the first chip."""
-    first: Any = mesh.devices.flat[0]
-    one = jax.sharding.SingleDeviceSharding(first)
-    levels = jax.ShapeDtypeStruct((RUNS,), np.float32, sharding=one)
-    keys = jax.random.split(jax.random.key(0), RUNS)
-    data = jax.ShapeDtypeStruct((RUNS, 2), np.uint32, sharding=one)
-    kind = jax.random.key_impl(keys)
+def lowered_sweep(form: str, mesh: Mesh) -> Any:
+    """The program that `sweep.run` calls for 64 runs, on one chip or over all."""
     train = programs.small_training()
+    kind = jax.random.key_impl(jax.random.key(0))
 
-    def run(level: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-        return train(level, jax.random.wrap_key_data(key, impl=kind))
+    def run(level: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
+        return train(level, jax.random.wrap_key_data(words, impl=kind))
 
-    return jax.jit(jax.vmap(run)).lower(levels, data).compile()
+    one = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((2,), np.uint32)
+    if form == "sweep, shard":
+        place = placement("shard", mesh)
+        sharding: Any = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    else:
+        place = placement("vmap", None)
+        sharding = SingleDeviceSharding(cast(Any, mesh.devices).flat[0])
+    program: Any = place.program(trace(run, "sweep.run(train)", *one))
+    return program.lower(
+        *(
+            jax.ShapeDtypeStruct((RUNS, *like.shape), like.dtype, sharding=sharding)
+            for like in one
+        )
+    )
 
 
-def measured(program: Any) -> dict[str, Any]:
+def compiled(program: Any) -> tuple[Any, str]:
+    """The program for its target, and XLA's report of the memory that it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        made = program.compile(compiler_options=options)
+        (report,) = pathlib.Path(folder).glob("*memory-usage-report.txt")
+        return made, report.read_text(encoding="utf-8")
+
+
+def measured(program: Any, report: str) -> dict[str, Any]:
     """What the compiler says of a program, and what stands in it; None: not known."""
     read = hlo.Program(program.as_text())
     said: dict[str, float] = program.cost_analysis() or {}
@@ -63,7 +83,7 @@ def measured(program: Any) -> dict[str, Any]:
         "kernels": len(read.kernels),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
+        "memory_bytes": hlo.main_memory(report),
         "collectives": read.collectives(),
         "custom_calls": dict(read.custom_calls()),
         "host_transfers": read.host_transfers(),
@@ -76,7 +96,7 @@ def main(target: str, cells: str, rows: str) -> None:
         for cell in json.loads(pathlib.Path(cells).read_text(encoding="utf-8")):
             start = time.process_time()
             try:
-                row = measured(compiled(cell, mesh))
+                row = measured(*compiled(lowered(cell, mesh)))
             except Exception as error:
                 row = {"error": f"{type(error).__name__}: {error}"[:500]}
             seconds = time.process_time() - start

@@ -47,7 +47,7 @@ def programs_for(machine):
             "python -m benchmarks compilers --install"
         )
     own = compilers.cells([(machine, "mlp", "bfloat16", False, compilers.EVERY)])
-    sweep = compilers.cells([(machine, "sweep", "float32", False, ("sweep, vmap",))])
+    sweep = compilers.cells([(machine, "sweep", "float32", False, compilers.SWEEPS)])
     more = compilers.cells(
         [(machine, "mlp", "bfloat16", False, (*MORE_FORMS, *PLANTED))]
     )
@@ -78,7 +78,7 @@ def stays_on_the_device(row):
     return not row["new_host_transfers"] and not row["new_custom_calls"]
 
 
-@pytest.mark.parametrize("form", [*compilers.EVERY, *MORE_FORMS, "sweep, vmap"])
+@pytest.mark.parametrize("form", [*compilers.EVERY, *MORE_FORMS, *compilers.SWEEPS])
 def test_every_form_compiles_and_stays_on_the_device(machine, form):
     row = row_of(machine, form)
     assert row["host_transfers"] == []
@@ -102,7 +102,7 @@ def test_loss_form_adds_one_scalar_collective_at_most(machine, form):
 @pytest.mark.parametrize("form", FLOODED)
 def test_flooding_holds_no_more_memory(machine, form):
     row = row_of(machine, form)
-    assert row["peak_bytes_ratio"] <= 1.01
+    assert row["memory_bytes_ratio"] <= 1.01
     assert row["argument_bytes"] > 0
 
 
@@ -117,15 +117,19 @@ def test_flooding_moves_no_more_bytes(machine, form):
 
 
 @pytest.mark.parametrize("form", [WINDOW, "wrapper, weights and flush"])
-def test_accumulation_costs_no_more_than_multisteps(machine, form, request):
-    if machine.startswith("v5e"):
-        reason = "a tenth to a fifth more memory at the peak: docs/accelerators.md"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_accumulation_costs_no_more_than_multisteps(machine, form):
     row = row_of(machine, form)
     assert sends_as_the_reference(row)
-    assert row["peak_bytes_ratio"] <= 1.01
+    # a new program may be packed a little looser: what a window more would add is .3
+    assert row["memory_bytes_ratio"] <= 1.002
     if machine.startswith("v5e"):
         assert row["flops_ratio"] <= 1.005
+        assert row["bytes_accessed_ratio"] <= 1.01
+
+
+@pytest.mark.parametrize("form", compilers.SWEEPS)
+def test_runs_of_a_sweep_do_not_talk_to_one_another(machine, form):
+    assert row_of(machine, form)["collectives"] == []
 
 
 # ---- that the checks can fail ----
