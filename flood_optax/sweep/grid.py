@@ -34,8 +34,8 @@ def run(
     levels and keys. The strategies agree to rounding; they differ in speed and memory:
 
     * "vmap" trains the runs of a chunk together: for accelerators.
-    * "map" trains one after another: for one processor, or where memory is short. Its
-      memory does not grow with the number of levels.
+    * "map" trains one after another, on a CPU one on each core: for CPUs, or where
+      memory is short. Its memory does not grow with the number of levels.
     * "shard" spreads the runs over all devices of ``mesh`` and, after
       `jax.distributed.initialize`, over the processes; every process calls `run`
       alike and gets the whole result. CPU devices map their share, others vmap it.
@@ -53,7 +53,7 @@ def run(
       strategy: "vmap", "map" or "shard"; None is "map" on a CPU, else "vmap".
       progress: whether to show a tqdm bar that advances with every chunk.
       chunk_size: runs per chunk and device. By default all, and with ``progress`` or
-        ``path`` a tenth of them ("map": a hundredth).
+        ``path`` a tenth of them ("map": a hundredth, but one for each core at least).
       path: a file to keep the results in as they come. If the process is killed, the
         same call again computes only what is missing and returns the same result (a
         changed strategy or chunk_size: to rounding). A file of another sweep is

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flood_optax.checks import one_of
+from flood_optax.sweep.cores import number_of_cores, over_cores
 from flood_optax.sweep.traced import Traced
 
 Array = npt.NDArray[Any]
@@ -34,8 +35,12 @@ class Placement(NamedTuple):
 
     def chunk(self, number: int, chunk_size: int | None, *, watched: bool) -> int:
         """The runs between two synchronisations, a multiple of the devices."""
-        chunks = 1 if not watched else 100 if self.one_by_one and not self.mesh else 10
-        size = chunk_size or -(-number // (chunks * self.devices))
+        chunks, least = 10, 1
+        if self.one_by_one and self.mesh is None:
+            chunks, least = 100, number_of_cores()
+        if not watched:
+            chunks = 1
+        size = chunk_size or max(-(-number // (chunks * self.devices)), least)
         return min(size, -(-number // self.devices)) * self.devices
 
     def program(self, traced: Traced) -> Callable[[Any, Any], Any]:
@@ -66,8 +71,8 @@ class Placement(NamedTuple):
     ) -> dict[str, Array]:
         """The rows of at most a chunk of runs."""
         if self.one_by_one and self.mesh is None:
-            calls = [program(*run) for run in zip(levels, words, strict=True)]
-            return _joined(np.stack, self._fetch(calls))
+            runs = list(zip(levels, words, strict=True))
+            return _joined(np.stack, [*over_cores(program, runs, dict)])
         width = self.devices if self.one_by_one else chunk
         # The last call is filled up by repeating a run.
         runs = np.arange(-(-len(levels) // width) * width).clip(max=len(levels) - 1)

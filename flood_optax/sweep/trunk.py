@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax import lax
 
 from flood_optax.bend import compare_dtype
 from flood_optax.checks import scalar_loss
+from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import Levels, checked_levels, checked_metrics
 from flood_optax.sweep.result import Result
@@ -53,9 +54,9 @@ def forked(
     (a soft shape, flooding per example, a metric that holds the level: use
     `flood_optax.sweep.run`); steps before those are not looked at.
 
-    ``Result.steps_run`` tells what was saved of ``Result.steps_separate``. Calls that
-    differ in state, batches and levels alone, such as for other seeds, trace ``step``
-    again and compile it once.
+    On a CPU a branch runs on each core. ``Result.steps_run`` tells what was saved of
+    ``Result.steps_separate``. Calls that differ in state, batches and levels alone,
+    such as for other seeds, trace ``step`` again and compile it once.
 
     Args:
       step: (state, batch, level) -> (state, metrics). The metrics are a dict of real
@@ -121,23 +122,21 @@ def forked(
         others = None if known is None else known.used
         trunk = _trunk(run, state, lowest, others, advance)
         known = known or _levels_of(levels, trunk.rows, off.dtype)
-        found: list[Rows] = []
-        steps_run = number
-        for level in known.used:
-            if level == lowest:
-                found.append(trunk.rows)
-                continue
-            fork = _fork(trunk.rows["loss"], level, lowest)
-            begin = run.origin(fork)
-            found.append(_branch(run, trunk, begin, fork, level))
-            steps_run += number - begin
+        branches = [level for level in known.used if level != lowest]
+        forks = [_fork(trunk.rows["loss"], level, lowest) for level in branches]
+        begins = [run.origin(fork) for fork in forks]
+        own = run.to_end([trunk.origins[begin] for begin in begins], branches, begins)
+        found = {lowest: trunk.rows}
+        for level, fork, begin, rows in zip(branches, forks, begins, own, strict=True):
+            found[level] = _branch(trunk.rows, rows, begin, fork, level)
             advance(number)
+        separate = [found[level] for level in known.used]
     return Result(
         known.given,
-        {name: np.stack([rows[name] for rows in found]) for name in trunk.rows},
+        {name: np.stack([rows[name] for rows in separate]) for name in trunk.rows},
         ("level", "step"),
-        steps_run=steps_run,
-        steps_separate=number * len(found),
+        steps_run=number + sum(number - begin for begin in begins),
+        steps_separate=number * len(separate),
     )
 
 
@@ -161,6 +160,17 @@ class _Run(NamedTuple):
         steps = np.int32(begin), np.int32(end)
         state, rows = self.program(state, self.batches, np.asarray(level), *steps)
         return state, {name: np.asarray(x) for name, x in rows.items()}
+
+    def to_end(
+        self, states: list[Any], levels: Sequence[Level], begins: list[int]
+    ) -> Iterable[Rows]:
+        """The rows of several runs to the last step, from a state and a step each."""
+        last = np.int32(self.number)
+        runs = [
+            (state, self.batches, np.asarray(level), np.int32(begin), last)
+            for state, level, begin in zip(states, levels, begins, strict=True)
+        ]
+        return over_cores(self.program, runs, lambda result: result[1])
 
     @property
     def length(self) -> int:
@@ -216,10 +226,9 @@ def _trunk(
     return _Trunk(rows, origins)
 
 
-def _branch(run: _Run, trunk: _Trunk, begin: int, fork: int, level: Level) -> Rows:
-    """The metrics at a level that leaves the trunk at ``fork``."""
-    _, own = run(trunk.origins[begin], level, begin, run.number)
-    for name, rows in trunk.rows.items():
+def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Level) -> Rows:
+    """The metrics at a level that leaves the trunk at ``fork``, run from ``begin``."""
+    for name, rows in trunk.items():
         # At the fork itself the loss is the trunk's; what it led to is the branch's.
         shared = slice(begin, fork + 1 if name == "loss" else fork)
         if not _same_bits(own[name][shared], rows[shared]):
@@ -232,7 +241,7 @@ def _branch(run: _Run, trunk: _Trunk, begin: int, fork: int, level: Level) -> Ro
             )
     return {
         name: np.append(rows[:begin], own[name][begin:], axis=0)
-        for name, rows in trunk.rows.items()
+        for name, rows in trunk.items()
     }
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import textwrap
+from typing import Any
 
 import chex
 import jax
@@ -154,13 +155,18 @@ def programs_of(monkeypatch):
     program = placement.Placement.program
 
     def spied(self, traced):
-        jitted = program(self, traced)
+        jitted: Any = program(self, traced)
 
-        def call(*runs):
-            calls.append((jitted, *runs))
-            return jitted(*runs)
+        class Spy:
+            def __call__(self, *runs):
+                calls.append((jitted, *runs))
+                return jitted(*runs)
 
-        return call
+            def trace(self, *runs):  # what a loop over the cores begins with
+                calls.append((jitted, *runs))
+                return jitted.trace(*runs)
+
+        return Spy()
 
     monkeypatch.setattr(placement.Placement, "program", spied)
     return calls
