@@ -65,7 +65,7 @@ SMOKE = Size(
     rounds=2,
     round_seconds=0.0,
     held=HELD[:1],
-    levels=3,
+    levels=2,
     seeds=2,
     steps=10,
 )

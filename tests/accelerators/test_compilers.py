@@ -32,7 +32,11 @@ WINDOW, STEPS = "wrapper, every_k=4", "MultiSteps(4)"
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.slow,
-    pytest.mark.parametrize("machine", MACHINES),
+    pytest.mark.parametrize(
+        "machine",
+        # with `--dist loadgroup` a worker each
+        [pytest.param(one, marks=pytest.mark.xdist_group(one)) for one in MACHINES],
+    ),
 ]
 
 
