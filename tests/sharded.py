@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from flood_optax import flood, flood_mean, flooded, scale_by_flood
-from tests import processes
+from tests import oracles, processes
 
 ROWS, FEATURES, CLASSES = 16, 8, 3
 LEARNING_RATE = 0.5
@@ -91,18 +91,9 @@ def numpy_gradient(level, where=slice(None), groups=None):
     """Sum over the groups of n_k/n sign(mean_k - b_k) d mean_k: value and gradient."""
     x, y = (a[where] for a in batch())
     losses, slopes = numpy_losses(x, y)
-    groups = np.zeros(len(x), int) if groups is None else groups[where]
-    value, grad = 0.0, {"w": np.zeros(FEATURES), "b": 0.0}
-    for k in np.unique(groups):
-        rows = groups == k
-        bound = np.broadcast_to(level, (groups.max() + 1,))[k]
-        mean = losses[rows].mean()
-        sign = 1.0 if mean >= bound else -1.0
-        flooded_mean = mean if sign > 0 else 2 * bound - mean
-        value += rows.mean() * flooded_mean
-        for name, slope in slopes.items():
-            grad[name] = grad[name] + rows.mean() * sign * slope[rows].mean(0)
-    return value, grad
+    groups = None if groups is None else groups[where]
+    value, by_loss = oracles.mean(losses, level, groups=groups)
+    return value, {name: by_loss @ slope for name, slope in slopes.items()}
 
 
 MEAN = float(numpy_losses(*batch())[0].mean())

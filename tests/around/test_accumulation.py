@@ -10,47 +10,25 @@ import optax
 import pytest
 
 from flood_optax import flood, flooded, levels, scale_by_flood
+from tests import problems
 
-FEATURES, ROWS, RATE = 3, 4, 0.05
+ROWS, RATE = 4, 0.05
 
 
 # ---- a regression whose micro-batches differ, and its oracle in float64 ----
 
 
-def micro_batches(number, seed):
-    """Micro-batches of ROWS rows; the noise, so the loss, differs much between them."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(number, ROWS, FEATURES))
-    noise = rng.normal(size=(number, ROWS)) * rng.uniform(0, 2, size=(number, 1))
-    y = x @ np.array([1.0, -2.0, 0.5]) + noise
-    return x.astype(np.float32), y.astype(np.float32)
+micro_batches = functools.partial(problems.micro_batches, rows=ROWS, spread=2)
 
 
 def loss_fn(params, x, y):
     return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
 
 
-def parameters():
-    return {"w": jnp.array([0.3, -0.4, 0.9]), "b": jnp.float32(0.2)}
-
-
 def numpy_training(x, y, sizes, level):
-    """SGD on |L - b| + b over windows of `sizes` micro-batches: L, params by window."""
-    params = {name: np.asarray(p, np.float64) for name, p in parameters().items()}
-    seen, start = [], 0
-    for size in sizes:
-        rows = x[start : start + size].reshape(-1, FEATURES).astype(np.float64)
-        targets = y[start : start + size].ravel().astype(np.float64)
-        start += size
-        r = rows @ params["w"] + params["b"] - targets
-        loss = np.mean(r**2)
-        sign = 1 if loss >= level else -1
-        params = {
-            "w": params["w"] - RATE * sign * 2 * np.mean(r[:, None] * rows, 0),
-            "b": params["b"] - RATE * sign * 2 * np.mean(r),
-        }
-        seen.append((loss, params))
-    return seen
+    """What each window of so many micro-batches gives, as one large batch."""
+    windows = np.split(np.arange(ROWS * sum(sizes)), ROWS * np.cumsum(sizes)[:-1])
+    return problems.trained(x, y, windows, rate=RATE, level=level)
 
 
 def train(optimizer, x, y):
@@ -63,7 +41,7 @@ def train(optimizer, x, y):
         params = optax.apply_updates(params, updates)
         return (params, state), (params, updates, value)
 
-    start = parameters()
+    start = problems.parameters()
     carry = start, optimizer.init(start)
     (_, state), history = jax.lax.scan(step, carry, (x, y))
     return state, history
@@ -146,7 +124,7 @@ def test_flood_every_k_gives_moments_the_large_batch_gradient(inner):
     optimizer = flood(inner, 1.7, every_k=4)
     state, (params, _, _) = train(optimizer, x, y)
     large = optax.chain(scale_by_flood(1.7), inner)
-    rows = x.reshape(15, 4 * ROWS, FEATURES), y.reshape(15, 4 * ROWS)
+    rows = x.reshape(15, 4 * ROWS, problems.FEATURES), y.reshape(15, 4 * ROWS)
     large_state, (expected, _, _) = train(large, *rows)
     chex.assert_trees_all_close(
         jax.tree.map(lambda p: p[3::4], params), expected, rtol=1e-4, atol=1e-5
@@ -406,7 +384,7 @@ needs_microbatch = pytest.mark.skipif(
 @pytest.mark.parametrize("level", [0.5, 6.0], ids=["above", "below"])
 def test_microbatch_of_the_raw_loss_and_one_flood_equal_the_large_batch(level):
     x, y = micro_batches(8, 8)
-    rows = x.reshape(-1, FEATURES), y.ravel()
+    rows = x.reshape(-1, problems.FEATURES), y.ravel()
     ((loss, expected),) = numpy_training(x, y, [8], level)
     assert (loss < level) == (level == 6.0)
     optimizer = optax.chain(scale_by_flood(level), optax.sgd(RATE))
@@ -416,7 +394,7 @@ def test_microbatch_of_the_raw_loss_and_one_flood_equal_the_large_batch(level):
         microbatch_size=ROWS,
         accumulator=optax.microbatching.AccumulationType.MEAN,
     )
-    params = parameters()
+    params = problems.parameters()
     value, grads = value_and_grad(params, *rows)
     updates, _ = optimizer.update(grads, optimizer.init(params), params, value=value)
     params = optax.apply_updates(params, updates)
@@ -426,8 +404,8 @@ def test_microbatch_of_the_raw_loss_and_one_flood_equal_the_large_batch(level):
 @needs_microbatch
 def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
     x, y = micro_batches(8, 8)
-    rows = x.reshape(-1, FEATURES), y.ravel()
-    params = parameters()
+    rows = x.reshape(-1, problems.FEATURES), y.ravel()
+    params = problems.parameters()
     # microbatch takes every eighth row
     each = [float(loss_fn(params, *(a[i::8] for a in rows))) for i in range(8)]
     level = float(np.median(each))

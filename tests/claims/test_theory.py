@@ -18,7 +18,8 @@ from jax.flatten_util import ravel_pytree
 from scipy import stats
 
 from benchmarks import penalty as benchmark
-from flood_optax import flood_mean, flooded, penalty, scale_by_flood, shapes
+from flood_optax import flood_mean, flooded, penalty, scale_by_flood
+from tests import forms
 
 RNG = np.random.default_rng(11)
 INPUTS, NOISE = RNG.normal(size=(30, 3)), RNG.normal(size=30)
@@ -401,16 +402,10 @@ def test_theorem_1_is_an_identity(x64, level):
         assert standard_error < 0.02 * abs(exact)
 
 
-SHAPES = {
-    "reflect": shapes.reflect(),
-    "soft": shapes.soft(0.5),
-    "pause": shapes.pause(),
-    "asymmetric": shapes.asymmetric(ascent=0.5, dead_band=0.1),
-}
 LOSSES = st.lists(st.floats(-2, 5), min_size=24, max_size=24)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", forms.SHAPES.values(), ids=forms.SHAPES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(losses=LOSSES, level=st.floats(-3, 6))
 def test_jensen_full_batch_below_mini_batches_below_examples(shape, losses, level):
@@ -420,7 +415,7 @@ def test_jensen_full_batch_below_mini_batches_below_examples(shape, losses, leve
     assert mini <= single + 1e-5
     residuals = np.asarray(losses) - np.float32(level)
     if (
-        shape is SHAPES["reflect"]
+        shape is forms.SHAPES["reflect"]
         and (np.sign(residuals) == np.sign(residuals[0])).all()
     ):
         np.testing.assert_allclose([mini, single], full, rtol=1e-5, atol=1e-5)

@@ -13,25 +13,13 @@ from jax.experimental.jet import jet
 
 from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood, shapes
 from flood_optax.objective import relax_loss
-
-SHAPES = {
-    "reflect": shapes.reflect(),
-    "soft": shapes.soft(0.7),
-    "pause": shapes.pause(),
-    "asymmetric": shapes.asymmetric(0.4, 0.125),
-}
+from tests import forms, oracles
 
 
 def numpy_phi(name, r):
     """Value, first and second derivative of phi, and of its branch at a kink."""
-    if name == "soft":
-        root = np.sqrt(1 + (r / 0.7) ** 2)
-        return 0.49 * (root - 1), r / root, root**-3
-    kink, slope = {"reflect": (0, -1), "pause": (0, 0), "asymmetric": (-0.125, -0.4)}[
-        name
-    ]
-    above = r >= kink
-    return (r if above else kink + slope * (r - kink)), (1 if above else slope), 0
+    second = (1 + (r / 0.7) ** 2) ** -1.5 if name == "soft" else 0
+    return *oracles.SHAPES[name](r), second
 
 
 LEVEL = 0.5
@@ -72,11 +60,13 @@ def derivatives(form):
         reverse = objective(0.0), gradient(0.0), jax.grad(gradient)(0.0)
         return (value, *series), reverse
 
-    return jax.jit(lambda at: {key: by_shape(SHAPES[key], at) for key in SHAPES})
+    return jax.jit(
+        lambda at: {key: by_shape(shape, at) for key, shape in forms.SHAPES.items()}
+    )
 
 
 @pytest.mark.parametrize("residual", [-0.375, -0.125, 0.0, 0.375], ids="r={}".format)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", forms.SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("x64")
 def test_jet_and_reverse_mode_give_value_and_two_derivatives(form, shape, residual):
@@ -284,7 +274,9 @@ TIES = {
 def test_compiled_mean_that_equals_the_level_is_a_tie(form, shape):
     """The last product of a mean of 50 fused with "- level" is no rounded loss."""
     mean = jax.jit(lambda x: jnp.square(x).mean())
-    step = jax.jit(lambda x, level: TIES[form](jnp.square, level, SHAPES[shape])(x))
+    step = jax.jit(
+        lambda x, level: TIES[form](jnp.square, level, forms.SHAPES[shape])(x)
+    )
     slope = {"reflect": 1, "soft": 0}[shape]
     for seed in range(40):
         x = np.random.default_rng(seed).normal(size=50).astype(np.float32)

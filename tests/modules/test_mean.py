@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from flood_optax import flood_mean, shapes
+from tests import oracles
 
 OVER = ["batch", "example", "segment"]
 every_over = pytest.mark.parametrize("over", OVER)
@@ -36,32 +37,10 @@ def level_of(over, shape):
     return np.float32([0.9, 0.3, 0.6, 5.0]) if over == "segment" else np.float32(0.7)
 
 
-def numpy_flood(mean, level):
-    """Value and multiplier of flooding."""
-    above = mean >= level
-    return np.where(above, mean, 2 * level - mean), np.where(above, 1.0, -1.0)
-
-
-def numpy_flood_mean(losses, level, over, weights, ids):
-    """Value and gradient in float64; a loss of weight 0 is not looked at."""
-    counted = weights > 0
-    losses, w = np.where(counted, losses, 0).astype(float), weights.astype(float)
-    level, total = np.asarray(level, float), w.sum()
-    if over == "batch":
-        value, m = numpy_flood((w * losses).sum() / total, level)
-        return value, m * w / total
-    if over == "example":
-        value, m = numpy_flood(losses, level)
-        return (w * value).sum() / total, m * w / total
-    value, gradient = 0.0, np.zeros_like(losses)
-    for k in range(NUM_SEGMENTS):
-        here = (ids == k) & counted
-        size = w[here].sum()
-        if size > 0:
-            bent, m = numpy_flood((w * losses)[here].sum() / size, level[k])
-            value += size / total * bent
-            gradient[here] = m * w[here] / total
-    return value, gradient
+def oracle(losses, level, over, weights, ids):
+    """Value and slopes in NumPy, by the name of the partition."""
+    groups = {"batch": None, "example": np.arange(len(losses)), "segment": ids}[over]
+    return oracles.mean(losses, level, groups=groups, weights=weights)
 
 
 def segments_of(over, ids):
@@ -82,7 +61,7 @@ def ours(losses, level, over, weights, ids, *, where=None):
 def test_weighted_mean_equals_numpy_in_float64(over, size, seed, poison):
     losses, weights, ids, where = problem(size, seed)
     level, counts = level_of(over, (size,)), np.where(where, weights, 0)
-    value, gradient = numpy_flood_mean(losses, level, over, counts, ids)
+    value, gradient = oracle(losses, level, over, counts, ids)
     if poison:
         losses = np.where(counts == 0, np.nan, losses)
         weights = np.where(where, weights, np.nan)
@@ -139,7 +118,7 @@ def test_half_precision_losses_and_weights_are_weighed_in_float32(over, dtype):
     level = level_of(over, (3000,))
     value, gradient = ours(losses, level, over, weights, ids)
     assert value.dtype == gradient.dtype == dtype
-    expected, slope = numpy_flood_mean(
+    expected, slope = oracle(
         np.asarray(losses, float), level, over, np.asarray(weights, float), ids
     )
     eps = float(jnp.finfo(dtype).eps)
@@ -177,7 +156,7 @@ def test_sequences_are_flooded_by_themselves():
     rows = np.broadcast_to(np.arange(3)[:, None], (3, 5))
     tokens = where.sum(axis=1)
     means = np.where(where, losses, 0).sum(axis=1) / tokens
-    bent, _ = numpy_flood(means, level)
+    bent, _ = oracles.bend(means, level)
     flood = functools.partial(
         flood_mean, losses, level, over="segment", segment_ids=rows, num_segments=3
     )
@@ -186,7 +165,7 @@ def test_sequences_are_flooded_by_themselves():
     alike = flood(weights=where / tokens[:, None])
     np.testing.assert_allclose(alike, bent.mean(), rtol=1e-6)
     by_token = flood_mean(losses, level[:, None], over="example", where=where)
-    tokenwise, _ = numpy_flood(losses, level[:, None])
+    tokenwise, _ = oracles.bend(losses, level[:, None])
     np.testing.assert_allclose(by_token, tokenwise[where].mean(), rtol=1e-6)
     assert abs(by_token - by_tokens) > 0.01  # another objective
 

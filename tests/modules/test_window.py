@@ -12,22 +12,14 @@ import pytest
 from hypothesis import strategies as st
 
 from flood_optax import FloodWindow, flood, scale_by_flood, shapes
+from tests import problems
 
-FEATURES, ROOM, RATE, LEVEL = 3, 6, 0.05, 3.0
+ROOM, RATE, LEVEL = 6, 0.05, 3.0
 NUMBER = 12  # micro-batches, each of ROOM rows of which `sizes` say how many count
 
 
 def rows(seed, number=NUMBER):
-    """Micro-batches whose losses differ much, so that the mean of means is wrong."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(number, ROOM, FEATURES))
-    noise = rng.normal(size=(number, ROOM)) * rng.uniform(0, 3, size=(number, 1))
-    y = x @ np.array([1.0, -2.0, 0.5]) + noise
-    return x.astype(np.float32), y.astype(np.float32)
-
-
-def start():
-    return {"w": jnp.array([0.3, -0.4, 0.9]), "b": jnp.float32(0.2)}
+    return problems.micro_batches(number, seed, rows=ROOM, spread=3)
 
 
 def micro_loss(params, x, y, size):
@@ -37,20 +29,14 @@ def micro_loss(params, x, y, size):
 
 
 def numpy_training(x, y, windows, level=LEVEL):
-    """SGD on |L - b| + b over windows of (micro-batch, size): losses, last params."""
-    w, b, losses = np.array([0.3, -0.4, 0.9]), 0.2, []
-    for window in windows:
-        kept = np.concatenate([np.arange(ROOM * i, ROOM * i + n) for i, n in window])
-        kept = kept.astype(int)
-        if not kept.size:
-            continue
-        xs = x.reshape(-1, FEATURES)[kept].astype(np.float64)
-        r = xs @ w + b - y.ravel()[kept]
-        losses.append(np.mean(r**2))
-        sign = 1 if losses[-1] >= level else -1
-        w = w - RATE * sign * 2 * np.mean(r[:, None] * xs, 0)
-        b = b - RATE * sign * 2 * np.mean(r)
-    return np.array(losses), {"w": w, "b": b}
+    """SGD over windows of (micro-batch, size): losses, last parameters."""
+    kept = [
+        [ROOM * i + row for i, size in window for row in range(size)]
+        for window in windows
+    ]
+    seen = problems.trained(x, y, kept, rate=RATE, level=level)
+    losses = np.array([loss for loss, _ in seen])
+    return losses, seen[-1][1] if seen else problems.parameters()
 
 
 def windows_of(sizes, every_k, flushes):
@@ -79,7 +65,7 @@ def trainer(every_k, level=LEVEL):
             )
             return (optax.apply_updates(params, updates), state), updates["b"]
 
-        carry = start(), optimizer.init(start())
+        carry = problems.parameters(), optimizer.init(problems.parameters())
         return jax.lax.scan(step, carry, (x, y, sizes, flushes))
 
     return train
@@ -123,7 +109,10 @@ def test_weighted_windows_equal_the_large_batch(every_k):
     # who takes the mean of the means compares another loss
     x, y = rows(0)
     first = windows_of(SIZES, every_k, NEVER)[0]
-    means = [micro_loss(start(), x[number], y[number], size) for number, size in first]
+    means = [
+        micro_loss(problems.parameters(), x[number], y[number], size)
+        for number, size in first
+    ]
     assert np.abs(np.mean(means) - losses[0]) > 0.05
 
 
