@@ -13,7 +13,15 @@ from benchmarks import __main__ as command, record, report, synthetic
 
 OWN_TESTS = {"compilers", "language", "quickstart", "report", "trainers"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
-LONGEST = {"accelerator", "family", "fashion", "overhead", "penalty", "sweep"}
+LONGEST = {
+    "choosing",
+    "accelerator",
+    "family",
+    "fashion",
+    "overhead",
+    "penalty",
+    "sweep",
+}
 
 
 @pytest.fixture
