@@ -109,6 +109,14 @@ def interpreter(version: str) -> str:
     return found
 
 
+def why(said: str) -> str:
+    """The first error of an installer and its cause, without what comes before."""
+    lines = [line.strip() for line in said.splitlines()] or ["no output"]
+    errors = (number for number, line in enumerate(lines) if "error" in line.lower())
+    first = next(errors, len(lines) - 1)
+    return " ".join(lines[first : first + 2])[:300]
+
+
 def install(trainer: Trainer, envs: pathlib.Path) -> None:
     """Makes the environment: the trainer, and this repository as it stands.
 
@@ -132,10 +140,7 @@ def install(trainer: Trainer, envs: pathlib.Path) -> None:
     for step in steps:
         done = subprocess.run(step, check=False, capture_output=True, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no output"]
-            said = [line for line in lines if line.lower().startswith("error")]
-            said = said or lines[-1:]
-            raise RuntimeError(f"Cannot be installed: {anonymous(said[0])[:500]}")
+            raise RuntimeError(f"Cannot be installed: {anonymous(why(done.stderr))}")
     mark.write_text(json.dumps(wanted), encoding="utf-8")
 
 

@@ -126,6 +126,18 @@ def test_messages_lose_the_paths_of_the_machine():
     assert environments.anonymous("either/or, and/or") == "either/or, and/or"
 
 
+def test_refusal_of_an_installer_is_its_first_error_and_the_cause():
+    pip = "WARNING: slow\nERROR: no such release\nnotice: none\nWARNING: old"
+    assert environments.why(pip) == "ERROR: no such release notice: none"
+    uv = "error: No solution found\n  cause: Because a is not there, b.\n"
+    assert (
+        environments.why(uv)
+        == "error: No solution found cause: Because a is not there, b."
+    )
+    assert environments.why("") == "no output"
+    assert environments.why("one\ntwo") == "two"
+
+
 def test_rows_become_tables_and_numbers():
     trainer, *_ = KNOWN.values()
     row = rows.Row(
