@@ -35,7 +35,8 @@ def run(
 
     * "vmap" trains the runs of a chunk together: for accelerators.
     * "map" trains one after another, on a CPU one on each core: for CPUs, or where
-      memory is short. Its memory does not grow with the number of levels.
+      memory is short. It does not grow with the number of levels; ``chunk_size=1`` is
+      one at a time.
     * "shard" spreads the runs over all devices of ``mesh`` and, after
       `jax.distributed.initialize`, over the processes; every process calls `run`
       alike and gets the whole result. CPU devices map their share, others vmap it.

@@ -21,7 +21,8 @@ class Placement(NamedTuple):
     """Where and how the runs are computed.
 
     Attributes:
-      one_by_one: whether a device runs one after another, or all of a call together.
+      one_by_one: whether a call runs one on a device (on a CPU as many calls at once as
+        there are cores), or all of it together.
       mesh: the devices, where there are several.
     """
 
