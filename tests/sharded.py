@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from flood_optax import flood, flood_mean, flooded, scale_by_flood
-from tests import oracles, processes
+from flood_optax import flood
+from tests import forms, oracles, processes
 
 ROWS, FEATURES, CLASSES = 16, 8, 3
 LEARNING_RATE = 0.5
@@ -117,26 +117,10 @@ def expected_updates(level):
 
 
 def optimizers(level, axis_name=None, inner=None):
-    """Each optax form, with SGD behind it."""
+    """Each optax form that steps at once, with SGD behind it."""
     inner = optax.sgd(LEARNING_RATE) if inner is None else inner
-    skip = optax.skip_not_finite
-    return {
-        "chain": optax.chain(scale_by_flood(level, axis_name=axis_name), inner),
-        "wrapper": flood(inner, level, axis_name=axis_name),
-        "skipping": flood(
-            inner, level, axis_name=axis_name, should_skip_update_fn=skip
-        ),
-    }
-
-
-def objectives(level, axis_name=None):
-    """Each loss form of the batch's mean."""
-    return {
-        "flooded": flooded(loss_fn, level, axis_name=axis_name),
-        "flood_mean": lambda *args: flood_mean(
-            losses_fn(*args), level, axis_name=axis_name
-        ),
-    }
+    every = forms.optimizers(inner, level, axis_name=axis_name)
+    return {name: made for name, made in every.items() if name != "flood_every_k"}
 
 
 def varying(tree, axes="data"):
@@ -172,7 +156,9 @@ def every_form(params, level, batch, halves, *, axis_name=None, spread=varying):
         value, grads = value_and_grad(local, *(a[i] for a in halves))
         updates, state = optimizer.update(whole(grads), state, params, value=value)
     results["window"] = updates, state
-    for name, objective in objectives(level, axis_name).items():
+    for name, objective in forms.objectives(
+        losses_fn, level, axis_name=axis_name
+    ).items():
         value, grads = jax.value_and_grad(objective)(local, *batch)
         results[name] = (
             (value, whole(grads)) if axis_name is None else (whole(value), whole(grads))
@@ -184,7 +170,7 @@ def assert_large_batch(results, level):
     """Compares with NumPy's large batch; the optax forms also by their state."""
     value, gradient = numpy_gradient(level)
     assert len(results) == 6
-    for name in ("chain", "wrapper", "skipping", "window"):
+    for name in ("chain", "flood", "flood_skip", "window"):
         updates, state = results.pop(name)
         assert_close(updates, jax.tree.map(lambda g: -LEARNING_RATE * g, gradient))
         seen = optax.tree.get(state, "flood_value")

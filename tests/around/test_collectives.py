@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from flood_optax import flood, flood_mean, flooded, scale_by_flood
-from tests import processes
+from flood_optax import flood_mean, flooded, scale_by_flood
+from tests import forms, processes
 from tests.sharded import (
     LEVELS,
     Checks,
@@ -45,22 +45,13 @@ def collectives(step, *arguments):
 def training_steps():
     adam = optax.with_extra_args_support(optax.adam(0.1))
     level = LEVELS["below"]
-    forms = {
-        "plain": (loss_fn, adam),
-        "chain": (loss_fn, optax.chain(scale_by_flood(level), adam)),
-        "wrapper": (loss_fn, flood(adam, level)),
-        "flooded": (flooded(loss_fn, level), adam),
-        "flood_mean": (lambda *a: flood_mean(losses_fn(*a), level), adam),
-        "MultiSteps": (
-            loss_fn,
-            optax.with_extra_args_support(
-                optax.MultiSteps(adam, 2).gradient_transformation()
-            ),
-        ),
-        "window": (loss_fn, flood(adam, level, every_k=2)),
-    }
+    multi_steps = optax.MultiSteps(adam, 2).gradient_transformation()
+    every = {"plain": (loss_fn, adam)}
+    every["MultiSteps"] = loss_fn, optax.with_extra_args_support(multi_steps)
+    every |= {k: (loss_fn, made) for k, made in forms.optimizers(adam, level).items()}
+    every |= {k: (fn, adam) for k, fn in forms.objectives(losses_fn, level).items()}
     steps = {}
-    for name, (objective, optimizer) in forms.items():
+    for name, (objective, optimizer) in every.items():
 
         def step(params, state, x, y, *, objective=objective, optimizer=optimizer):
             value, grads = jax.value_and_grad(objective)(params, x, y)
@@ -84,9 +75,9 @@ def jit_adds_no_collective_but_one_scalar_for_the_loss_form():
         plain = counts["plain"]
         assert plain, "the plain step reduces its gradients"
         assert {kind for kind, _ in plain} == {"all-reduce"}
-        for name in ("chain", "wrapper"):
+        for name in ("chain", "flood", "flood_skip"):
             assert counts[name] == plain, (name, counts)
-        assert counts["window"] == counts["MultiSteps"], counts
+        assert counts["flood_every_k"] == counts["MultiSteps"], counts
         for name in ("flooded", "flood_mean"):
             assert len(counts[name]) <= len(plain) + 1, (name, counts)
             scalars = [t for _, t in counts[name] if t == ["f32[]"]]

@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
@@ -119,6 +120,35 @@ def test_trainers_that_cannot_run_keep_rows_that_say_why(here, capsys):
     table = report.tables(here)["trainers"]
     assert "not run: Cannot be installed: no such release / none" in table
     assert "not run: ModuleNotFoundError" in table
+
+
+INSTALLED = ("equinox", "haiku", "keras", "linen", "nnx", "numpyro", "optimistix")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name != "equinox" else [])
+        for name in INSTALLED
+    ],
+)
+def test_trainer_that_the_tests_have_floods_by_its_recipe(
+    name, monkeypatch, tmp_path, capsys
+):
+    """The whole way: a process of its own, the page's recipe, the checked row."""
+    monkeypatch.setattr(environments, "python_of", lambda *_: sys.executable)
+    monkeypatch.setattr(environments, "install", lambda *_: None)
+    command.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "trainers.json").read_text())["rows"]
+    assert "error" not in row, row["error"]
+    assert row["versions"]["jax"] == jax.__version__
+    capsys.readouterr()
+
+    # the row is kept, and made again once what it depends on has changed
+    monkeypatch.setattr(environments, "run", lambda *_, **__: pytest.fail("again"))
+    command.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        command.main(["trainers", name, "--out", str(tmp_path)])
 
 
 def test_messages_lose_the_paths_of_the_machine():
