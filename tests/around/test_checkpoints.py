@@ -10,17 +10,15 @@ import signal
 import sys
 
 import chex
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from flood_optax import FloodState, flood, levels, scale_by_flood
 from flood_optax.flax import TrainState
-from tests import processes
+from tests import processes, stores
 
 STEPS, STOP = 22, 11  # micro-steps; STOP is inside a window of 3 and after the warm-up
 
@@ -74,26 +72,6 @@ def train(state, start, stop):
     return state
 
 
-def flax_save(path, state):
-    part = path.with_suffix(".part")
-    part.write_bytes(flax.serialization.to_bytes(state))
-    part.replace(path)
-
-
-def flax_restore(path, target):
-    return flax.serialization.from_bytes(target, path.read_bytes())
-
-
-def orbax_save(path, state):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), state)
-
-
-def orbax_restore(path, target):
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), target)
-
-
 def pickle_save(path, state):
     leaves = state.step, state.params, state.opt_state
     path.write_bytes(pickle.dumps(jax.device_get(leaves)))
@@ -104,11 +82,7 @@ def pickle_restore(path, target):
     return target.replace(step=step, params=params, opt_state=opt_state)
 
 
-FORMATS = {
-    "flax": (flax_save, flax_restore),
-    "orbax": (orbax_save, orbax_restore),
-    "pickle": (pickle_save, pickle_restore),
-}
+FORMATS = stores.FORMATS | {"pickle": (pickle_save, pickle_restore)}
 quiet_orbax = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 
 
@@ -199,7 +173,7 @@ def run(directory, file_format, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
         if (step + 1) % 4 == 0:
             save(directory / str(step + 1), state)
-    flax_save(directory / "end", state)
+    stores.flax_save(directory / "end", state)
     print(f"resumed from {start}")  # noqa: T201
 
 
@@ -219,7 +193,7 @@ def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):
     code, output, errors = started(tmp_path, file_format)
     assert code == 0, errors
     assert output.endswith("resumed from 8\n")
-    end = flax_restore(tmp_path / "end", fresh("skipping"))
+    end = stores.flax_restore(tmp_path / "end", fresh("skipping"))
     chex.assert_trees_all_equal(end, train(fresh("skipping"), 0, STEPS))
 
 

@@ -9,18 +9,16 @@ import sys
 from typing import Any, NamedTuple
 
 import chex
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from flood_optax import FloodWindow, flood, scale_by_flood
-from tests import processes
+from tests import processes, stores
 
 LEVEL = 0.5
 SIZES = (3.0, 0.0, 5.0, 1.0, 16.0, 2.0, 7.0)  # a window of three is open after the 5th
@@ -46,22 +44,14 @@ def run(params, state, first, last, *, weighted=True):
     return params, state
 
 
-def through_flax(path, tree, target):
-    path.write_bytes(flax.serialization.to_bytes(tree))
-    return flax.serialization.from_bytes(target, path.read_bytes())
+def kept(store, path, tree, target):
+    """The tree, saved and restored."""
+    save, restore = stores.FORMATS[store]
+    save(path, tree)
+    return restore(path, target)
 
 
-def through_orbax(path, tree, target):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(path, target)
-
-
-STORES = {"flax": through_flax, "orbax": through_orbax}
-
-
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", stores.FORMATS)
 def test_weighted_window_goes_on_from_its_middle_bit_for_bit(store, tmp_path):
     params = {"w": jnp.array([0.5, -2.0])}
     target = params, OPTIMIZER.init(params)
@@ -69,11 +59,11 @@ def test_weighted_window_goes_on_from_its_middle_bit_for_bit(store, tmp_path):
     middle = run(*target, 0, 5)
     assert middle[1].flood_window.flood_mini_step == 2
     assert middle[1].flood_window.flood_weight == 17.0
-    restored = STORES[store](tmp_path / "kept", middle, target)
+    restored = kept(store, tmp_path / "kept", middle, target)
     chex.assert_trees_all_equal(run(*restored, 5, len(SIZES)), whole)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", stores.FORMATS)
 def test_checkpoint_of_a_window_without_weights_goes_on(store, tmp_path):
     """Its tree is another, so it is refused; restored by its fields it goes on."""
     params = {"w": jnp.array([0.5, -2.0])}
@@ -82,15 +72,15 @@ def test_checkpoint_of_a_window_without_weights_goes_on(store, tmp_path):
     def without_weights(state):
         return state._replace(flood_window=OldWindow(*state.flood_window[:4]))
 
-    kept_params, kept = run(params, target, 0, 5, weighted=False)
+    old_params, plain = run(params, target, 0, 5, weighted=False)
     path = tmp_path / "kept"
     with pytest.raises(ValueError, match=r"(?s)flood_weight|structure|tree|Dict key"):
-        STORES[store](tmp_path / "refused", without_weights(kept), target)
-    old = STORES[store](path, without_weights(kept), without_weights(target))
+        kept(store, tmp_path / "refused", without_weights(plain), target)
+    old = kept(store, path, without_weights(plain), without_weights(target))
     assert len(old.flood_window) == 4
     state = old._replace(flood_window=FloodWindow(*old.flood_window))
-    got = run(kept_params, state, 5, 7, weighted=False)
-    want = run(kept_params, kept, 5, 7, weighted=False)
+    got = run(old_params, state, 5, 7, weighted=False)
+    want = run(old_params, plain, 5, 7, weighted=False)
     chex.assert_trees_all_equal(got[0], want[0])
     chex.assert_trees_all_equal(got[1].flood_state, want[1].flood_state)
 
