@@ -13,14 +13,17 @@ from benchmarks import __main__ as command, record, report, synthetic
 
 OWN_TESTS = {"compilers", "language", "quickstart", "report", "trainers"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
+# ten seconds of compilation or more; the quickstart and the others run every time
 LONGEST = {
-    "choosing",
     "accelerator",
+    "choosing",
     "family",
     "fashion",
+    "images",
     "overhead",
     "penalty",
     "sweep",
+    "synthetic",
 }
 
 

@@ -15,6 +15,7 @@ from benchmarks.fashion import findings, training
 from flood_optax import sweep
 
 
+@pytest.mark.slow  # four networks; the methods themselves are in test_family.py
 def test_fashion_methods_are_plain_training_far_from_the_level():
     protocol = dataclasses.replace(training.SMOKE, epochs=2)
     loaded = pixels.load("digits", None, images.SIZES)

@@ -9,8 +9,8 @@ pytest.importorskip("flax", reason="the benchmark needs the extra `bench`")
 
 from benchmarks import __main__ as command, language
 
-# compiles a transformer four times; unequal parts of other models are tested every time
-trains = pytest.mark.slow
+# compiles transformers; unequal parts of other models are tested every time
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,6 @@ def row_of(document, form):
     return row
 
 
-@trains
 def test_weighed_parts_follow_the_loss_curve_of_the_large_batch(document):
     curves = document["curves"]
     reference = curves["one large batch"]["loss"]
@@ -38,7 +37,6 @@ def test_weighed_parts_follow_the_loss_curve_of_the_large_batch(document):
     np.testing.assert_allclose(curves["parts, weighed"]["met"], reference, rtol=1e-6)
 
 
-@trains
 @pytest.mark.parametrize(
     "form", ["parts, their gradients weighed", "parts, nothing weighed"]
 )
@@ -49,7 +47,6 @@ def test_parts_without_weight_take_wrong_signs(document, form):
     assert row_of(document, "parts, weighed")["wrong_signs"] == 0
 
 
-@trains
 def test_parts_are_of_unequal_size_and_cover_the_text(document):
     counts = document["tokens_of_a_part"]
     assert counts["most"] > 2 * counts["least"]
