@@ -29,6 +29,7 @@ def test_trainer_pins_its_versions_and_has_a_recipe_on_the_page(name):
     assert code
     for block in code:
         compile(block, "page", "exec")
+        assert sum(bool(line.strip()) for line in block.splitlines()) <= 10, block
 
 
 def test_every_recipe_that_the_suite_cannot_run_is_run_by_a_trainer():
