@@ -179,7 +179,7 @@ def objective(trial):
     number += 1
     trial.set_user_attr("process", os.getpid())
     (folder / str(os.getpid())).touch()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while len(list(folder.iterdir())) < 2:  # both have one before either goes on
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -213,9 +213,9 @@ def test_two_processes_share_a_study_that_outlives_one_of_them(tmp_path):
     doomed, steady = (
         processes.start(script, flags, storage, 6, fate) for fate in ("killed", "not")
     )
-    code_of_doomed, _, errors = processes.end(doomed, 60)
+    code_of_doomed, _, errors = processes.end(doomed)
     assert code_of_doomed == -signal.SIGKILL, errors
-    code_of_steady, _, errors = processes.end(steady, 60)
+    code_of_steady, _, errors = processes.end(steady)
     assert code_of_steady == 0, errors
 
     state = ours.optuna.trial.TrialState
