@@ -296,6 +296,7 @@ KERAS = textwrap.dedent('''
 ''')
 
 
+@pytest.mark.slow  # test_trainers.py trains with Keras every time
 def test_keras_on_jax_floods_the_reduced_loss():
     filters = ("error::UserWarning",)
     process = processes.start("-c", KERAS, filters=filters, KERAS_BACKEND="jax")

@@ -60,16 +60,11 @@ def searched(optimizer, from_state):
     return params, state.flood_state, values, path
 
 
-ONE_SHAPE = {name: [] if name == "soft" else [pytest.mark.slow] for name in SHAPES}
-
-
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("search", "shape"),
-    [
-        # L-BFGS compiles for four seconds a shape: one every time, the others in slow
-        *(pytest.param("lbfgs", shape, marks=ONE_SHAPE[shape]) for shape in SHAPES),
-        *(("backtracking", shape) for shape in SHAPES),
-    ],
+    # L-BFGS compiles for four seconds a shape; below it runs every time
+    "search",
+    [pytest.param("lbfgs", marks=pytest.mark.slow), "backtracking"],
 )
 def test_value_and_grad_from_state_is_the_raw_one_for_every_shape(search, shape):
     optimizer = flood(SEARCHES[search](), 2.0, shape=SHAPES[shape])

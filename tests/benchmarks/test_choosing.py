@@ -183,6 +183,7 @@ def test_findings_share_the_gain_of_the_settings_where_the_grid_gains():
     assert "| 20 to 40 %, full batch | 3 |" in made["choosing-help"]
 
 
+@pytest.mark.slow  # compiles four trainings
 @pytest.mark.parametrize("batch", [None, 10])
 def test_a_flooded_run_is_an_explicit_loop(batch):
     setting = dataclasses.replace(WINE, optimizer="sgd", batch=batch)

@@ -50,6 +50,7 @@ def test_images_are_redrawn_for_each_key_and_flipped_exactly():
     assert (np.asarray(other) != np.asarray(x)).any()
 
 
+@pytest.mark.slow  # compiles the study's network
 def test_images_flatness_before_is_that_of_plain_training_at_the_level():
     protocol = dataclasses.replace(training.SMOKE, epochs=3)
     train = jax.jit(

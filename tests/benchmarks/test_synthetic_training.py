@@ -77,6 +77,7 @@ def test_synthetic_splits_flip_an_exact_share_each(name, noise):
     assert (other.noisy != sets[2].noisy).any()
 
 
+@pytest.mark.slow  # compiles two trainings; the network has tests of its own
 @pytest.mark.parametrize("level", [0.0, 0.4])
 def test_synthetic_run_equals_an_explicit_loop_over_epochs(level):
     key = jax.random.key(5)

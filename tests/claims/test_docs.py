@@ -18,8 +18,15 @@ def blocks(text):
         yield "\n" * line + textwrap.dedent(match.group(1))
 
 
-# their blocks train or compile for ten seconds each; shorter pages run every time
-SLOW = ("choosing-b.md", "family.md", "sharpness.md", "trainers.md")
+# their blocks train or compile for five seconds or more; the others run every time
+SLOW = (
+    "choosing-b.md",
+    "family.md",
+    "own-loop.md",
+    "quickstart.md",
+    "sharpness.md",
+    "trainers.md",
+)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ def test_wavebound_keeps_a_forecaster_from_overfitting():
     assert (bounded[3] < plain[3]).all(), "the average alone does not do it"
 
 
+@pytest.mark.slow  # two networks; cosine and level are held by test_levels*.py
 def test_level_from_accordance_stops_learning_of_wrong_labels(digits):
     # halves of the digits, drawn anew each step: when does a step on one half begin to
     # hurt on the other?
@@ -337,6 +338,7 @@ def test_level_from_accordance_stops_learning_of_wrong_labels(digits):
     assert accuracy(bent, digits) > accuracy(plain, digits) + 0.03
 
 
+@pytest.mark.slow  # 24 networks; its steps are held by test_levels.py
 def test_level_on_plateau_is_driven_by_validation(digits):
     # from no flooding at all; the validation labels are noisy too
     init, update = levels.on_plateau(0.0, step=0.1, patience=2, maximum=2.0, mode="min")

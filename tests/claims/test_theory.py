@@ -322,6 +322,7 @@ def test_drift_of_mini_batches_is_not_the_penalty(drift):
     assert abs(row["ratio"] - 1) > 2
 
 
+@pytest.mark.slow  # all pairs of batches; pairs on one batch run every time
 def test_pairs_on_independent_mini_batches_drift_as_the_penalty_in_the_mean(x64):
     """With given signs, over all pairs of batches; the noise is of first order."""
     coarse, fine = benchmark.pairs_of_batches(1e-2), benchmark.pairs_of_batches(1e-3)
