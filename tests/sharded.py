@@ -5,6 +5,7 @@ pytest starts it once per number of forced host devices.
 """
 
 import functools
+import sys
 import warnings
 
 import jax
@@ -27,6 +28,7 @@ class Checks:
 
     def __init__(self):
         self.by_devices = {4: {}, 8: {}}
+        self.rare = {}
 
     def always(self, function):
         """Registers a check that runs with 4 and with 8 devices."""
@@ -39,6 +41,15 @@ class Checks:
         self.by_devices[4][function.__name__] = function
         return function
 
+    def rarely(self, function):
+        """Registers one for the slow tests alone, which have a process of their own."""
+        self.rare[function.__name__] = function
+        return function
+
+    def assert_held(self, name, script, devices):
+        group = ["rare"] if name in self.rare else []
+        processes.assert_held(name, script, *group, devices=devices)
+
     def parametrize(self):
         """One test for each check and number of devices."""
         cases = [
@@ -46,12 +57,14 @@ class Checks:
             for n, checks in self.by_devices.items()
             for name in checks
         ]
+        cases += [pytest.param(name, 4, marks=pytest.mark.slow) for name in self.rare]
         return pytest.mark.parametrize(("name", "devices"), cases)
 
     def report(self):
         """What the script does, in a process with so many devices."""
         warnings.filterwarnings("ignore", ".*pmap.*", DeprecationWarning)
-        processes.report(self.by_devices[jax.device_count()])
+        rare = sys.argv[1:] == ["rare"]
+        processes.report(self.rare if rare else self.by_devices[jax.device_count()])
 
 
 # ---- the problem and its oracle ----

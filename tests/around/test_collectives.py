@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from flood_optax import flood_mean, flooded, scale_by_flood
-from tests import forms, processes
+from tests import forms
 from tests.sharded import (
     LEVELS,
     Checks,
@@ -202,7 +202,7 @@ def trap_pmean_of_masked_means_weighs_examples_unequally():
 
 @CHECKS.parametrize()
 def test_sharding(name, devices):
-    processes.assert_held(name, __file__, devices=devices)
+    CHECKS.assert_held(name, __file__, devices)
 
 
 if __name__ == "__main__":

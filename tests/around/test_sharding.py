@@ -10,7 +10,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from flood_optax import flood, flood_mean, flooded, shapes
-from tests import processes
 from tests.sharded import (
     CLASSES,
     LEARNING_RATE,
@@ -108,7 +107,7 @@ def typeof(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@CHECKS.once
+@CHECKS.rarely
 def sharded_parameters_with_auto_sharding_keep_it():
     sharded_parameters_keep_their_sharding(AxisType.Auto)
 
@@ -146,7 +145,7 @@ def shard_map_over_two_axes_equals_the_large_batch():
     shard_map_equals_the_large_batch(True, "data", "fsdp")
 
 
-@CHECKS.once
+@CHECKS.rarely
 def shard_map_on_one_axis_of_two_equals_the_large_batch():
     """The other axis holds replicas: the axis name says what the batch is."""
     mesh = mesh_of("data", "replica")
@@ -489,7 +488,7 @@ def shapes_other_than_reflect_use_the_global_residual():
 
 @CHECKS.parametrize()
 def test_sharding(name, devices):
-    processes.assert_held(name, __file__, devices=devices)
+    CHECKS.assert_held(name, __file__, devices)
 
 
 if __name__ == "__main__":
