@@ -34,12 +34,7 @@ def compared(rows: Iterable[Row], of: Mapping[str, str | None]) -> list[dict[str
     def setting(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("target", "model", "dtype", "fsdp"))
 
-    # Records from before hold the peak with what is on the chip of a TPU.
-    rows = [
-        {"memory_bytes": row.get("peak_bytes"), **row}
-        for row in rows
-        if "error" not in row
-    ]
+    rows = [row for row in rows if "error" not in row]
     found = {(*setting(row), row["form"]): row for row in rows}
     result: list[dict[str, Any]] = []
     for row in rows:
