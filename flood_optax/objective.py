@@ -169,6 +169,9 @@ def flooded(
         raw = bent.loss.astype(loss.dtype)
         if raw_value:
             shown = raw if axis_name is None else like(raw, loss)
+            # The slope of what is shown is for `jax.experimental.jet` (see with_slope).
+            shown, now = lax.stop_gradient((shown, value))
+            shown = jnp.where(jnp.isfinite(now), shown - (now - value), shown)
             value = with_slope(value, shown, jnp.ones_like(shown))
         if return_info:
             seen = lax.stop_gradient((raw, bent.level, bent.multiplier))

@@ -27,6 +27,9 @@ IDS = jnp.array([0, 1, 1])
 FORMS = {
     "flood_loss": lambda x, shape: flood_loss(x, LEVEL, shape=shape),
     "flooded": lambda x, shape: flooded(lambda y: y, LEVEL, shape=shape)(x),
+    "raw_value": lambda x, shape: flooded(
+        lambda y: y, LEVEL, shape=shape, raw_value=True
+    )(x),
     "batch": lambda x, shape: flood_mean(x + SPREAD, LEVEL, shape=shape),
     "example": lambda x, shape: flood_mean(
         x + 0 * SPREAD, LEVEL, over="example", shape=shape
@@ -73,7 +76,7 @@ def test_jet_and_reverse_mode_give_value_and_two_derivatives(form, shape, residu
     """`jet` looks through custom rules: the value itself has to carry them."""
     phi, slope, bend = numpy_phi(shape, residual)
     expected = (
-        phi + LEVEL,
+        LEVEL + (residual if form == "raw_value" else phi),
         slope * INNER[0],
         bend * INNER[0] ** 2 + slope * INNER[1],
     )
