@@ -1,6 +1,5 @@
 """One compilation cache for all processes of a run, a worker per core, fixtures."""
 
-import gc
 import hashlib
 import importlib.metadata
 import os
@@ -38,11 +37,6 @@ def pytest_xdist_auto_num_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), 8)
     return min(os.cpu_count() or 1, 8)
-
-
-def pytest_collection_finish() -> None:
-    """What has been imported stays: the collector need not walk through it again."""
-    gc.freeze()
 
 
 @pytest.fixture
