@@ -111,7 +111,7 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
             # the window, as the rows of padding that it stands for in a large batch.
             skip &= weight != 0
             skip_state = _pick(weight != 0, skip_state, window.flood_skip_state)
-        # Selected is only where something may not count: a select costs memory.
+        # Select only where something may not count: a select costs memory.
         adds = should_skip is None and not weighted
         adds = adds or jnp.logical_not(skip) & (weight != 0)
         # The scalars here, the gradients in the branch that needs them: there they are

@@ -35,8 +35,8 @@ def run(
 
     * "vmap" trains the runs of a chunk together: for accelerators.
     * "map" trains one after another, on a CPU one on each core: for CPUs, or where
-      memory is short. It does not grow with the number of levels; ``chunk_size=1`` is
-      one at a time.
+      memory is short: how many levels there are makes no difference to what it holds.
+      With ``chunk_size=1`` it trains one at a time.
     * "shard" spreads the runs over all devices of ``mesh`` and, after
       `jax.distributed.initialize`, over the processes; every process calls `run`
       alike and gets the whole result. CPU devices map their share, others vmap it.

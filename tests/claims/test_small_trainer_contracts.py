@@ -253,5 +253,5 @@ def test_nnx_optimizer_state_moves_behind_a_flood():
     unmoved.update(twin, grads)
     np.testing.assert_array_equal(model.kernel[...], twin.kernel[...])
     assert float(optax.tree.get(optimizer.opt_state, "flood_value")) == value
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="unsupported format string"):
         f"{optax.tree.get(optimizer.opt_state, 'flood_value'):.3f}"

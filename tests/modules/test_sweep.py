@@ -339,7 +339,8 @@ def test_run_branch_on_the_level_gets_a_note():
     def shaped_by_level(level, key):
         return {"a": jnp.zeros(3 if level > 0.5 else 2)}
 
-    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+    error = jax.errors.TracerBoolConversionError
+    with pytest.raises(error, match="Attempted boolean conversion") as caught:
         sweep.run(shaped_by_level, LEVELS, KEYS)
     notes = "".join(caught.value.__notes__)
     assert "`sweep.run(train)` is traced once for all levels" in notes
