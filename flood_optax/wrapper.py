@@ -51,6 +51,7 @@ def flood(
     inner: optax.GradientTransformation,
     level: Level,
     *,
+    band: ArrayLike = 0.0,
     every_k: EveryK = 1,
     shape: Shape = reflect(),
     axis_name: AxisName | None = None,
@@ -77,6 +78,8 @@ def flood(
       inner: the optimizer; one that floods or accumulates itself is refused at init.
       level: a scalar, b, or a schedule from the step to one. -inf means off. No
         gradient flows into it.
+      band: half the width of a band around the level, see
+        `flood_optax.scale_by_flood`.
       every_k: micro-batches per window, a positive int or a schedule from the window's
         number to one. Under `optax.inject_hyperparams` name it in ``static_args``.
       shape: how to bend, see `flood_optax.shapes`.
@@ -131,7 +134,7 @@ def flood(
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
     inner = _optimizer(inner)
-    at_work = flooding(level, shape, "flood")
+    at_work = flooding(level, band, shape, "flood")
     windows = accumulation(every_k, should_skip_update_fn)
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
