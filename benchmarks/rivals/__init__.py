@@ -1,0 +1,1 @@
+"""Asks whether flooding beats what people would use instead."""
