@@ -43,7 +43,8 @@ class FloodState(NamedTuple):
       flood_step: int32 scalar, updates taken so far (windows under ``every_k``).
       flood_level: float32 scalar, the level last used, at an end of the band if it has
         one.
-      flood_value: float32 scalar, the raw loss last seen.
+      flood_value: float32 scalar, the raw loss last seen, below ``flood_level`` in
+        float32 too where it was so in float64.
       flood_below: int32 scalar, how many steps had a loss strictly below the level.
     """
 
@@ -62,7 +63,7 @@ export.register_namedtuple_serialization(
 def scale_by_flood(
     level: Level,
     *,
-    band: ArrayLike = 0.0,
+    band: ArrayLike | None = None,
     shape: Shape = reflect(),
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -79,6 +80,8 @@ def scale_by_flood(
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
     loss of b + d or above. With momentum or Adam and *averaged* weights this was worth
     points of accuracy under label noise (docs/strokes.md); the last iterate is worse.
+    It is meant for shapes that turn at once: at an end of the band `soft` slows down
+    and may rest there, and a dead band holds the loss below the upper end.
 
     Put it first in a chain, before moments, clipping and weight decay, and once: two
     floods undo each other, which neither can see. ``value`` must be the loss of the
@@ -92,7 +95,8 @@ def scale_by_flood(
       level: a scalar, b, or a schedule from the step (int32) to one. -inf means off.
         No gradient flows into it.
       band: half the width of the band around the level, a non-negative real scalar in
-        the units of the loss; 0 is none.
+        the units of the loss; None or 0 is none. Where the loss cannot sink to b - d,
+        as a loss that is never negative cannot for d > b, this is plain training.
       shape: how to bend, see `flood_optax.shapes`.
       axis_name: mapped axis or axes (shard_map, pmap) over which ``value`` is averaged
         before it is compared. Under `jax.jit` with sharded data nothing is needed.
@@ -173,7 +177,7 @@ class Flooding(NamedTuple):
     step: Callable[[FloodState, jax.Array], tuple[Bent, FloodState]]
 
 
-def flooding(level: Level, band: ArrayLike, shape: Shape, call: str) -> Flooding:
+def flooding(level: Level, band: ArrayLike | None, shape: Shape, call: str) -> Flooding:
     """What every optax form does with one loss of one step."""
     check_shape(shape, f"{call}(shape=...)")
     middle = _schedule(level, f"{call}(level=...)")
@@ -188,14 +192,18 @@ def flooding(level: Level, band: ArrayLike, shape: Shape, call: str) -> Flooding
         )
 
     def step(state: FloodState, loss: jax.Array) -> tuple[Bent, FloodState]:
-        bent = bend(loss, level_at(state), shape)
+        bent = bend(loss, level_at(state, compare_dtype(loss.dtype)), shape)
         is_below = bent.loss < bent.level
+        level, value = bent.level.astype(jnp.float32), bent.loss.astype(jnp.float32)
+        if bent.loss.dtype == np.float64:  # rounding must not hide that it was below
+            under = jnp.nextafter(level, -jnp.inf)
+            value = jnp.where(is_below, jnp.minimum(value, under), value)
         more = jnp.asarray(optax.safe_increment(state.flood_below))
         return bent, FloodState(
             # a run of more than 2^31 steps must not start again at negative ones
             flood_step=jnp.asarray(optax.safe_increment(state.flood_step)),
-            flood_level=bent.level.astype(jnp.float32),
-            flood_value=bent.loss.astype(jnp.float32),
+            flood_level=level,
+            flood_value=value,
             flood_below=jnp.where(is_below, more, state.flood_below),
         )
 
@@ -217,17 +225,20 @@ def _schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def _banded(
-    level_at: Callable[[jax.Array], jax.Array], band: ArrayLike, call: str
-) -> Callable[[FloodState], jax.Array]:
+    level_at: Callable[[jax.Array], jax.Array], band: ArrayLike | None, call: str
+) -> Callable[[FloodState, np.dtype], jax.Array]:
     """The level, or the end of the band around it towards which the loss moves."""
-    number(call, band, "non-negative and finite", lambda d: 0 <= d < np.inf)
-    if not isinstance(band, Tracer) and not np.any(band):  # as if there were none
-        return lambda state: level_at(state.flood_step)
+    if band is not None:
+        most = float(np.finfo(jnp.result_type(float)).max)
+        number(call, band, "non-negative and finite", lambda d: 0 <= d <= most)
+    if band is None or not (isinstance(band, Tracer) or np.any(band)):
+        return lambda state, dtype: level_at(state.flood_step)
 
-    def end(state: FloodState) -> jax.Array:
+    def end(state: FloodState, dtype: np.dtype) -> jax.Array:
         rises = state.flood_value < state.flood_level  # the last step went up
-        half = jnp.asarray(band)
-        return wide(level_at(state.flood_step)) + jnp.where(rises, half, -half)
+        half = jnp.asarray(band, dtype)
+        middle = level_at(state.flood_step).astype(dtype)
+        return middle + jnp.where(rises, half, -half)
 
     return end
 

@@ -51,7 +51,7 @@ def flood(
     inner: optax.GradientTransformation,
     level: Level,
     *,
-    band: ArrayLike = 0.0,
+    band: ArrayLike | None = None,
     every_k: EveryK = 1,
     shape: Shape = reflect(),
     axis_name: AxisName | None = None,

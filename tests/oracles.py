@@ -109,3 +109,30 @@ def windows(grads, values, sizes, level, *, skip=False):
             window = []
         updates.append(update)
     return np.stack(updates), np.asarray(closed)
+
+
+def strokes(losses, level, band, counts=None):
+    """The end of the band that each loss meets, and the multiplier of its step.
+
+    The end is the upper one after a step below its end, else the lower one. A NaN loss
+    is below nothing, and off, -inf, is off.
+
+    Args:
+        losses: Of shape [steps], of the dtype in which they meet their level.
+        level: One, or one for each step.
+        band: Half of its width: one, or one for each step.
+        counts: Whether each loss counts; all do by default. The others leave no trace.
+    """
+    kind = losses.dtype.type
+    levels, bands = (np.broadcast_to(x, losses.shape) for x in (level, band))
+    ends, multipliers, rises = [], [], False
+    for i, loss in enumerate(losses):
+        middle, half = kind(levels[i]), kind(bands[i])
+        ends.append(middle + half if rises else middle - half)
+        if counts is not None and not counts[i]:
+            multipliers.append(kind(0))
+            continue
+        rises = bool(loss < ends[-1])
+        multiplier = np.nan if np.isnan(loss) and ends[-1] != -np.inf else 1.0
+        multipliers.append(kind(-1.0 if rises else multiplier))
+    return np.array(ends), np.array(multipliers)

@@ -76,6 +76,42 @@ def test_legal_levels_are_taken(call, level):
     LEVEL_TAKERS[call](level)
 
 
+BANDS = {
+    "scale_by_flood": lambda band: scale_by_flood(0.5, band=band),
+    "flood": lambda band: flood(optax.sgd(0.1), 0.5, band=band),
+}
+RULE = "must be non-negative and finite, got "
+BAD_BANDS = {
+    "negative": (-0.1, ValueError, RULE + "-0.1."),
+    "negative_array": (jnp.int32(-2), ValueError, RULE + "-2."),
+    "nan": (np.nan, ValueError, RULE + "nan."),
+    "inf": (np.float16(np.inf), ValueError, RULE + "inf."),
+    # flooding would be off without a word: the lower end is -inf
+    "inf_in_float32": (1e39, ValueError, RULE + "1e+39."),
+    "vector": (np.array([0.1]), ValueError, "must be a scalar, got shape (1,)."),
+    "bool": (True, TypeError, "must be a real number, got True of type bool."),
+    "bool_array": (np.True_, TypeError, "must be a real number, got dtype bool."),
+    "text": ("0.1", TypeError, "must be a real number, got '0.1' of type str."),
+    "complex": (jnp.array(1j), TypeError, "must be a real number, got dtype complex64"),
+    "list": ([0.1], TypeError, "must be a real number, got [0.1] of type list."),
+    "schedule": (lambda step: 0.1, TypeError, "must be a real number, got <function"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BANDS)
+@pytest.mark.parametrize("call", BANDS)
+def test_bad_band_is_refused_at_construction(call, case):
+    band, error, message = BAD_BANDS[case]
+    with pytest.raises(error, match=re.escape(f"`{call}(band=...)` {message}")):
+        BANDS[call](band)
+
+
+@pytest.mark.usefixtures("x64")
+def test_band_that_float64_holds_is_taken_with_64_bits():
+    for make in BANDS.values():
+        make(1e39)
+
+
 CASES = {
     "value_missing": (
         lambda: update(None),

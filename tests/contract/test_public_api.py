@@ -22,8 +22,9 @@ SIGNATURES = {
     "flood_mean": "(losses, level, *, over, segment_ids, num_segments, where, weights, "
     "axis_name, shape)",
     "flooded": "(loss_fn, level, *, has_aux, axis_name, shape, return_info, raw_value)",
-    "scale_by_flood": "(level, *, shape, axis_name)",
-    "flood": "(inner, level, *, every_k, shape, axis_name, should_skip_update_fn)",
+    "scale_by_flood": "(level, *, band, shape, axis_name)",
+    "flood": "(inner, level, *, band, every_k, shape, axis_name, "
+    "should_skip_update_fn)",
     "shapes.soft": "(scale)",
     "shapes.asymmetric": "(ascent, dead_band)",
     "levels.warmup": "(level, start_step)",

@@ -1,0 +1,263 @@
+"""The band, between whose ends the loss swings, against a walk through it in Python."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from flood_optax import FloodState, flood, scale_by_flood
+from tests import forms, oracles
+
+LEVEL, BAND = 0.625, 0.125  # the ends are .5 and .75, exact in 16 bits
+DTYPES = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+}
+FIELDS = FloodState._fields
+
+
+def walk(steps, dtype, *, level=LEVEL, band=BAND, seed=0, spoiled=True):
+    """A random walk through the band that often meets its ends, NaN and infinities."""
+    rng = np.random.default_rng(seed)
+    drift = np.repeat(rng.choice([-1.0, 1.0], steps // 8 + 1), 8)[:steps]
+    losses = level + 2.2 * band * np.sin(np.cumsum(0.3 * drift + 0.2)) + 0.02
+    kinds = rng.integers(0, 20, steps)
+    losses = np.where(kinds < 3, level + band, losses)
+    losses = np.where((kinds >= 3) & (kinds < 6), level - band, losses)
+    for kind, bad in ((6, np.nan), (7, np.inf), (8, -np.inf)):
+        losses = np.where(spoiled & (kinds == kind), bad, losses)
+    return losses.astype(dtype)
+
+
+def course(optimizer, losses, **each):
+    """What each step multiplies by and records; `each` has a row for every step."""
+    one = jnp.ones([])
+    weights = {name: jnp.asarray(x) for name, x in each.items()}
+
+    def step(state, row):
+        loss, extra = row
+        update, state = optimizer.update(one, state, one, value=loss, **extra)
+        return state, (update, *(optax.tree.get(state, name) for name in FIELDS))
+
+    rows = jnp.asarray(losses), weights
+    _, found = jax.lax.scan(step, optimizer.init(one), rows)
+    return dict(zip(("multiplier", *FIELDS), jax.device_get(found), strict=True))
+
+
+def assert_course(found, losses, level, band, counts=None):
+    """The multipliers, levels, values and counts of Python's walk, exactly."""
+    wide = losses.astype(np.float64 if losses.dtype == np.float64 else np.float32)
+    ends, multipliers = oracles.strokes(wide, level, band, counts)
+    np.testing.assert_array_equal(found["multiplier"], multipliers)
+    if counts is None:
+        np.testing.assert_array_equal(found["flood_level"], ends.astype(np.float32))
+        np.testing.assert_array_equal(found["flood_below"], np.cumsum(wide < ends))
+    if losses.dtype != np.float64:
+        np.testing.assert_array_equal(found["flood_value"], wide)
+
+
+def table(rows):
+    """A schedule that reads its levels from a table."""
+    return lambda step: jnp.take(jnp.asarray(rows), step)
+
+
+def moving(steps):
+    """Levels that rise, fall, are off for a while, and are negative at the end."""
+    levels = LEVEL + 0.25 * np.sin(np.arange(steps) / 15)
+    levels[steps // 3 : steps // 3 + 20] = -np.inf
+    levels[-steps // 4 :] -= 1.5
+    return levels.astype(np.float32)
+
+
+# ---- the course of multipliers ----
+
+EVERY_STEP = [name for name in forms.OPTAX if name not in ("flood_every_k",)]
+STEPS = 500
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", EVERY_STEP)
+def test_band_course_is_the_walk_through_it_for_every_form_and_dtype(form, dtype):
+    losses = walk(STEPS, DTYPES[dtype])
+    wide = losses.astype(np.float32)
+    for end in (LEVEL - BAND, LEVEL + BAND):
+        assert np.sum(wide == end) > 20  # ties
+    optimizer = forms.OPTAX[form](optax.identity(), LEVEL, band=BAND)
+    found = course(optimizer, losses)
+    counts = np.isfinite(wide) if form == "flood_skip" else None
+    if counts is None:
+        assert_course(found, losses, LEVEL, BAND)
+        assert 50 < found["flood_below"][-1] < STEPS - 50
+        assert np.unique(found["flood_level"]).tolist() == [0.5, 0.75]
+    else:  # what is skipped leaves no trace
+        _, multipliers = oracles.strokes(wide, LEVEL, BAND, counts)
+        np.testing.assert_array_equal(found["multiplier"], multipliers)
+
+
+@pytest.mark.usefixtures("x64")
+def test_band_course_of_float64_losses_sees_what_float32_does_not():
+    """Losses within 1e-9 of an end, and a band narrower than float32 resolves."""
+    rng = np.random.default_rng(1)
+    losses = walk(STEPS, np.float64) + rng.choice([-1e-9, 0, 1e-9], STEPS)
+    assert_course(course(scale_by_flood(LEVEL, band=BAND), losses), losses, LEVEL, BAND)
+    losses = walk(STEPS, np.float64, level=1e8, band=2.0)
+    found = course(flood(optax.identity(), 1e8, band=2.0), losses)
+    ends, multipliers = oracles.strokes(losses, 1e8, 2.0)
+    np.testing.assert_array_equal(found["multiplier"], multipliers)
+    np.testing.assert_array_equal(
+        found["flood_value"] < found["flood_level"], losses < ends
+    )
+    assert np.float32(1e8 - 2) == np.float32(1e8 + 2)
+
+
+@pytest.mark.parametrize("form", ["scale_by_flood", "flood"])
+def test_band_moves_with_a_schedule_and_falls_silent_where_it_is_off(form):
+    levels = moving(STEPS)
+    losses = walk(STEPS, np.float32) - np.where(np.arange(STEPS) < 375, 0, 1.5)
+    losses = losses.astype(np.float32)
+    optimizer = forms.OPTAX[form](optax.identity(), table(levels), band=BAND)
+    found = course(optimizer, losses)
+    assert_course(found, losses, levels, BAND)
+    off = slice(STEPS // 3, STEPS // 3 + 20)
+    assert (found["multiplier"][off] == 1).all()
+    assert (found["flood_level"][off] == -np.inf).all()
+    assert len(np.unique(found["flood_level"][-100:] > levels[-100:])) == 2
+
+
+def injected(level, band):
+    make = optax.inject_hyperparams(scale_by_flood, hyperparam_dtype=jnp.float32)
+    return make(level=level, band=band)
+
+
+BANDS = {
+    "array": lambda: scale_by_flood(LEVEL, band=jnp.float32(BAND)),
+    "bfloat16": lambda: scale_by_flood(LEVEL, band=jnp.bfloat16(BAND)),
+    "numpy": lambda: scale_by_flood(np.float16(LEVEL), band=np.array(BAND)),
+    "injected": lambda: injected(LEVEL, BAND),
+    "injected_schedule": lambda: injected(LEVEL, lambda step: BAND),
+}
+
+
+@pytest.mark.parametrize("kind", BANDS)
+def test_band_of_any_kind_is_the_same_band(kind):
+    losses = walk(STEPS, np.float32)
+    assert_course(course(BANDS[kind](), losses), losses, LEVEL, BAND)
+
+
+@pytest.mark.parametrize("band", [1, np.uint8(1), np.int8(1), jnp.uint16(1)], ids=repr)
+def test_band_of_integers_keeps_its_sign(band):
+    """The negative of an unsigned one is 255: a band that ends far above."""
+    losses = walk(STEPS, np.float32, level=3, band=1.0)
+    assert_course(course(scale_by_flood(3, band=band), losses), losses, 3, 1)
+
+
+def test_band_and_level_may_be_traced_and_mapped():
+    losses = walk(200, np.float32)
+    bands = jnp.array([0.0, 0.03, BAND, 0.2, 2.0])
+
+    def run(level, band):
+        return course(scale_by_flood(level, band=band), losses)["multiplier"]
+
+    def wrapped(level, band):
+        one = jnp.ones([])
+        optimizer = flood(optax.identity(), level, band=band)
+
+        def step(state, loss):
+            update, state = optimizer.update(one, state, one, value=loss)
+            return state, update
+
+        return jax.lax.scan(step, optimizer.init(one), jnp.asarray(losses))[1]
+
+    mapped = jax.jit(jax.vmap(wrapped, in_axes=(None, 0)))(LEVEL, bands)
+    for band, multipliers in zip(np.asarray(bands), mapped, strict=True):
+        wanted = oracles.strokes(losses, LEVEL, band)[1]
+        np.testing.assert_array_equal(multipliers, wanted)
+        np.testing.assert_array_equal(run(LEVEL, float(band)), wanted)
+        np.testing.assert_array_equal(jax.jit(wrapped)(LEVEL, band), wanted)
+    assert len({tuple(np.nan_to_num(row)) for row in np.asarray(mapped)}) == 5
+
+
+def test_band_is_walked_eagerly_as_it_is_compiled():
+    losses = walk(60, np.float32)
+    for optimizer in forms.optimizers(optax.identity(), LEVEL, band=BAND).values():
+        state, one, seen = optimizer.init(jnp.ones([])), jnp.ones([]), []
+        for loss in losses:
+            update, state = optimizer.update(one, state, one, value=loss)
+            seen.append((update, *(optax.tree.get(state, name) for name in FIELDS)))
+        found = course(optimizer, losses)
+        for name, column in zip(found, zip(*seen, strict=True), strict=True):
+            np.testing.assert_array_equal(found[name], np.stack(column))
+
+
+# ---- none, and 0 ----
+
+NONE = {"none": None, "zero": 0.0, "int": 0, "array": jnp.zeros([]), "minus": -0.0}
+
+
+@pytest.mark.parametrize("none", NONE)
+@pytest.mark.parametrize("form", forms.OPTAX)
+def test_no_band_and_zero_are_one_program(form, none):
+    def program(**options):
+        optimizer = forms.OPTAX[form](optax.adam(0.1), LEVEL, **options)
+        params = {"w": jnp.ones(3), "b": jnp.ones([], jnp.bfloat16)}
+        update = functools.partial(optimizer.update, value=jnp.float32(0.3))
+        jaxpr = jax.make_jaxpr(update)(params, optimizer.init(params), params)
+        return re.sub("0x[0-9a-f]+", "", str(jaxpr))
+
+    assert program(band=NONE[none]) == program()
+    assert program(band=0.1) != program()
+
+
+@pytest.mark.parametrize("form", forms.OPTAX)
+def test_band_keeps_the_state_as_it_is_without_one(form):
+    params = {"w": jnp.ones(3), "b": jnp.ones([], jnp.bfloat16)}
+    plain, banded = (
+        forms.OPTAX[form](optax.adam(0.1), LEVEL, **options)
+        for options in ({}, {"band": BAND})
+    )
+    states = []
+    for optimizer in (plain, banded):
+        state = optimizer.init(params)
+        states.append(state)
+        for _ in range(2):
+            updates, state = optimizer.update(params, state, params, value=0.55)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            states.append(state)
+    for state in states[1:]:
+        chex.assert_trees_all_equal_structs(states[0], state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(states[0], state)
+        typed = (jax.tree.map(jax.typeof, s) for s in (states[0], state))
+        assert next(typed) == next(typed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **band: optax.inject_hyperparams(scale_by_flood)(level=0.5, **band),
+        lambda **band: optax.inject_hyperparams(flood, static_args="every_k")(
+            optax.sgd(0.1), level=0.5, **band
+        ),
+    ],
+    ids=["scale_by_flood", "flood"],
+)
+def test_injected_flood_has_a_band_in_its_state_only_if_it_was_given_one(make):
+    """A default that is a number would enter checkpoints of injected floods."""
+    assert set(make().init(jnp.ones(2)).hyperparams) == {"level"}
+    assert set(make(band=0.1).init(jnp.ones(2)).hyperparams) == {"level", "band"}
+
+
+def test_strict_promotion_takes_a_band_of_another_dtype():
+    with jax.numpy_dtype_promotion("strict"):
+        for band in (jnp.bfloat16(BAND), np.float16(BAND), BAND, np.uint8(0)):
+            transform = scale_by_flood(jnp.float32(LEVEL), band=band)
+            _, state = transform.update(
+                jnp.ones(2), transform.init(jnp.ones(2)), value=jnp.bfloat16(0.5)
+            )
+            assert state.flood_level == LEVEL - float(band)
