@@ -69,14 +69,16 @@ def test_flips_replace_an_exact_share_of_what_is_predicted(share):
         assert noisy_y.max() < text.CLASSES
 
 
-def test_flips_go_evenly_to_all_other_characters_and_places():
+def test_flips_go_evenly_to_all_other_characters_and_everywhere():
     clean, noisy = (DRAW(jax.random.key(6), s).train[1] for s in (0.0, 0.5))
     shift = (np.asarray(noisy) - np.asarray(clean)) % text.CLASSES
     counts = np.bincount(shift[shift > 0], minlength=text.CLASSES)[1:]
     mean = counts.sum() / (text.CLASSES - 1)
     assert np.abs(counts - mean).max() < 5 * math.sqrt(mean)
-    of_places = (shift > 0).mean(0)  # [LENGTH], each of SEQUENCES.train flips
-    assert np.abs(of_places - 0.5).max() < 5 * 0.5 / math.sqrt(text.SEQUENCES.train)
+    ones_of_each = (text.SEQUENCES.train, text.LENGTH)  # place, then sequence
+    for axis, size in enumerate(ones_of_each):
+        of_each = (shift > 0).mean(axis)
+        assert np.abs(of_each - 0.5).max() < 5 * 0.5 / math.sqrt(size)
 
 
 def softmax(scores):
