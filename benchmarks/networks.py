@@ -1,5 +1,6 @@
 """The networks of the paper's experiments, and those whose steps are timed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -45,16 +46,31 @@ class BatchNorm(nn.Module):
         return (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + shift
 
 
+def keep(hidden: jax.Array, layer: int) -> jax.Array:
+    """No dropout."""
+    del layer
+    return hidden
+
+
 class MLP(nn.Module):
-    """Hidden layers of ReLU units, with or without batch normalisation before each."""
+    """Hidden layers of ReLU units, with or without batch normalisation before each.
+
+    `drop` is laid over the units of each hidden layer.
+    """
 
     widths: tuple[int, ...]
     num_classes: int
     batch_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        for width in self.widths:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        drop: Callable[[jax.Array, int], jax.Array] = keep,
+    ) -> jax.Array:
+        for layer, width in enumerate(self.widths):
             init = uniform(x.shape[-1])
             dense = nn.Dense(
                 width, not self.batch_norm, kernel_init=init, bias_init=init
@@ -62,7 +78,7 @@ class MLP(nn.Module):
             x = dense(x)
             if self.batch_norm:
                 x = BatchNorm()(x, train=train)
-            x = nn.relu(x)
+            x = drop(nn.relu(x), layer)
         init = uniform(x.shape[-1])
         return nn.Dense(self.num_classes, kernel_init=init, bias_init=init)(x)
 
