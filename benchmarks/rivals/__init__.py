@@ -13,11 +13,12 @@ import numpy as np
 
 from benchmarks import study
 from benchmarks.rivals import settings
+from benchmarks.rivals.findings import figures, numbers, tables
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.settings import FLIPS, SIZES, Constants, Problem
 from benchmarks.rivals.training import COLUMNS, READOUTS, trainer
 
-__all__ = ["measure", "options"]
+__all__ = ["figures", "measure", "numbers", "options", "tables"]
 
 STOPS = ("last", "best")  # at the end of the run, and at its best check
 

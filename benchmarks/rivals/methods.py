@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.rivals.settings import Constants
+from flood_optax import levels
 
 OFF = -math.inf
 
@@ -56,14 +57,6 @@ FEW_SHARES, FEW_DECAYS = (0.1, 0.25, 0.4, 0.6), (0.1, 0.8)
 OF_FLOOR = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
 
-def noise_floor(flips: float, classes: int) -> float:
-    """The mean loss of who knows the true labels and how they are flipped."""
-    if flips == 0:
-        return 0.0
-    wrong = flips / (classes - 1)
-    return -(1 - flips) * math.log(1 - flips) - flips * math.log(wrong)
-
-
 def over_rates(**more: float) -> Callable[[Constants, float, int], list[Recipe]]:
     """For a method without a number of its own: the learning rate."""
     return lambda c, flips, classes: [
@@ -106,7 +99,7 @@ def corrected(c: Constants, flips: float, classes: int) -> list[Recipe]:
 
 
 def corrected_and_flooded(c: Constants, flips: float, classes: int) -> list[Recipe]:
-    floor = noise_floor(flips, classes)
+    floor = float(levels.noise_floor(flips, num_classes=classes))
     return [
         Recipe(flips, c.rate, assumed=flips, level=share * floor) for share in OF_FLOOR
     ]
@@ -114,7 +107,7 @@ def corrected_and_flooded(c: Constants, flips: float, classes: int) -> list[Reci
 
 def at_the_floor(c: Constants, flips: float, classes: int) -> list[Recipe]:
     """The level is known; so what is chosen is the learning rate."""
-    floor = noise_floor(flips, classes)
+    floor = float(levels.noise_floor(flips, num_classes=classes))
     return [Recipe(flips, rate, level=floor, band=c.band * floor) for rate in RATES]
 
 
