@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{TITLES[self.problem]}, {self.flips:.0%}"
+        return f"{TITLES.get(self.problem, self.problem)}, {self.flips:.0%}"
 
     def accuracies(self, name: Name) -> np.ndarray:
         method, entry = name

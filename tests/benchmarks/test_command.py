@@ -23,6 +23,7 @@ LONGEST = {
     "images",
     "overhead",
     "penalty",
+    "rivals",
     "sweep",
     "synthetic",
 }
