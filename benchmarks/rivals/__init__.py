@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import study
-from benchmarks.rivals import settings
+from benchmarks.rivals import problems, settings
 from benchmarks.rivals.findings import figures, numbers, tables
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.settings import FLIPS, SIZES, Constants, Problem
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     missing: dict[str, str] = {}
     for name in names:
         try:
-            problem = settings.problem(name, args.data)
+            problem = problems.problem(name, args.data)
         except FileNotFoundError:
             missing[name] = "not installed"
             continue

@@ -5,17 +5,16 @@ MNIST-5k with 20 % flips, before any other setting was run.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import networks, pixels
+from benchmarks import pixels
 from benchmarks.choosing import settings as shared
 
-Sets = shared.Sets
+Sets = shared.Sets  # of inputs and labels, each [n, ...]
 Drop = Callable[[jax.Array, int], jax.Array]  # (hidden units, which layer) -> the same
 
 
@@ -25,23 +24,6 @@ class Network(Protocol):
     def init(self, key: jax.Array, x: jax.Array) -> Any: ...
 
     def logits(self, params: Any, x: jax.Array, drop: Drop = ...) -> jax.Array: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MLP:
-    """Two hidden layers."""
-
-    classes: int
-    widths: tuple[int, ...] = (200, 200)
-
-    def init(self, key: jax.Array, x: jax.Array) -> Any:
-        return networks.MLP(self.widths, self.classes).init(key, x)
-
-    def logits(
-        self, params: Any, x: jax.Array, drop: Drop = networks.keep
-    ) -> jax.Array:
-        net: Any = networks.MLP(self.widths, self.classes)
-        return net.apply(params, x, drop=drop)
 
 
 class Size(NamedTuple):
@@ -99,33 +81,9 @@ SIZES = {
     "fashion-mnist": Size(1000, 1000, 2000, 100, 1200),
     "breast_cancer": Size(150, 150, 269, 30, 900, seeds=10),
     "wine": Size(60, 60, 58, 12, 900, seeds=10),
+    "text": Size(512, 128, 256, 16, 800),  # sequences
 }
 TITLES = pixels.TITLES | {"breast_cancer": "breast cancer", "text": "text"}
-
-
-def problem(name: str, directory: pathlib.Path | None = None) -> Problem:
-    """The data and the network of a name.
-
-    Raises:
-      FileNotFoundError: if the files of the data are not there.
-    """
-    size, classes = SIZES[name], shared.CLASSES.get(name, 10)
-    pool_x, pool_y = shared.load(name, directory)
-    ends = size.train, size.train + size.validation
-    total = ends[1] + size.test
-
-    def draw(key: jax.Array, flips: jax.Array) -> Sets:
-        keys = jax.random.split(key, 3)
-        order = jax.random.permutation(keys[0], len(pool_x))[:total]
-        x, y = jnp.asarray(pool_x)[order], jnp.asarray(pool_y)[order]
-        first, second, third = (slice(0, ends[0]), slice(*ends), slice(ends[1], None))
-        return Sets(
-            (x[first], flip(keys[1], y[first], flips, classes)),
-            (x[second], flip(keys[2], y[second], flips, classes)),
-            (x[third], y[third]),
-        )
-
-    return Problem(name, size, classes, MLP(classes), draw)
 
 
 def flip(key: jax.Array, labels: jax.Array, rate: jax.Array, classes: int) -> jax.Array:

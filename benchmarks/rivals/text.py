@@ -6,37 +6,20 @@ epochs, as where there is less text than one would train on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pydoc_data import topics
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.networks import keep
+from benchmarks.rivals.settings import SIZES, Drop, Sets, flip
+
 CHARACTERS = "".join(map(chr, range(32, 127)))
 CLASSES = len(CHARACTERS)
-
-
-class Sets(NamedTuple):
-    """Sequences int32 [n, LENGTH], and the characters after theirs, as many."""
-
-    train: tuple[jax.Array, jax.Array]
-    validation: tuple[jax.Array, jax.Array]
-    test: tuple[jax.Array, jax.Array]
-
-
-class Sequences(NamedTuple):
-    """How many of each set."""
-
-    train: int
-    validation: int
-    test: int
-
-
-SEQUENCES = Sequences(512, 128, 256)
 LENGTH = 32  # characters of a sequence
-BATCH, STEPS = 16, 800
+SIZE = SIZES["text"]
 
 
 @functools.cache
@@ -61,32 +44,19 @@ def draw(key: jax.Array, flips: jax.Array) -> Sets:
     """
     pieces_key, *keys = jax.random.split(key, 3)
     text = pieces()
-    order = jax.random.permutation(pieces_key, len(text))[: sum(SEQUENCES)]
+    order = jax.random.permutation(pieces_key, len(text))[
+        : SIZE.train + SIZE.validation + SIZE.test
+    ]
     chosen = jnp.asarray(text)[order]
-    ends = np.cumsum(SEQUENCES)[:2]
+    ends = SIZE.train, SIZE.train + SIZE.validation
     train, validation, test = (
         (part[:, :-1], part[:, 1:]) for part in jnp.split(chosen, ends)
     )
     return Sets(
-        (train[0], flip(keys[0], train[1], flips)),
-        (validation[0], flip(keys[1], validation[1], flips)),
+        (train[0], flip(keys[0], train[1], flips, CLASSES)),
+        (validation[0], flip(keys[1], validation[1], flips, CLASSES)),
         test,
     )
-
-
-def flip(key: jax.Array, labels: jax.Array, share: jax.Array) -> jax.Array:
-    """Replaces an exact share of the labels by others, evenly."""
-    rank_key, shift_key = jax.random.split(key)
-    rank = jax.random.permutation(rank_key, labels.size).reshape(labels.shape)
-    shift = jax.random.randint(shift_key, labels.shape, 1, CLASSES)
-    moved = (labels + shift) % CLASSES
-    return jnp.where(rank < jnp.round(share * labels.size), moved, labels)
-
-
-def keep(h: jax.Array, place: int) -> jax.Array:
-    """Drops nothing."""
-    del place
-    return h
 
 
 def normed(h: jax.Array) -> jax.Array:
@@ -132,7 +102,7 @@ class Transformer:
         self,
         params: Any,
         x: jax.Array,
-        drop: Callable[[jax.Array, int], jax.Array] = keep,
+        drop: Drop = keep,
     ) -> jax.Array:
         """Of the character after each of x [n, T]; [n, T, CLASSES].
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
 from benchmarks import record, rivals
-from benchmarks.rivals import findings, methods, settings, training
+from benchmarks.rivals import findings, methods, problems, settings, training
 from benchmarks.rivals.methods import METHODS, Recipe
 
 CONSTANTS = settings.Constants(checks=3, average=0.5)
@@ -21,10 +21,10 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def wine():
-    problem = settings.problem("wine")
+    problem = problems.problem("wine")
     size = problem.size._replace(steps=9, seeds=2)
     return settings.Problem(
-        "wine", size, problem.classes, settings.MLP(3, widths=(5, 4)), problem.draw
+        "wine", size, problem.classes, problems.MLP(3, widths=(5, 4)), problem.draw
     )
 
 

@@ -45,7 +45,7 @@ def test_pieces_are_the_text_in_order_without_a_gap():
 
 def test_sets_are_of_their_sizes_and_no_piece_is_in_two():
     sets = DRAW(jax.random.key(0), 0.0)
-    for (x, y), size in zip(sets, text.SEQUENCES, strict=True):
+    for (x, y), size in zip(sets, text.SIZE[:3], strict=True):
         assert x.shape == y.shape == (size, text.LENGTH)
         assert x.dtype == y.dtype == jnp.int32
         np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
@@ -75,7 +75,7 @@ def test_flips_go_evenly_to_all_other_characters_and_everywhere():
     counts = np.bincount(shift[shift > 0], minlength=text.CLASSES)[1:]
     mean = counts.sum() / (text.CLASSES - 1)
     assert np.abs(counts - mean).max() < 5 * math.sqrt(mean)
-    ones_of_each = (text.SEQUENCES.train, text.LENGTH)  # place, then sequence
+    ones_of_each = (text.SIZE.train, text.LENGTH)  # place, then sequence
     for axis, size in enumerate(ones_of_each):
         of_each = (shift > 0).mean(axis)
         assert np.abs(of_each - 0.5).max() < 5 * 0.5 / math.sqrt(size)
