@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import diffrax
@@ -15,10 +15,9 @@ from tqdm import tqdm
 import flood_optax
 from benchmarks import networks, report, steps, study, timing
 from benchmarks.pictures import panels
+from benchmarks.small_net import BATCHES, SEED, Loss, gradient_of, net, norm
 from flood_optax import Shape, penalty, shapes
 
-# Drift: a tanh net on 64 points, in 8 batches; no rule is told which is which.
-EXAMPLES, BATCHES, INPUTS, HIDDEN, SEED = 64, 8, 4, 3, 1
 DURATION, RATES = 0.1, (0.02, 0.01, 0.005)
 RUNS = 200  # of the mini-batch rule
 # Paths: a leaning bowl, whose level set is flattest at one point, its left end.
@@ -26,39 +25,10 @@ LEAN, LEVEL = 0.4, 0.45
 START, RATE, DURATION_OF_PATH = (0.9, 0.6), 0.05, 20.0
 STRENGTH = 0.01  # of the penalties whose cost is measured; it does not change the cost
 
-Loss = Callable[..., jax.Array]
-
 
 def leaning_bowl(w: jax.Array) -> jax.Array:
     """Steeper on the right: |g|^2 = 2b (1 + 2kx) + (kb / (1 + kx))^2 on {L = b}."""
     return 0.5 * (1 + LEAN * w[0]) * (w @ w)
-
-
-def gradient_of(loss_fn: Loss) -> Loss:
-    """`jax.grad`, typed."""
-    return cast(Loss, jax.grad(loss_fn))
-
-
-def norm(v: jax.Array) -> float:
-    """The Euclidean norm."""
-    return float(jnp.sqrt(v @ v))
-
-
-def net() -> tuple[Loss, jax.Array]:
-    """The mean loss of a batch (None: all), and random parameters, in float64."""
-    rng = np.random.default_rng(SEED)
-    x = jnp.asarray(rng.normal(size=(EXAMPLES, INPUTS)))
-    noise = 0.3 * jnp.asarray(rng.normal(size=EXAMPLES))
-    y = jnp.sin(x @ jnp.array([1.0, -1.0, 0.5, 0.0])) + noise
-    params = 0.7 * jnp.asarray(rng.normal(size=(INPUTS + 1) * HIDDEN))
-    xs, ys = x.reshape(BATCHES, -1, INPUTS), y.reshape(BATCHES, -1)
-
-    def loss_fn(w: jax.Array, batch: jax.Array | None = None) -> jax.Array:
-        x_batch, y_batch = (x, y) if batch is None else (xs[batch], ys[batch])
-        first, second = w[:-HIDDEN].reshape(INPUTS, HIDDEN), w[-HIDDEN:]
-        return jnp.mean((jnp.tanh(x_batch @ first) @ second - y_batch) ** 2) / 2
-
-    return loss_fn, params
 
 
 def to_level_set(loss_fn: Loss, w: jax.Array, level: float) -> jax.Array:

@@ -24,6 +24,7 @@ LONGEST = {
     "overhead",
     "penalty",
     "rivals",
+    "strokes",
     "sweep",
     "synthetic",
 }

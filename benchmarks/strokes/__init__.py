@@ -1,0 +1,211 @@
+"""Strokes between the ends of a band: what they do to the drift, and whom they help."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report, statistics, study
+from benchmarks.pictures import panels
+from benchmarks.strokes import drift, practice
+from benchmarks.strokes.formulas import Rule
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    chosen, bands = None, drift.BANDS
+    rules, crossings, runs = tuple(drift.RULES), drift.CROSSINGS, drift.RUNS
+    if args.smoke:
+        small = {"seeds": 2, "epochs": 4}
+        chosen, bands = (("SGD", 0.05),), (0.0, 2.0)
+        rules, crossings, runs = ("heavy ball 0.5",), (0, 30), 4
+    with study.double_precision():
+        by_rule = drift.by_rule(rules, crossings)
+        on_batches = drift.on_batches(bands, num_runs=runs)
+    return {
+        "protocol": {
+            "step": drift.STEP,
+            "batches": {"share": drift.SHARE, "steps": drift.STEPS, "runs": runs},
+            "training": {
+                "examples": practice.TRAIN,
+                "flipped": practice.NOISE,
+                "batch": practice.BATCH,
+                "widths": list(practice.WIDTHS),
+                "decay": practice.DECAY,
+                "epochs": small.get("epochs", practice.EPOCHS),
+                "seeds": small.get("seeds", practice.SEEDS),
+            },
+        },
+        "drift": by_rule,
+        "batches": on_batches,
+        "practice": practice.rows(chosen, **small),
+    }
+
+
+def gain(row: Mapping[str, Any]) -> statistics.Interval:
+    """What the band gives in points of accuracy, paired by seed."""
+    within, without = row["accuracies_within"], row["accuracies_without"]
+    return statistics.interval(100 * (np.array(within) - np.array(without)))
+
+
+def helped(row: Mapping[str, Any]) -> bool:
+    return gain(row).mean >= practice.POINTS
+
+
+def numbers(payload: dict[str, Any]) -> dict[str, Any]:
+    """The drift by rule and band, and the outcome by optimizer."""
+    rows = payload["practice"]
+    rated = [
+        {**row, "gain": gain(row).mean, "half": gain(row).half, "helped": helped(row)}
+        for row in rows
+    ]
+    return {
+        **report.named(
+            payload["drift"],
+            lambda row: f"{report.slug(row['rule'])}/{row['crossing']}",
+        ),
+        **report.named(
+            payload["batches"],
+            lambda row: f"batches/{report.slug(row['rule'])}/{row['band']:g}",
+        ),
+        **report.named(
+            rated,
+            lambda row: f"{report.slug(row['optimizer'])}/{row['learning_rate']:g}",
+        ),
+        "optimizers": len(rated),
+        "hits": sum(row["foretold"] == row["helped"] for row in rated),
+        "said_yes": sum(row["foretold"] for row in rated),
+        "helped": sum(row["helped"] for row in rated),
+    }
+
+
+def tables(payload: dict[str, Any]) -> dict[str, str]:
+    """The drift by rule and length of a stroke, on batches, and the prediction."""
+    source = report.provenance(payload)
+    return {
+        "strokes-drift": f"{_drift(payload['drift'])}\n\n{source}",
+        "strokes-batches": f"{_batches(payload['batches'])}\n\n{source}",
+        "strokes-practice": f"{_practice(payload['practice'])}\n\n{source}",
+    }
+
+
+def _drift(rows: list[dict[str, Any]]) -> str:
+    crossings = list(dict.fromkeys(row["crossing"] for row in rows))
+
+    def shown(number: float) -> str:
+        return f"{number:.{0 if abs(number) >= 100 else 2}f}"
+
+    def cell(crossing: int) -> report.Cell:
+        def write(line: Mapping[str, Any]) -> str:
+            row = line["at"][crossing]
+            measured = shown(row["ratio"])
+            if row["predicted"] is None:
+                return measured
+            return f"{measured} ({shown(row['predicted'])})"
+
+        return write
+
+    def cosines(column: str) -> report.Cell:
+        def write(line: Mapping[str, Any]) -> str:
+            seen = [abs(line["at"][crossing][column]) for crossing in crossings]
+            low, high = f"{min(seen):.3f}", f"{max(seen):.3f}"
+            return low if low == high else f"{low} to {high}"
+
+        return write
+
+    lines = [
+        {
+            "rule": name,
+            "at": {row["crossing"]: row for row in rows if row["rule"] == name},
+            "limit": shown(drift.RULES[name].limit),
+        }
+        for name in dict.fromkeys(row["rule"] for row in rows)
+    ]
+    return report.table(
+        lines,
+        {
+            "rule": "{rule}",
+            **{f"2d = {one} h": cell(one) for one in crossings},
+            "long strokes": "{limit}",
+            "cosine, prediction": cosines("cosine"),
+            "cosine, -P H g": cosines("cosine_penalty"),
+        },
+    )
+
+
+def _batches(rows: list[dict[str, Any]]) -> str:
+    return report.table(
+        rows,
+        {
+            "rule": "{rule}",
+            "band / sd": "{band:g}",
+            "steps of a stroke": "{steps:.1f}",
+            "ratio": "{ratio:.1f} ± {standard_error:.1f}",
+            "of first order": "{first_order:.2f}",
+            "first order, times steps": lambda row: (
+                f"{row['first_order'] * row['steps']:.0f}"
+            ),
+            "cosine": "{cosine:.2f}",
+        },
+    )
+
+
+def _practice(rows: list[dict[str, Any]]) -> str:
+    words = {True: "gain", False: "no gain"}
+
+    def optional(number: float | None) -> str:
+        return "-" if number is None else f"{number:.1f}"
+
+    def percent(column: str) -> report.Cell:
+        return lambda row: f"{100 * float(np.mean(row[column])):.1f}"
+
+    return report.table(
+        rows,
+        {
+            "optimizer": "{optimizer}, {learning_rate:g}",
+            "loss a step": "{speed:.2g}",
+            "sd of the batch losses": "{deviation:.2f}",
+            "drift multiplied": lambda row: optional(row["growth"]),
+            "swing / d, foretold (seen)": lambda row: (
+                f"{optional(row['excess'])} ({row['swing']:.1f})"
+            ),
+            "steps of a stroke, foretold (seen)": "{foretold_steps:.0f} ({steps:.0f})",
+            "foretold": lambda row: words[row["foretold"]],
+            "no band": percent("accuracies_without"),
+            "band": percent("accuracies_within"),
+            "gain": lambda row: f"{gain(row):+.1f}",
+            "right": lambda row: "yes" if row["foretold"] == helped(row) else "no",
+        },
+    )
+
+
+def figures(payload: dict[str, Any]) -> dict[str, Any]:
+    """The drift over the length of a stroke: formulas as lines, runs as dots."""
+    figure, (momentum, adam) = panels(1, 2, size=(9, 3.6))
+    steps = np.geomspace(1, 500, 200)
+    for index, (name, rule) in enumerate(drift.RULES.items()):
+        seen = [row for row in payload["drift"] if row["rule"] == name]
+        axes = momentum if rule.beta2 is None else adam
+        colour = f"C{index}"
+        axes.plot(
+            steps, [rule.ratio(n) for n in steps], color=colour, label=name, linewidth=1
+        )
+        banded = [row for row in seen if row["crossing"]]
+        dots = [row["steps"] for row in banded], [row["ratio"] for row in banded]
+        axes.plot(*dots, "o", color=colour)
+    momentum.set(xscale="log", yscale="log", ylabel="drift / (-η²/2 P H g)")
+    alone = Rule(drift.RULES["Adam"].momentum, beta2=1.0)
+    adam.plot(
+        steps,
+        [alone.ratio(n) for n in steps],
+        ":",
+        color="C7",
+        label="its first moment alone",
+    )
+    adam.axhline(0, color="k", linewidth=0.5)
+    adam.set(xscale="log", ylim=(-22, 20), ylabel="drift / (-η²/2 P D H D g)")
+    for axes in (momentum, adam):
+        axes.set_xlabel("steps of a stroke")
+        axes.legend(fontsize="small")
+    return {"strokes": figure}
