@@ -23,10 +23,10 @@ RULES = {
     "Adam": Rule(0.9, beta2=0.999),
 }
 # On mini-batches: a fifth of each batch's own loss, and the rest of the full one.
-SHARE, RATE, STEPS, RUNS = 0.2, 0.01, 1000, 100
+SHARE, RATE, STEPS, RUNS = 0.2, 0.01, 1000, 64
 BANDS = (0.0, 1.0, 2.0, 3.0, 4.0)  # in standard deviations of the batch losses
-# The states of a stroke in time: after so many steps the first ones are forgotten.
-WARM_UP, STROKES, LEAST, POINTS = 4000, 80, 20_000, 400
+# Steps that are left out, steps that are measured, and at how many of them.
+WARM_UP, LENGTH, POINTS = 4000, 32_000, 400
 
 
 def onto_level_set(
@@ -81,18 +81,14 @@ def optimizer_of(rule: Rule, step: float) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=rule.momentum or None, nesterov=rule.nesterov)
 
 
-def strokes(
-    rule: Rule, step: float, band: float, num_steps: int
-) -> tuple[Loss, jax.Array, Path]:
+def strokes(rule: Rule, step: float, band: jax.Array | float, num_steps: int) -> Path:
     """A run on the full batch from the level, as if it had been there for long."""
     loss_fn, w = net()
-    level = float(loss_fn(w))
-    transform = optax.chain(
-        flood_optax.scale_by_flood(level, band=band), optimizer_of(rule, step)
-    )
+    flood = flood_optax.scale_by_flood(loss_fn(w), band=band)
+    transform = optax.chain(flood, optimizer_of(rule, step))
     state: Any = transform.init(w)
-    g = gradient_of(loss_fn)(w)
     if rule.beta2 is not None:
+        g = gradient_of(loss_fn)(w)
         long_ago = jnp.asarray(10**6, jnp.int32)
         state = optax.tree.set(state, nu=g * g, count=long_ago)
 
@@ -105,8 +101,7 @@ def strokes(
         seen = Path(w, loss, flood.flood_value < flood.flood_level, moment)
         return (optax.apply_updates(w, updates), state), seen
 
-    run = jax.jit(lambda: training.scan(one, (w, state), length=num_steps))
-    return loss_fn, w, run()[1]
+    return training.scan(one, (w, state), length=num_steps)[1]
 
 
 def steps_of_stroke(rises: jax.Array) -> float:
@@ -126,48 +121,57 @@ def by_rule(
     None without one; `cosine` is the angle to the prediction, `cosine_penalty` that to
     the penalty's -P H g. Needs 64-bit types.
     """
+    loss_fn, w = net()
+    level, g = float(loss_fn(w)), gradient_of(loss_fn)(w)
+    chosen = np.unique(np.linspace(0, LENGTH - 1, POINTS).astype(int))
+    times = jnp.asarray(chosen - chosen.mean())
+
+    @jax.jit
+    def project(points: jax.Array, metric: jax.Array) -> jax.Array:
+        return jax.vmap(lambda w: onto_level_set(loss_fn, w, level, metric))(points)
+
+    drift = cast(Loss, jax.jit(second_order, static_argnums=0))
     rows: list[dict[str, Any]] = []
     for name in rules:
-        rule = RULES[name]
-        loss_fn, w = net()
-        level, g = float(loss_fn(w)), gradient_of(loss_fn)(w)
+        rule, metric = RULES[name], jnp.ones_like(w)
         adaptive = rule.beta2 is not None
         step = STEP * (norm(g) / g.size**0.5 if adaptive else 1.0)
         speed = step * float(jnp.abs(g).sum() if adaptive else g @ g)
+        unit = (step / rule.gain) ** 2 / 2
+
+        @jax.jit
+        def run(band: jax.Array) -> Path:
+            path = strokes(rule, step, band, WARM_UP + LENGTH)  # noqa: B023
+            return Path(*(part[WARM_UP:] for part in path))
+
         for crossing in crossings:
-            num_steps = WARM_UP + max(LEAST, STROKES * crossing)
-            _, _, path = strokes(rule, step, crossing * speed / 2, num_steps)
-            path = Path(*(part[WARM_UP:] for part in path))
-            metric = jnp.ones_like(w)
+            path = run(jnp.asarray(crossing * speed / 2))
             if adaptive:
                 metric = 1 / (jnp.sqrt(path.second_moment.mean(0)) + 1e-8)
-            seen = np.unique(np.linspace(0, len(path.w) - 1, POINTS).astype(int))
-            project = jax.jit(
-                jax.vmap(lambda w: onto_level_set(loss_fn, w, level, metric))  # noqa: B023
-            )
-            points = project(path.w[seen])
-            times = jnp.asarray(seen - seen.mean())
+            points = project(path.w[chosen], metric)
             moved = times @ points / (times @ times)
-            middle = project(points.mean(0)[None])[0]
-            unit = (step / rule.gain) ** 2 / 2
-            due = unit * second_order(loss_fn, middle, metric)
-            penalised = second_order(loss_fn, middle, jnp.ones_like(w))
-            along = float(moved @ (due / metric) / (due @ (due / metric)))
+            middle = project(jnp.tile(points.mean(0), (len(points), 1)), metric)[0]
+            due = unit * drift(loss_fn, middle, metric)
+            penalised = drift(loss_fn, middle, jnp.ones_like(w))
+            steps = rule.steps(crossing) if crossing else None
             rows.append(
                 {
                     "rule": name,
                     "crossing": crossing,
                     "steps": steps_of_stroke(path.rises),
-                    "ratio": along,
-                    "predicted": rule.ratio(rule.steps(crossing)) if crossing else None,
-                    "predicted_steps": rule.steps(crossing) if crossing else None,
-                    "cosine": float(moved @ due) / norm(moved) / norm(due),
-                    "cosine_penalty": float(moved @ penalised)
-                    / norm(moved)
-                    / norm(penalised),
+                    "predicted_steps": steps,
+                    "ratio": float(moved @ (due / metric) / (due @ (due / metric))),
+                    "predicted": None if steps is None else rule.ratio(steps),
+                    "cosine": cosine(moved, due),
+                    "cosine_penalty": cosine(moved, penalised),
                 }
             )
     return rows
+
+
+def cosine(first: jax.Array, second: jax.Array) -> float:
+    """Of the angle between two displacements."""
+    return float(first @ second) / norm(first) / norm(second)
 
 
 def on_batches(
@@ -199,36 +203,37 @@ def on_batches(
         rule = RULES[name]
         eta = RATE / rule.gain
         flow = second_order(loss_fn, w, jnp.ones_like(w)) * STEPS * eta**2 / 2
-        for width in bands:
-            band = width * deviation
+
+        def one_run(key: jax.Array, band: jax.Array) -> Any:
             flood = flood_optax.scale_by_flood(level, band=band)
-            transform = optax.chain(flood, optimizer_of(rule, RATE))
+            transform = optax.chain(flood, optimizer_of(rule, RATE))  # noqa: B023
 
-            def one_run(key: jax.Array) -> Any:
-                def one(carry: Any, batch: jax.Array) -> tuple[Any, Any]:
-                    w, state, first, noise = carry
-                    losses, gradients = each(w, every)
-                    given = gradients[batch], state, w
-                    updates, state = cast(
-                        Any,
-                        transform.update(*given, value=losses[batch]),  # noqa: B023
-                    )
-                    signs = jnp.where(losses < state[0].flood_level, -1.0, 1.0)
-                    signed = signs[:, None] * gradients
-                    mean, g = signed.mean(0), gradients.mean(0)
-                    first -= RATE * (mean - g * (mean @ g) / (g @ g))
-                    noise -= RATE * (signed[batch] - mean)
-                    w = optax.apply_updates(w, updates)
-                    return (w, state, first, noise), signs[batch]
+            def one(carry: Any, batch: jax.Array) -> tuple[Any, Any]:
+                w, state, first, noise = carry
+                losses, gradients = each(w, every)
+                given = gradients[batch], state, w
+                updates, state = cast(
+                    Any,
+                    transform.update(*given, value=losses[batch]),
+                )
+                signs = jnp.where(losses < state[0].flood_level, -1.0, 1.0)
+                signed = signs[:, None] * gradients
+                mean, g = signed.mean(0), gradients.mean(0)
+                first -= RATE * (mean - g * (mean @ g) / (g @ g))
+                noise -= RATE * (signed[batch] - mean)
+                w = optax.apply_updates(w, updates)
+                return (w, state, first, noise), signs[batch]
 
-                batches = jax.random.randint(key, (STEPS,), 0, BATCHES)
-                start = (w, transform.init(w), 0 * w, 0 * w)  # noqa: B023
-                (end, _, first, noise), signs = training.scan(one, start, batches)
-                moved = onto_level_set(loss_fn, end, level) - w - tangent @ noise
-                return moved, first, jnp.mean(signs[1:] != signs[:-1])
+            batches = jax.random.randint(key, (STEPS,), 0, BATCHES)
+            start = (w, transform.init(w), 0 * w, 0 * w)
+            (end, _, first, noise), signs = training.scan(one, start, batches)
+            moved = onto_level_set(loss_fn, end, level) - w - tangent @ noise
+            return moved, first, jnp.mean(signs[1:] != signs[:-1])
 
-            keys = jax.random.split(jax.random.key(SEED), num_runs)
-            moved, first, turns = cast(Any, jax.jit(jax.vmap(one_run)))(keys)
+        keys = jax.random.split(jax.random.key(SEED), num_runs)
+        runs = cast(Any, jax.jit(jax.vmap(one_run, (0, None))))
+        for width in bands:
+            moved, first, turns = runs(keys, jnp.asarray(width * deviation))
             mean, ratios = moved.mean(0), moved @ flow / (flow @ flow)
             rows.append(
                 {
@@ -238,7 +243,7 @@ def on_batches(
                     "ratio": float(ratios.mean()),
                     "standard_error": float(ratios.std(ddof=1) / num_runs**0.5),
                     "first_order": float(first.mean(0) @ flow / (flow @ flow)),
-                    "cosine": float(mean @ flow) / norm(mean) / norm(flow),
+                    "cosine": cosine(mean, flow),
                 }
             )
     return rows
