@@ -262,12 +262,12 @@ def method_table(payload: Payload) -> str:
         for entry in ENTRIES:
             for flips in flips_of(payload):
                 gain = mean_gain(payload, (method, entry), flips)
-                line[f"{entry} {flips}"] = f"{gain:+.1f}"
+                line[f"{entry} {flips:.0%}"] = f"{gain:+.1f}"
         lines.append(line)
     columns: dict[str, report.Cell] = {"method": "{method}"}
     for entry, title in ENTRIES.items():
         for flips in flips_of(payload):
-            columns[f"{title}, {flips:.0%}"] = f"{{{entry} {flips}}}"
+            columns[f"{title}, {flips:.0%}"] = f"{{{entry} {flips:.0%}}}"
     columns |= {
         "best or tied": "{ties}",
         "test loss": "{loss}",
