@@ -15,7 +15,7 @@ from benchmarks import study
 from benchmarks.rivals import problems, settings
 from benchmarks.rivals.findings import figures, numbers, tables
 from benchmarks.rivals.methods import METHODS
-from benchmarks.rivals.settings import FLIPS, SIZES, Constants, Problem
+from benchmarks.rivals.settings import SIZES, Constants, Problem
 from benchmarks.rivals.training import COLUMNS, READOUTS, trainer
 
 __all__ = ["figures", "measure", "numbers", "options", "tables"]
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             problem = dataclasses.replace(problem, size=size)
         keys = seeds_of(min(args.seeds or size.seeds, size.seeds))
         for key, method in METHODS.items():
-            if key not in chosen or (problem.is_text and not method.reads_text):
+            if key not in chosen or not method.fits(problem):
                 continue
             if args.minutes and time.monotonic() - begun > 60 * args.minutes:
                 missing.setdefault(name, "out of time")
@@ -68,7 +68,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "protocol": {
             **dataclasses.asdict(constants),
             "sizes": {name: size._asdict() for name, size in SIZES.items()},
-            "flips": list(FLIPS),
             "runs": 8,
             "labels": "flipped in training and validation, true in the test",
             "missing": missing,
@@ -101,8 +100,8 @@ def results(
     journal: pathlib.Path | None,
 ) -> list[dict[str, Any]]:
     """A method on a problem: a row for each share of flips."""
-    method = METHODS[key]
-    by_flips = [method.recipes(constants, rate, problem.classes) for rate in FLIPS]
+    method, flips = METHODS[key], problem.size.flips
+    by_flips = [method.recipes(constants, rate, problem.classes) for rate in flips]
     recipes = [recipe for eight in by_flips for recipe in eight]
     found = study.run(
         trainer(problem, method, recipes, constants),
@@ -112,7 +111,7 @@ def results(
         progress=False,
     )
     reached = np.stack([np.asarray(found.metrics[stop]) for stop in STOPS], 2)
-    per_flips = np.split(reached, len(FLIPS))  # [8, seeds, STOPS, READOUTS, COLUMNS]
+    per_flips = np.split(reached, len(flips))  # [8, seeds, STOPS, READOUTS, COLUMNS]
     return [
         {
             "problem": problem.name,
@@ -124,7 +123,7 @@ def results(
                 for readout, at in READ.items()
             },
         }
-        for rate, part in zip(FLIPS, per_flips, strict=True)
+        for rate, part in zip(flips, per_flips, strict=True)
     ]
 
 

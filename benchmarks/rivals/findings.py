@@ -81,7 +81,7 @@ class Standing(NamedTuple):
 
 
 def settings_of(payload: Payload) -> list[Setting]:
-    """Those on which every method that is defined there has run."""
+    """In the order in which they were run."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for row in payload["rows"]:
         groups.setdefault((row["problem"], row["flips"]), []).append(row)

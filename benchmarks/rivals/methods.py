@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.rivals.settings import Constants
+from benchmarks.rivals.settings import Constants, Problem
 from flood_optax import levels
 
 OFF = -math.inf
@@ -48,6 +48,13 @@ class Method:
     flooded: bool = False
     knows_rate: bool = False
     reads_text: bool = True
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether it is defined there, and something else than plain training."""
+        noisy = max(problem.size.flips) > 0
+        return (self.reads_text or not problem.is_text) and (
+            noisy or not self.knows_rate
+        )
 
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

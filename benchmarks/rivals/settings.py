@@ -34,6 +34,7 @@ class Size(NamedTuple):
       batch: examples of a step.
       steps: of a run.
       seeds: runs of each method and number.
+      flips: the shares of wrong labels.
     """
 
     train: int
@@ -42,6 +43,7 @@ class Size(NamedTuple):
     batch: int
     steps: int
     seeds: int = 5
+    flips: tuple[float, ...] = (0.0, 0.2, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +76,13 @@ class Constants:
 
 SMOKE = Constants(checks=2, folds=2)
 
-FLIPS = (0.0, 0.2, 0.4)
 SIZES = {
     "digits": Size(600, 300, 800, 60, 1500),
     "mnist-5k": Size(1000, 1000, 2000, 100, 1200),
     "fashion-mnist": Size(1000, 1000, 2000, 100, 1200),
     "breast_cancer": Size(150, 150, 269, 30, 900, seeds=10),
     "wine": Size(60, 60, 58, 12, 900, seeds=10),
-    "text": Size(512, 128, 256, 16, 800),  # sequences
+    "text": Size(512, 128, 256, 16, 800, seeds=3, flips=(0.0,)),  # sequences
 }
 TITLES = pixels.TITLES | {"breast_cancer": "breast cancer", "text": "text"}
 

@@ -64,7 +64,7 @@ def test_flip_changes_an_exact_share_evenly(rate, shape):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-@pytest.mark.parametrize("flips", settings.FLIPS)
+@pytest.mark.parametrize("flips", [0.0, 0.2, 0.4])
 def test_every_method_has_the_same_budget_of_runs(flips, classes):
     constants = settings.Constants()
     for name, method in METHODS.items():
