@@ -7,13 +7,13 @@ run, and no setting was left out after it was run.
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import data, pixels, points
+from benchmarks import data, pixels, points, pools
+from benchmarks.pools import Sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,6 @@ SIZES = {  # training, validation, test at most
     "mnist-5k": (500, 500, 1000),
     "fashion-mnist": (500, 500, 1000),
 }
-CLASSES = {
-    "two_gaussians": 2,
-    "spiral": 2,
-    "sinusoid": 2,
-    "breast_cancer": 2,
-    "wine": 3,
-}
-POOL = 5000  # of the images of Fashion-MNIST
 
 
 def cell(problem: str, flips: float) -> Setting:
@@ -125,19 +117,11 @@ SETTINGS = (
 )
 
 
-class Sets(NamedTuple):
-    """Inputs [n, features]; the labels of the test set are the true ones."""
-
-    train: tuple[jax.Array, jax.Array]
-    validation: tuple[jax.Array, jax.Array]
-    test: tuple[jax.Array, jax.Array]
-
-
 Draw = Callable[[jax.Array], Sets]  # from a key
 
 
 def classes(setting: Setting) -> int:
-    return CLASSES.get(setting.data, 10)
+    return pools.CLASSES.get(setting.data, 10)
 
 
 def flip(key: jax.Array, labels: jax.Array, setting: Setting) -> jax.Array:
@@ -173,7 +157,7 @@ def drawing(setting: Setting, directory: pathlib.Path | None = None) -> Draw:
 
         return jax.jit(fresh)
 
-    pool_x, pool_y = load(setting.data, directory)
+    pool_x, pool_y = pools.load(setting.data, directory)
     train, validation, test = sizes
     ends = train, train + validation, train + validation + test
 
@@ -188,29 +172,6 @@ def drawing(setting: Setting, directory: pathlib.Path | None = None) -> Draw:
         )
 
     return jax.jit(drawn)
-
-
-def load(name: str, directory: pathlib.Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """All examples of a set; images of 28 x 28 pixels become 14 x 14 means."""
-    if name in ("wine", "breast_cancer"):
-        from sklearn import datasets  # noqa: PLC0415 - the extra `bench`
-
-        make = cast(Callable[..., Any], getattr(datasets, f"load_{name}"))
-        x, y = make(return_X_y=True)
-        x = (x - x.mean(0)) / x.std(0)
-        return np.asarray(x, np.float32), np.asarray(y, np.int32)
-    if name == "digits":
-        split = data.digits(train=1)
-    elif name == "mnist-5k":
-        split = data.mnist_5k(train=1)
-    else:
-        split = data.idx_split("fashion-mnist", train=POOL, directory=directory)
-        split = split._replace(test_x=split.test_x[:0], test_y=split.test_y[:0])
-    x = np.concatenate([split.train_x, split.test_x])
-    y = np.concatenate([split.train_y, split.test_y])
-    if x.shape[1] == 784:
-        x = x.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(-1, 196)
-    return x, y
 
 
 def title(setting: Setting) -> str:

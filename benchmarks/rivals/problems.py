@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import networks
-from benchmarks.choosing import settings as shared
+from benchmarks import networks, pools
+from benchmarks.pools import Sets
 from benchmarks.rivals import text
-from benchmarks.rivals.settings import SIZES, Drop, Problem, Sets, flip
+from benchmarks.rivals.settings import SIZES, Drop, Problem, flip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ def problem(name: str, directory: pathlib.Path | None = None) -> Problem:
     """
     if name == "text":
         return Problem(name, SIZES[name], text.CLASSES, text.Transformer(), text.draw)
-    size, classes = SIZES[name], shared.CLASSES.get(name, 10)
-    pool_x, pool_y = shared.load(name, directory)
+    size, classes = SIZES[name], pools.CLASSES.get(name, 10)
+    pool_x, pool_y = pools.load(name, directory)
     ends = size.train, size.train + size.validation
     total = ends[1] + size.test
 

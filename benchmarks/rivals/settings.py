@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import pixels
-from benchmarks.choosing import settings as shared
+from benchmarks.pools import Sets
 
-Sets = shared.Sets  # of inputs and labels, each [n, ...]
 Drop = Callable[[jax.Array, int], jax.Array]  # (hidden units, which layer) -> the same
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.networks import keep
-from benchmarks.rivals.settings import SIZES, Drop, Sets, flip
+from benchmarks.pools import Sets
+from benchmarks.rivals.settings import SIZES, Drop, flip
 
 CHARACTERS = "".join(map(chr, range(32, 127)))
 CLASSES = len(CHARACTERS)

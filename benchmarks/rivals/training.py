@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import training
+from benchmarks.pools import Sets
 from benchmarks.rivals.methods import Method, Recipe
-from benchmarks.rivals.settings import Constants, Problem, Sets
+from benchmarks.rivals.settings import Constants, Problem
 from benchmarks.training import cross_entropy, grad, scan, value_and_grad
 from flood_optax import flood_mean, levels, scale_by_flood
 
