@@ -236,8 +236,9 @@ def _banded(
 
     def end(state: FloodState, dtype: np.dtype) -> jax.Array:
         rises = state.flood_value < state.flood_level  # the last step went up
-        half = jnp.asarray(band, dtype)
         middle = level_at(state.flood_step).astype(dtype)
+        # off is off, also for a traced band such as a fifth of the level, -inf here
+        half = jnp.where(middle == -jnp.inf, 0, jnp.asarray(band, dtype))
         return middle + jnp.where(rises, half, -half)
 
     return end

@@ -136,3 +136,34 @@ def strokes(losses, level, band, counts=None):
         multiplier = np.nan if np.isnan(loss) and ends[-1] != -np.inf else 1.0
         multipliers.append(kind(-1.0 if rises else multiplier))
     return np.array(ends), np.array(multipliers)
+
+
+def stroke_windows(sizes, losses, level, band, *, weights=None, counted=None):
+    """The multiplier after each micro-batch, 0 inside a window.
+
+    Args:
+        sizes: How many micro-batches each window takes; the last number stays.
+        losses: One for each micro-batch.
+        level: The level of every window.
+        band: Half of its width.
+        weights: What each counts; one by default.
+        counted: Which were not skipped, all by default; the others take no place.
+    """
+    weights = np.ones(len(losses)) if weights is None else weights
+    counted = np.ones(len(losses), bool) if counted is None else counted
+    rises, found, window, sizes = False, [], [], list(sizes)
+    for loss, weight, counts in zip(losses, weights, counted, strict=True):
+        found.append(0.0)
+        if not counts:
+            continue
+        window.append((loss, weight))
+        if len(window) < sizes[0]:
+            continue
+        total = sum(weight for _, weight in window)
+        if total:
+            mean = sum(loss * weight for loss, weight in window if weight) / total
+            rises = bool(mean < (level + band if rises else level - band))
+            found[-1] = np.nan if np.isnan(mean) else -1.0 if rises else 1.0
+        window = []
+        sizes = sizes[1:] or sizes
+    return np.array(found)

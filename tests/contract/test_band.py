@@ -184,6 +184,26 @@ def test_band_and_level_may_be_traced_and_mapped():
     assert len({tuple(np.nan_to_num(row)) for row in np.asarray(mapped)}) == 5
 
 
+def test_band_of_a_fifth_of_each_level_leaves_the_one_that_is_off_alone():
+    """As in a sweep whose first level is -inf, and so the fifth of it."""
+    losses, one = walk(200, np.float32), jnp.ones([])
+
+    @jax.vmap
+    def run(level):
+        optimizer = flood(optax.identity(), level, band=0.2 * level)
+
+        def step(state, loss):
+            update, state = optimizer.update(one, state, one, value=loss)
+            return state, update
+
+        return jax.lax.scan(step, optimizer.init(one), jnp.asarray(losses))[1]
+
+    off, on = run(jnp.array([-np.inf, LEVEL]))
+    np.testing.assert_array_equal(off, np.ones(200))
+    band = np.float32(0.2) * np.float32(LEVEL)
+    np.testing.assert_array_equal(on, oracles.strokes(losses, LEVEL, band)[1])
+
+
 def test_band_is_walked_eagerly_as_it_is_compiled():
     losses = walk(60, np.float32)
     for optimizer in forms.optimizers(optax.identity(), LEVEL, band=BAND).values():
