@@ -14,11 +14,11 @@ from benchmarks.strokes.formulas import Rule
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     small: dict[str, Any] = {}
-    chosen, bands = None, drift.BANDS
+    settings, bands = practice.SETTINGS, drift.BANDS
     rules, crossings, runs = tuple(drift.RULES), drift.CROSSINGS, drift.RUNS
     if args.smoke:
         small = {"seeds": 2, "epochs": 4}
-        chosen, bands = (("SGD", 0.05),), (0.0, 2.0)
+        settings, bands = {0.2: (("SGD", 0.05),)}, (0.0, 2.0)
         rules, crossings, runs = ("heavy ball 0.5",), (0, 30), 4
     with study.double_precision():
         by_rule = drift.by_rule(rules, crossings)
@@ -29,7 +29,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "batches": {"share": drift.SHARE, "steps": drift.STEPS, "runs": runs},
             "training": {
                 "examples": practice.TRAIN,
-                "flipped": practice.NOISE,
                 "batch": practice.BATCH,
                 "widths": list(practice.WIDTHS),
                 "decay": practice.DECAY,
@@ -39,7 +38,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         },
         "drift": by_rule,
         "batches": on_batches,
-        "practice": practice.rows(chosen, **small),
+        "practice": [
+            row
+            for noise, chosen in settings.items()
+            for row in practice.rows(noise, chosen, **small)
+        ],
     }
 
 
@@ -71,12 +74,30 @@ def numbers(payload: dict[str, Any]) -> dict[str, Any]:
         ),
         **report.named(
             rated,
-            lambda row: f"{report.slug(row['optimizer'])}/{row['learning_rate']:g}",
+            lambda row: (
+                f"{row['flipped']:.0%}/{report.slug(row['optimizer'])}"
+                f"/{row['learning_rate']:g}"
+            ),
         ),
+        **{
+            f"{noise:.0%}/{name}": count
+            for noise in {row["flipped"]: None for row in rated}
+            for name, count in counts(
+                [row for row in rated if row["flipped"] == noise]
+            ).items()
+        },
+    }
+
+
+def counts(rated: list[dict[str, Any]]) -> dict[str, int]:
+    """How often a rule was right, and how often it would be to say one thing always."""
+    return {
         "optimizers": len(rated),
-        "hits": sum(row["foretold"] == row["helped"] for row in rated),
-        "said_yes": sum(row["foretold"] for row in rated),
         "helped": sum(row["helped"] for row in rated),
+        "ahead": sum(row["gain"] > row["half"] for row in rated),
+        "behind": sum(row["gain"] < -row["half"] for row in rated),
+        "right": sum(row["foretold"] == row["helped"] for row in rated),
+        "amended_right": sum(row["amended"] == row["helped"] for row in rated),
     }
 
 
@@ -152,30 +173,36 @@ def _batches(rows: list[dict[str, Any]]) -> str:
 
 
 def _practice(rows: list[dict[str, Any]]) -> str:
-    words = {True: "gain", False: "no gain"}
-
     def optional(number: float | None) -> str:
         return "-" if number is None else f"{number:.1f}"
 
     def percent(column: str) -> report.Cell:
         return lambda row: f"{100 * float(np.mean(row[column])):.1f}"
 
+    def verdict(column: str) -> report.Cell:
+        def write(row: Mapping[str, Any]) -> str:
+            right = "right" if row[column] == helped(row) else "wrong"
+            return f"{'gain' if row[column] else 'none'}, {right}"
+
+        return write
+
     return report.table(
         rows,
         {
+            "flipped": "{flipped:.0%}",
             "optimizer": "{optimizer}, {learning_rate:g}",
             "loss a step": "{speed:.2g}",
-            "sd of the batch losses": "{deviation:.2f}",
+            "batch sd": "{deviation:.2f}",
             "drift multiplied": lambda row: optional(row["growth"]),
             "swing / d, foretold (seen)": lambda row: (
                 f"{optional(row['excess'])} ({row['swing']:.1f})"
             ),
-            "steps of a stroke, foretold (seen)": "{foretold_steps:.0f} ({steps:.0f})",
-            "foretold": lambda row: words[row["foretold"]],
+            "stroke, foretold (seen)": "{foretold_steps:.0f} ({steps:.0f})",
             "no band": percent("accuracies_without"),
             "band": percent("accuracies_within"),
             "gain": lambda row: f"{gain(row):+.1f}",
-            "right": lambda row: "yes" if row["foretold"] == helped(row) else "no",
+            "first rule": verdict("foretold"),
+            "amended": verdict("amended"),
         },
     )
 
