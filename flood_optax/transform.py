@@ -80,8 +80,8 @@ def scale_by_flood(
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
     loss of b + d or above. With momentum or Adam and *averaged* weights this was worth
     points of accuracy under label noise (docs/strokes.md); the last iterate is worse.
-    It is meant for shapes that turn at once: at an end of the band `soft` slows down
-    and may rest there, and a dead band holds the loss below the upper end.
+    It is made for shapes that turn around: `pause` does not climb, `soft` slows down
+    before an end and may rest there, a dead band holds the loss below the upper end.
 
     Put it first in a chain, before moments, clipping and weight decay, and once: two
     floods undo each other, which neither can see. ``value`` must be the loss of the

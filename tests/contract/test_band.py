@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, flood, scale_by_flood
+from flood_optax import FloodState, flood, scale_by_flood, shapes
 from tests import forms, oracles
 
 LEVEL, BAND = 0.625, 0.125  # the ends are .5 and .75, exact in 16 bits
@@ -129,6 +129,21 @@ def test_band_moves_with_a_schedule_and_falls_silent_where_it_is_off(form):
     assert (found["multiplier"][off] == 1).all()
     assert (found["flood_level"][off] == -np.inf).all()
     assert len(np.unique(found["flood_level"][-100:] > levels[-100:])) == 2
+
+
+def test_band_of_a_fifth_of_a_schedule_is_injected_as_a_schedule():
+    slope = lambda step: LEVEL + 0.001 * step
+    losses = walk(STEPS, np.float32)
+    optimizer = injected(slope, lambda step: 0.2 * slope(step))
+    found = course(optimizer, losses)
+    levels = found["flood_level"] / np.where(rising(found, losses), 1.2, 0.8)
+    np.testing.assert_allclose(levels, slope(np.arange(STEPS)), rtol=1e-6)
+    assert 0 < found["flood_below"][-1] < STEPS
+
+
+def rising(found, losses):
+    """Whether the step before each had gone up."""
+    return np.append(False, losses < found["flood_level"])[:-1]
 
 
 def injected(level, band):
@@ -281,3 +296,115 @@ def test_strict_promotion_takes_a_band_of_another_dtype():
                 jnp.ones(2), transform.init(jnp.ones(2)), value=jnp.bfloat16(0.5)
             )
             assert state.flood_level == LEVEL - float(band)
+
+
+# ---- trainings ----
+
+
+def test_band_that_changes_its_value_is_not_traced_again_and_may_be_donated():
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @chex.assert_max_traces(n=1)
+    def step(params, state, band, value):
+        optimizer = flood(optax.adam(0.1), LEVEL, band=band)
+        updates, state = optimizer.update(params, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    chex.clear_trace_counter()
+    params = {"w": jnp.array([1.0, -2.0])}
+    state, seen = flood(optax.adam(0.1), LEVEL).init(params), []
+    for band, value in [(0.125, 0.45), (0.25, 0.8), (0.0625, 0.7), (0.0, 0.6)]:
+        params, state = step(params, state, jnp.float32(band), jnp.float32(value))
+        seen.append(float(state.flood_state.flood_level))
+    assert seen == [0.5, 0.875, 0.6875, 0.625]
+
+
+def test_no_gradient_flows_into_the_band():
+    def after(band):
+        transform = scale_by_flood(LEVEL, band=band, shape=shapes.soft())
+        state, total = transform.init(jnp.ones([])), 0.0
+        for loss in (0.45, 0.6, 0.9):
+            update, state = transform.update(jnp.ones([]), state, value=loss)
+            total += update + state.flood_level + state.flood_value
+        return total
+
+    assert jax.grad(after)(BAND) == 0
+    assert after(BAND) != after(2 * BAND)
+
+
+def parabola(shape, steps=400):
+    """The ends and losses of gradient descent on w^2/2, b = 1, d = .2."""
+    optimizer = flood(optax.sgd(0.02), 1.0, band=0.2, shape=shape)
+
+    def step(carry, _):
+        w, state = carry
+        value, grad = jax.value_and_grad(lambda w: w * w / 2)(w)
+        update, state = optimizer.update(grad, state, w, value=value)
+        return (w + update, state), (optax.tree.get(state, "flood_level"), value)
+
+    start = jnp.float32(3.0), optimizer.init(jnp.float32(3.0))
+    return jax.device_get(jax.lax.scan(step, start, length=steps)[1])
+
+
+def test_shapes_that_turn_around_make_strokes_and_the_others_come_to_rest():
+    for shape, least in ((shapes.reflect(), 18), (shapes.asymmetric(0.5), 12)):
+        ends, losses = parabola(shape)
+        assert np.sum(np.diff(ends[200:]) != 0) >= least
+        assert losses[200:].min() == pytest.approx(0.8, abs=0.05)
+        assert losses[200:].max() == pytest.approx(1.2, abs=0.05)
+    resting = {
+        "pause": (shapes.pause(), 1.2, 0.79),  # below the band: it cannot climb
+        "soft": (shapes.soft(0.1), 0.8, 0.94),  # still above its lower end
+        "dead_band": (shapes.asymmetric(1.0, 0.1), 1.2, 1.1),  # the end less that
+    }
+    for shape, end, rest in resting.values():
+        ends, losses = parabola(shape)
+        np.testing.assert_array_equal(ends[200:], np.float32(end))
+        assert losses[-1] == pytest.approx(rest, abs=0.05)
+
+
+def test_band_below_which_no_loss_can_sink_is_plain_training():
+    losses = np.maximum(walk(STEPS, np.float32, spoiled=False) - np.float32(0.4), 0)
+    found = course(scale_by_flood(0.1, band=0.125), losses)
+    assert np.sum(losses < 0.1) > 50
+    assert found["flood_below"][-1] == 0
+
+
+def test_loss_trained_with_adam_stays_about_the_band():
+    """1,500 full-batch steps on labels of which a fifth is wrong.
+
+    Adam goes on upwards for some steps after the upper end has turned the gradient, so
+    the loss overshoots it, here by less than its width, 2 d, in every stroke.
+    """
+    level, band = 0.5, 0.1
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 4)).astype(np.float32)
+    y = ((x[:, 0] * x[:, 1] > 0) ^ (rng.random(256) < 0.2)).astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((4, 64), (64, 64), (64, 2))
+    params = [
+        jax.random.normal(key, s) * scale
+        for key, s, scale in zip(keys, shapes, (0.5, 0.125, 0.125), strict=True)
+    ]
+    optimizer = optax.chain(scale_by_flood(level, band=band), optax.adam(1e-3))
+
+    def loss_fn(params):
+        logits = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        below = optax.tree.get(state, "flood_below")
+        return (optax.apply_updates(params, updates), state), (value, below)
+
+    start = params, optimizer.init(params)
+    losses, below = jax.device_get(jax.lax.scan(step, start, length=1500)[1])
+    up = np.diff(below, prepend=0) > 0
+    assert losses[up].max() < level + band  # none ascends from the upper end
+    settled = losses[np.argmax(up) :]
+    assert level - 1.5 * band < settled.min() < level - band
+    assert level + 2 * band < settled.max() < level + 3 * band
+    strokes = 1 + np.sum(np.diff(up.astype(int)) != 0)
+    assert strokes > 20
+    assert len(settled) / strokes > 10  # steps in each

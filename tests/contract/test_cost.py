@@ -36,6 +36,8 @@ def step_of(form):
     optimizer = {
         "optax form": optax.chain(scale_by_flood(0.3), inner),
         "wrapper": flood(inner, 0.3),
+        "band": optax.chain(scale_by_flood(0.3, band=0.06), inner),
+        "wrapper with band": flood(inner, 0.3, band=0.06),
     }.get(form, optax.with_extra_args_support(inner))
     objective = flooded(loss_fn, 0.3) if form == "loss form" else loss_fn
 
@@ -52,7 +54,9 @@ def compiled(form):
     return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
 
 
-@pytest.mark.parametrize("form", ["loss form", "optax form", "wrapper"])
+@pytest.mark.parametrize(
+    "form", ["loss form", "optax form", "wrapper", "band", "wrapper with band"]
+)
 def test_flooded_step_costs_what_the_plain_step_costs(form):
     plain, flooding = compiled("plain"), compiled(form)
     flops = flooding.cost_analysis()["flops"] / plain.cost_analysis()["flops"]
@@ -62,7 +66,8 @@ def test_flooded_step_costs_what_the_plain_step_costs(form):
 
 
 @pytest.mark.parametrize(
-    ("form", "limit"), [("loss form", 30), ("optax form", 60), ("wrapper", 60)]
+    ("form", "limit"),
+    [("loss form", 30), ("optax form", 60), ("wrapper", 60), ("band", 75)],
 )
 def test_flooding_adds_few_equations_whatever_the_model(form, limit):
     def count(form):
@@ -70,3 +75,14 @@ def test_flooding_adds_few_equations_whatever_the_model(form, limit):
         return len(jax.make_jaxpr(step)(*arguments).eqns)
 
     assert 0 < count(form) - count("plain") <= limit
+
+
+@pytest.mark.parametrize(
+    ("form", "without"), [("band", "optax form"), ("wrapper with band", "wrapper")]
+)
+def test_band_costs_a_few_scalars(form, without):
+    banded, plain = compiled(form), compiled(without)
+    flops = [c.cost_analysis()["flops"] for c in (banded, plain)]
+    assert 0 < flops[0] - flops[1] <= 1e-5 * flops[1]
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (banded, plain)]
+    assert memory[0] <= memory[1] + 256

@@ -67,6 +67,10 @@ FORMS = {
         loss_fn,
         optax.chain(scale_by_flood(levels.warmup(LEVEL, 2)), optax.adam(0.05)),
     ),
+    "band": (
+        loss_fn,
+        optax.chain(scale_by_flood(LEVEL, band=0.1), optax.adam(0.05)),
+    ),
     "wrapper": (loss_fn, flood(optax.sgd(0.05, momentum=0.9), LEVEL)),
     "window": (loss_fn, flood(optax.adam(0.05), LEVEL, every_k=2)),
     "skipping": (

@@ -279,6 +279,60 @@ def test_any_window_equals_numpy(every_k, skips, grads, values):
     assert closed == len(losses)
 
 
+# ---- bands ----
+
+
+@functools.cache
+def banded():
+    one = jnp.ones([])
+
+    @jax.jit
+    def run(losses, level, band):
+        transform = scale_by_flood(level, band=band)
+        wrapper = flood(optax.identity(), level, band=band)
+
+        def step(states, loss):
+            found = [
+                each.update(one, state, one, value=loss)
+                for each, state in zip((transform, wrapper), states, strict=True)
+            ]
+            updates, states = zip(*found, strict=True)
+            return states, (updates, optax.tree.get(states[0], "flood_level"))
+
+        states = transform.init(one), wrapper.init(one)
+        return jax.lax.scan(step, states, losses)[1]
+
+    return run
+
+
+@bounded(150)
+@given(
+    losses=st.lists(
+        st.one_of(
+            st.integers(-48, 48).map(lambda n: n / 16),
+            st.sampled_from([np.nan, np.inf, -np.inf]),
+        ),
+        min_size=12,
+        max_size=12,
+    ),
+    level=st.one_of(st.integers(-16, 16).map(lambda n: n / 8), st.just(-np.inf)),
+    band=st.integers(0, 16).map(lambda n: n / 16),
+    scale=st.integers(-80, 80).map(lambda n: 2.0**n),
+)
+def test_no_step_ascends_from_the_upper_end_of_any_band(losses, level, band, scale):
+    losses = np.float32(np.array(losses) * scale)
+    level, band = np.float32(level * scale), np.float32(band * scale)
+    (by_optax, by_wrapper), ends = jax.device_get(banded()(losses, level, band))
+    wanted_ends, multipliers = oracles.strokes(losses, level, band)
+    np.testing.assert_array_equal(by_optax, multipliers)
+    np.testing.assert_array_equal(by_wrapper, multipliers)
+    np.testing.assert_array_equal(ends, wanted_ends)
+    up = by_optax < 0
+    assert (losses[up] < level + band).all()
+    # and down to the lower end it comes, whatever was before
+    assert (up | np.isnan(losses))[losses < level - band].all()
+
+
 # ---- bad input ----
 
 junk = st.one_of(

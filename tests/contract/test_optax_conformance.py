@@ -41,7 +41,7 @@ def flood_sgd(learning_rate: optax.ScalarOrSchedule, level: float = 0.0):
 
 
 def flood_adam(learning_rate: optax.ScalarOrSchedule, level: float = 0.0):
-    return flood_optax.flood(optax.adam(learning_rate), level)
+    return flood_optax.flood(optax.adam(learning_rate), level, band=0.05)
 
 
 def optax_tests() -> types.ModuleType:
