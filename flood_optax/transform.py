@@ -78,8 +78,9 @@ def scale_by_flood(
     With ``band`` = d the level is b + d after a step that was below its level, and
     b - d after any other, also the first and one with a NaN loss: the loss sinks to
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
-    loss of b + d or above. With momentum or Adam and *averaged* weights this was worth
-    points of accuracy under label noise (docs/strokes.md); the last iterate is worse.
+    loss of b + d or above. With Adam, or momentum at moderate steps, the *averaged*
+    weights gained points of accuracy under label noise (docs/strokes.md); the last ones
+    are those of some point of a stroke.
     It is made for shapes that turn around: `pause` does not climb, `soft` slows down
     before an end and may rest there, a dead band holds the loss below the upper end.
 

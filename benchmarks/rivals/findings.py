@@ -20,6 +20,15 @@ READOUTS = {
     "best/averaged": "stopped early, averaged weights",
 }
 
+PARTNERS = {  # what flooding is added to, and the two together
+    "plain": "band",
+    "decay": "band_decay",
+    "dropout": "band_dropout",
+    "sam": "band_sam",
+    "msam": "band_msam",
+    "forward": "forward_flooded",
+}
+
 Payload = Mapping[str, Any]
 Name = tuple[str, str]  # a method and one of its entries
 
@@ -47,9 +56,11 @@ class Setting:
     def mean(self, name: Name) -> float:
         return float(self.accuracies(name).mean())
 
-    def best(self, methods: Iterable[str]) -> Name | None:
+    def best(
+        self, methods: Iterable[str], when: Iterable[str] = ENTRIES
+    ) -> Name | None:
         """The most accurate in the mean, at the end or stopped early."""
-        names = [(m, entry) for m in methods if m in self.rows for entry in ENTRIES]
+        names = [(m, entry) for m in methods if m in self.rows for entry in when]
         return max(names, key=self.mean) if names else None
 
     def difference(self, name: Name, other: Name) -> statistics.Interval:
@@ -62,11 +73,18 @@ class Setting:
 
 
 class Standing(NamedTuple):
-    """How a group of methods stands beside the best rival, by number of settings."""
+    """How a group of methods stands beside the best rival of each setting.
+
+    Attributes:
+      ahead, tied, behind: in how many settings.
+      mean, half: the mean difference, and half of its interval over the settings.
+    """
 
     ahead: int
     tied: int
     behind: int
+    mean: float
+    half: float
 
     @property
     def settings(self) -> int:
@@ -77,7 +95,8 @@ class Standing(NamedTuple):
         return self.ahead + self.tied
 
     def __str__(self) -> str:
-        return f"{self.ahead}, {self.tied}, {self.behind}"
+        counts = f"{self.ahead}, {self.tied}, {self.behind}"
+        return f"{counts} ({statistics.Interval(self.mean, self.half):+.1f})"
 
 
 def settings_of(payload: Payload) -> list[Setting]:
@@ -112,10 +131,11 @@ def ours(payload: Payload, group: str) -> list[str]:
 
 
 def gap(
-    setting: Setting, payload: Payload, group: str
+    setting: Setting, payload: Payload, group: str, when: Iterable[str] = ENTRIES
 ) -> tuple[Name, Name, statistics.Interval] | None:
     """The best of a group, the best rival, and the paired difference of the two."""
-    one, other = setting.best(ours(payload, group)), setting.best(rivals(payload))
+    one = setting.best(ours(payload, group), when)
+    other = setting.best(rivals(payload), when)
     if one is None or other is None:
         return None
     return one, other, setting.difference(one, other)
@@ -124,21 +144,28 @@ def gap(
 def stands(differences: Iterable[statistics.Interval]) -> Standing:
     seen = list(differences)
     ahead, behind = statistics.verdicts(seen)
-    return Standing(ahead, len(seen) - ahead - behind, behind)
+    mean = statistics.interval([one.mean for one in seen])
+    return Standing(ahead, len(seen) - ahead - behind, behind, *mean)
 
 
-def standing(payload: Payload, group: str, *, noisy: bool) -> Standing:
+def standing(
+    payload: Payload, group: str, *, noisy: bool, when: Iterable[str] = ENTRIES
+) -> Standing:
     """Of a group of methods, on the settings with wrong labels or without."""
     chosen = [s for s in settings_of(payload) if (s.flips > 0) == noisy]
-    gaps = [gap(s, payload, group) for s in chosen]
+    if group == "fixed":
+        return recipe_standing(payload, noisy=noisy, when=when)
+    gaps = [gap(s, payload, group, when) for s in chosen]
     return stands(one[2] for one in gaps if one)
 
 
-def recipe_standing(payload: Payload, *, noisy: bool) -> Standing:
+def recipe_standing(
+    payload: Payload, *, noisy: bool, when: Iterable[str] = ENTRIES
+) -> Standing:
     """Of the recipe that was fixed before, beside the best rival of each setting."""
     found: list[statistics.Interval] = []
     for setting in settings_of(payload):
-        other = setting.best(rivals(payload))
+        other = setting.best(rivals(payload), when)
         if (setting.flips > 0) == noisy and other and RECIPE[0] in setting.rows:
             found.append(setting.difference(RECIPE, other))
     return stands(found)
@@ -181,30 +208,38 @@ def summary_table(payload: Payload) -> str:
     )
 
 
+WHEN: dict[str, tuple[str, bool, tuple[str, ...]]] = {
+    "noisy": ("wrong labels", True, tuple(ENTRIES)),
+    "end": ("wrong labels, all at the end", True, ("last/either",)),
+    "stopped": ("wrong labels, all stopped early", True, ("best/either",)),
+    "clean": ("right labels", False, tuple(ENTRIES)),
+}
+TITLES_OF_GROUPS = {g: title for g, (title, _) in GROUPS.items()} | {
+    "fixed": "the recipe fixed beforehand"
+}
+
+
+def standings(payload: Payload) -> dict[str, dict[str, Standing]]:
+    """By group, and by what it is compared on."""
+    return {
+        group: {
+            name: standing(payload, group, noisy=noisy, when=when)
+            for name, (_, noisy, when) in WHEN.items()
+        }
+        for group in TITLES_OF_GROUPS
+    }
+
+
 def standing_table(payload: Payload) -> str:
     """In how many settings the groups are ahead of the best rival, tied, behind."""
     rows = [
-        {
-            "group": title,
-            "noisy": standing(payload, group, noisy=True),
-            "clean": standing(payload, group, noisy=False),
-        }
-        for group, (title, _) in GROUPS.items()
+        {"group": TITLES_OF_GROUPS[group], **found}
+        for group, found in standings(payload).items()
     ]
-    rows.append(
-        {
-            "group": "the recipe fixed beforehand",
-            "noisy": recipe_standing(payload, noisy=True),
-            "clean": recipe_standing(payload, noisy=False),
-        }
-    )
     return report.table(
         rows,
-        {
-            "beside the best rival of each setting": "{group}",
-            "wrong labels: ahead, tied, behind": "{noisy}",
-            "right labels": "{clean}",
-        },
+        {"ahead of the best rival, tied, behind (points)": "{group}"}
+        | {title: f"{{{name}}}" for name, (title, _, _) in WHEN.items()},
     )
 
 
@@ -277,6 +312,34 @@ def method_table(payload: Payload) -> str:
     return report.table(lines, columns)
 
 
+def added(payload: Payload, partner: str, entry: str) -> list[statistics.Interval]:
+    """What flooding adds to a method, in each of the settings with wrong labels."""
+    both = PARTNERS[partner]
+    return [
+        s.difference((both, entry), (partner, entry))
+        for s in settings_of(payload)
+        if s.flips > 0 and partner in s.rows and both in s.rows
+    ]
+
+
+def partner_table(payload: Payload) -> str:
+    """What flooding adds to each, and in how many settings surely more or less."""
+    lines: list[dict[str, str]] = []
+    for partner, both in PARTNERS.items():
+        line: dict[str, str] = {}
+        for entry in ENTRIES:
+            if found := added(payload, partner, entry):
+                line[entry] = str(stands(found))
+        if line:
+            about = payload["methods"]
+            line |= {"partner": about[partner]["title"], "both": about[both]["title"]}
+            lines.append(line)
+    columns: dict[str, report.Cell] = {"to": "{partner}", "makes": "{both}"}
+    for entry, title in ENTRIES.items():
+        columns[f"{title}: ahead, equal, behind (points)"] = f"{{{entry}}}"
+    return report.table(lines, columns)
+
+
 def readout_table(payload: Payload) -> str:
     """What averaging and the band are worth, for plain and flooded training."""
     flips = [rate for rate in flips_of(payload) if rate > 0]
@@ -318,6 +381,7 @@ def tables(payload: Payload) -> dict[str, str]:
         "rivals": summary_table(payload),
         "rivals-standing": standing_table(payload),
         "rivals-methods": method_table(payload),
+        "rivals-partners": partner_table(payload),
         "rivals-readouts": readout_table(payload),
         "rivals-end": accuracy_table(payload, "last/either"),
         "rivals-stopped": accuracy_table(payload, "best/either"),
@@ -338,15 +402,22 @@ def numbers(payload: Payload) -> dict[str, Any]:
         "rivals": len(rivals(payload)),
         "runs": payload["protocol"]["runs"],
     }
-    groups = {
-        **{g: lambda n, g=g: standing(payload, g, noisy=n) for g in GROUPS},
-        "fixed": lambda n: recipe_standing(payload, noisy=n),
-    }
-    for group, stand in groups.items():
-        for name, is_noisy in (("noisy", True), ("clean", False)):
-            one = stand(is_noisy)
+    for setting in settings:
+        for method in setting.rows:
+            for entry in ENTRIES:
+                name = f"{setting.name}/{method}/{entry}/accuracy"
+                found[name] = setting.mean((method, entry))
+    for group, by_name in standings(payload).items():
+        for name, one in by_name.items():
             found |= {f"{group}/{name}/{k}": v for k, v in one._asdict().items()}
+            found[f"{group}/{name}/settings"] = one.settings
             found[f"{group}/{name}/best_or_tied"] = one.best_or_tied
+    for partner in PARTNERS:
+        for entry in ENTRIES:
+            if one := added(payload, partner, entry):
+                stand = stands(one)._asdict()
+                base = f"added/{partner}/{entry}"
+                found |= {f"{base}/{k}": v for k, v in stand.items()}
     for method in payload["methods"]:
         found[f"{method}/ties"] = ties(payload, method)
         for entry in READOUTS | ENTRIES:

@@ -300,18 +300,31 @@ def test_standings_count_paired_intervals_beside_the_best_rival():
     payload = made_up()
     # digits 20 %: +10.2 and +10, of which the interval is far above 0;
     # wine: -10 and -9.8; digits 0 %: -1 and +1, an interval that holds 0
-    assert findings.standing(payload, "all", noisy=True) == (1, 0, 1)
-    assert findings.standing(payload, "all", noisy=False) == (0, 1, 0)
-    assert findings.standing(payload, "paper", noisy=True) == (0, 0, 2)
+    assert findings.standing(payload, "all", noisy=True)[:3] == (1, 0, 1)
+    assert findings.standing(payload, "all", noisy=False)[:3] == (0, 1, 0)
+    assert findings.standing(payload, "paper", noisy=True)[:3] == (0, 0, 2)
+    # stopped early all have five points less, so the same differences
+    stopped = findings.standing(payload, "all", noisy=True, when=["best/either"])
+    assert stopped[:4] == (1, 0, 1, pytest.approx((10.1 - 9.9) / 2))
+    # averaged at the end the band has what it has: +10.1 on digits, -61 on wine
+    assert findings.standing(payload, "fixed", noisy=True)[:3] == (1, 0, 1)
     found = findings.numbers(payload)
     assert found["all/noisy/best_or_tied"] == 1
     assert found["band/last/either/20%/gain"] == pytest.approx(90.6 - 71)
     assert found["settings"] == 3
     assert found["rivals"] == 3  # AdaFlood is others' work
+    # what a band adds to plain training: 20.2 and 19 on digits, -1 and -1.5 on wine
+    assert found["added/plain/last/either/mean"] == pytest.approx((19.6 - 1.25) / 2)
+    assert found["added/plain/last/either/ahead"] == 1
+    assert found["added/plain/last/either/behind"] == 0
     table = findings.summary_table(payload)
     assert "SAM, at the end: 80.5" in table
     assert "flooding in a band, at the end: 90.6" in table
     assert "| +10.1 ± 1.3 | ahead |" in table
+    payload["environment"] = dict.fromkeys(
+        ("commit", "dirty", "command", "jax", "optax", "cpu_count", "cpu")
+    )
+    assert all(made.startswith("| ") for made in findings.tables(payload).values())
 
 
 def test_resumed_study_reads_what_is_kept(tmp_path, monkeypatch):
