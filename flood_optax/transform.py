@@ -43,8 +43,8 @@ class FloodState(NamedTuple):
       flood_step: int32 scalar, updates taken so far (windows under ``every_k``).
       flood_level: float32 scalar, the level last used, at an end of the band if it has
         one.
-      flood_value: float32 scalar, the raw loss last seen, below ``flood_level`` in
-        float32 too where it was so in float64.
+      flood_value: float32 scalar, the raw loss last seen; with a band it is below
+        ``flood_level`` in float32, too, where it was so in float64.
       flood_below: int32 scalar, how many steps had a loss strictly below the level.
     """
 
@@ -183,6 +183,7 @@ def flooding(level: Level, band: ArrayLike | None, shape: Shape, call: str) -> F
     check_shape(shape, f"{call}(shape=...)")
     middle = _schedule(level, f"{call}(level=...)")
     level_at = _banded(middle, band, f"{call}(band=...)")
+    remembers = _is_band(band)
 
     def init() -> FloodState:
         return FloodState(
@@ -196,7 +197,8 @@ def flooding(level: Level, band: ArrayLike | None, shape: Shape, call: str) -> F
         bent = bend(loss, level_at(state, compare_dtype(loss.dtype)), shape)
         is_below = bent.loss < bent.level
         level, value = bent.level.astype(jnp.float32), bent.loss.astype(jnp.float32)
-        if bent.loss.dtype == np.float64:  # rounding must not hide that it was below
+        if remembers and bent.loss.dtype == np.float64:
+            # rounding must not hide that it was below
             under = jnp.nextafter(level, -jnp.inf)
             value = jnp.where(is_below, jnp.minimum(value, under), value)
         more = jnp.asarray(optax.safe_increment(state.flood_below))
@@ -225,6 +227,11 @@ def _schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
     return level_at
 
 
+def _is_band(band: ArrayLike | None) -> bool:
+    """Whether there is one, as far as it is known: 0 is none."""
+    return band is not None and (isinstance(band, Tracer) or bool(np.any(band)))
+
+
 def _banded(
     level_at: Callable[[jax.Array], jax.Array], band: ArrayLike | None, call: str
 ) -> Callable[[FloodState, np.dtype], jax.Array]:
@@ -232,7 +239,7 @@ def _banded(
     if band is not None:
         most = float(np.finfo(jnp.result_type(float)).max)
         number(call, band, "non-negative and finite", lambda d: 0 <= d <= most)
-    if band is None or not (isinstance(band, Tracer) or np.any(band)):
+    if not _is_band(band):
         return lambda state, dtype: level_at(state.flood_step)
 
     def end(state: FloodState, dtype: np.dtype) -> jax.Array:
