@@ -95,6 +95,8 @@ class Standing(NamedTuple):
         return self.ahead + self.tied
 
     def __str__(self) -> str:
+        if not self.settings:
+            return "-"
         counts = f"{self.ahead}, {self.tied}, {self.behind}"
         return f"{counts} ({statistics.Interval(self.mean, self.half):+.1f})"
 
@@ -143,6 +145,8 @@ def gap(
 
 def stands(differences: Iterable[statistics.Interval]) -> Standing:
     seen = list(differences)
+    if not seen:
+        return Standing(0, 0, 0, float("nan"), float("nan"))
     ahead, behind = statistics.verdicts(seen)
     mean = statistics.interval([one.mean for one in seen])
     return Standing(ahead, len(seen) - ahead - behind, behind, *mean)
