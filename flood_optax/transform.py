@@ -80,9 +80,9 @@ def scale_by_flood(
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
     loss of b + d or above. With Adam, or momentum at moderate steps, the *averaged*
     weights gained points of accuracy under label noise (docs/strokes.md); the last ones
-    are those of some point of a stroke.
-    It is made for shapes that turn around: `pause` does not climb, `soft` slows down
-    before an end and may rest there, a dead band holds the loss below the upper end.
+    are those of some point of a stroke. A band needs a shape that turns around: `pause`
+    does not climb, `soft` slows down before an end and may rest there, and a dead band
+    holds the loss below the upper end.
 
     Put it first in a chain, before moments, clipping and weight decay, and once: two
     floods undo each other, which neither can see. ``value`` must be the loss of the

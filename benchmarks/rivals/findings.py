@@ -90,10 +90,6 @@ class Standing(NamedTuple):
     def settings(self) -> int:
         return self.ahead + self.tied + self.behind
 
-    @property
-    def best_or_tied(self) -> int:
-        return self.ahead + self.tied
-
     def __str__(self) -> str:
         if not self.settings:
             return "-"
@@ -415,7 +411,6 @@ def numbers(payload: Payload) -> dict[str, Any]:
         for name, one in by_name.items():
             found |= {f"{group}/{name}/{k}": v for k, v in one._asdict().items()}
             found[f"{group}/{name}/settings"] = one.settings
-            found[f"{group}/{name}/best_or_tied"] = one.best_or_tied
     for partner in PARTNERS:
         for entry in ENTRIES:
             if one := added(payload, partner, entry):

@@ -31,9 +31,8 @@ class Method:
 
     Attributes:
       title: what the tables call it.
-      number: what they call its number.
       recipes: from the constants, the share of flips and the classes to eight of them.
-      kind: of its step, see `training.STEPS`.
+      kind: of its step, see `training.Fit`.
       cost: of a run, in plain runs: forward and backward passes.
       flooded: whether it is one of ours.
       knows_rate: whether it is told the share of the flips.
@@ -41,7 +40,6 @@ class Method:
     """
 
     title: str
-    number: str
     recipes: Callable[[Constants, float, int], Sequence[Recipe]]
     kind: str = "plain"
     cost: float = 1.0
@@ -119,94 +117,79 @@ def at_the_floor(c: Constants, flips: float, classes: int) -> list[Recipe]:
 
 
 METHODS = {
-    "plain": Method("plain training", "learning rate", over_rates()),
-    "decay": Method("weight decay", "decay", over("decay", DECAYS)),
+    "plain": Method("plain training", over_rates()),
+    "decay": Method("weight decay", over("decay", DECAYS)),
     "smoothing": Method(
         "label smoothing",
-        "share",
         over("smoothing", (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     ),
-    "cosine": Method(
-        "learning rate decayed (cosine)", "learning rate", over_rates(cosine=1.0)
-    ),
+    "cosine": Method("learning rate decayed (cosine)", over_rates(cosine=1.0)),
     "dropout": Method(
         "dropout",
-        "share",
         over("strength", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
         kind="dropout",
     ),
     "mixup": Method(
         "mixup",
-        "alpha",
         over("strength", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)),
         kind="mixup",
         reads_text=False,
     ),
     "sam": Method(
         "SAM",
-        "radius",
         over("strength", (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)),
         kind="sam",
         cost=2.0,
     ),
     "msam": Method(
         "Momentum-SAM",
-        "radius",
         over("strength", (0.1, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2)),
         kind="msam",
     ),
     "schedule_free": Method(
         "schedule-free AdamW",
-        "learning rate",
         over_rates(),
         kind="schedule_free",
     ),
     "forward": Method(
         "forward correction",
-        "learning rate",
         corrected,
         knows_rate=True,
     ),
     "forward_flooded": Method(
         "forward correction, flooded",
-        "level / noise floor",
         corrected_and_flooded,
         flooded=True,
         knows_rate=True,
     ),
     "adaflood": Method(
         "AdaFlood",
-        "gamma",
         over("strength", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)),
         kind="adaflood",
         cost=2.0,  # five models of a fifth of the steps come first
         flooded=True,
         reads_text=False,
     ),
-    "flooding": Method("flooding", "level", over_levels(band=False), flooded=True),
-    "band": Method("flooding in a band", "level", over_levels(band=True), flooded=True),
+    "flooding": Method("flooding", over_levels(band=False), flooded=True),
+    "band": Method("flooding in a band", over_levels(band=True), flooded=True),
     "flooding_decay": Method(
         "flooding and weight decay",
-        "level and decay",
         over_levels(band=False, decay=FEW_DECAYS),
         flooded=True,
     ),
     "band_decay": Method(
         "flooding in a band and weight decay",
-        "level and decay",
         over_levels(band=True, decay=FEW_DECAYS),
         flooded=True,
     ),
     "band_dropout": Method(
         "flooding in a band and dropout",
-        "level and share",
         over_levels(band=True, strength=(0.3, 0.6)),
         kind="dropout",
         flooded=True,
     ),
     "band_sam": Method(
         "flooding in a band and SAM",
-        "level and radius",
         over_levels(band=True, strength=(0.4, 0.8)),
         kind="sam",
         cost=2.0,
@@ -214,14 +197,12 @@ METHODS = {
     ),
     "band_msam": Method(
         "flooding in a band and Momentum-SAM",
-        "level and radius",
         over_levels(band=True, strength=(0.8, 1.6)),
         kind="msam",
         flooded=True,
     ),
     "floor": Method(
         "flooding in a band at the noise floor",
-        "learning rate",
         at_the_floor,
         flooded=True,
         knows_rate=True,

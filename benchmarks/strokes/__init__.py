@@ -9,13 +9,13 @@ import numpy as np
 from benchmarks import report, statistics, study
 from benchmarks.pictures import panels
 from benchmarks.strokes import drift, practice
-from benchmarks.strokes.formulas import Rule
+from benchmarks.strokes.formulas import RULES, Rule
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     small: dict[str, Any] = {}
     settings, bands = practice.SETTINGS, drift.BANDS
-    rules, crossings, runs = tuple(drift.RULES), drift.CROSSINGS, drift.RUNS
+    rules, crossings, runs = tuple(RULES), drift.CROSSINGS, drift.RUNS
     if args.smoke:
         small = {"seeds": 2, "epochs": 4}
         settings, bands = {0.2: (("SGD", 0.05),)}, (0.0, 2.0)
@@ -139,7 +139,7 @@ def _drift(rows: list[dict[str, Any]]) -> str:
         {
             "rule": name,
             "at": {row["crossing"]: row for row in rows if row["rule"] == name},
-            "limit": shown(drift.RULES[name].limit),
+            "limit": shown(RULES[name].limit),
         }
         for name in dict.fromkeys(row["rule"] for row in rows)
     ]
@@ -211,7 +211,7 @@ def figures(payload: dict[str, Any]) -> dict[str, Any]:
     """The drift over the length of a stroke: formulas as lines, runs as dots."""
     figure, (momentum, adam) = panels(1, 2, size=(9, 3.6))
     steps = np.geomspace(1, 500, 200)
-    for index, (name, rule) in enumerate(drift.RULES.items()):
+    for index, (name, rule) in enumerate(RULES.items()):
         seen = [row for row in payload["drift"] if row["rule"] == name]
         axes = momentum if rule.beta2 is None else adam
         colour = f"C{index}"
@@ -222,7 +222,7 @@ def figures(payload: dict[str, Any]) -> dict[str, Any]:
         dots = [row["steps"] for row in banded], [row["ratio"] for row in banded]
         axes.plot(*dots, "o", color=colour)
     momentum.set(xscale="log", yscale="log", ylabel="drift / (-η²/2 P H g)")
-    alone = Rule(drift.RULES["Adam"].momentum, beta2=1.0)
+    alone = Rule(RULES["Adam"].momentum, beta2=1.0)
     adam.plot(
         steps,
         [alone.ratio(n) for n in steps],

@@ -11,17 +11,10 @@ import optax
 import flood_optax
 from benchmarks import training
 from benchmarks.small_net import BATCHES, SEED, Loss, gradient_of, net, norm
-from benchmarks.strokes.formulas import Rule
+from benchmarks.strokes.formulas import RULES, Rule
 
 STEP = 5e-4  # h: of a formed velocity, in units of the gradient
 CROSSINGS = (0, 10, 30, 100, 400)  # the band in steps of length h
-RULES = {
-    "SGD": Rule(),
-    "heavy ball 0.5": Rule(0.5),
-    "heavy ball 0.9": Rule(0.9),
-    "Nesterov 0.9": Rule(0.9, nesterov=True),
-    "Adam": Rule(0.9, beta2=0.999),
-}
 # On mini-batches: a fifth of each batch's own loss, and the rest of the full one.
 SHARE, RATE, STEPS, RUNS = 0.2, 0.01, 1000, 64
 BANDS = (0.0, 1.0, 2.0, 3.0, 4.0)  # in standard deviations of the batch losses

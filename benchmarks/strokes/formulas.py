@@ -66,3 +66,12 @@ class Rule(NamedTuple):
         longest = crossing + 2 + 2 * self.momentum / (1 - self.momentum)
         away = lambda n: n - self.lost(n) - crossing - 1
         return float(cast(Any, optimize.brentq)(away, 1e-9, longest))
+
+
+RULES = {
+    "SGD": Rule(),
+    "heavy ball 0.5": Rule(0.5),
+    "heavy ball 0.9": Rule(0.9),
+    "Nesterov 0.9": Rule(0.9, nesterov=True),
+    "Adam": Rule(0.9, beta2=0.999),
+}

@@ -11,7 +11,7 @@ import optax
 
 import flood_optax
 from benchmarks import data, networks, training
-from benchmarks.strokes.formulas import Rule
+from benchmarks.strokes.formulas import RULES, Rule
 from flood_optax.levels import noise_floor
 
 TRAIN, BATCH, WIDTHS, DECAY = 600, 60, (100, 100), 0.99
@@ -38,13 +38,6 @@ class Optimizer(NamedTuple):
         return optax.sgd(self.rate, momentum=rule.momentum, nesterov=rule.nesterov)
 
 
-RULES = {
-    "SGD": Rule(),
-    "heavy ball 0.5": Rule(0.5),
-    "heavy ball 0.9": Rule(0.9),
-    "Nesterov 0.9": Rule(0.9, nesterov=True),
-    "Adam": Rule(0.9, beta2=0.999),
-}
 FIRST = (
     *(("SGD", 0.1), ("heavy ball 0.5", 0.05)),
     *(("heavy ball 0.9", rate) for rate in (0.003, 0.01, 0.03, 0.1)),

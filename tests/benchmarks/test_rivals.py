@@ -309,7 +309,7 @@ def test_standings_count_paired_intervals_beside_the_best_rival():
     # averaged at the end the band has what it has: +10.1 on digits, -61 on wine
     assert findings.standing(payload, "fixed", noisy=True)[:3] == (1, 0, 1)
     found = findings.numbers(payload)
-    assert found["all/noisy/best_or_tied"] == 1
+    assert found["all/noisy/settings"] == 2
     assert found["band/last/either/20%/gain"] == pytest.approx(90.6 - 71)
     assert found["settings"] == 3
     assert found["rivals"] == 3  # AdaFlood is others' work
