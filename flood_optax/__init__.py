@@ -5,6 +5,7 @@ Wrap the loss before `jax.grad` with `flooded`, or put `scale_by_flood` first in
 """
 
 from flood_optax import levels, objective, penalty, shapes, sharpness, sweep
+from flood_optax.checks import FloodWarning
 from flood_optax.objective import FloodInfo, flood_loss, flood_mean, flooded
 from flood_optax.shapes import Shape
 from flood_optax.transform import FloodState, scale_by_flood
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FloodInfo",
     "FloodState",
+    "FloodWarning",
     "FloodWindow",
     "FloodWrapperState",
     "Shape",

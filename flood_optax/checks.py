@@ -19,6 +19,19 @@ DROPS_VALUE = (
 NUMBERS = numbers.Real | np.generic | np.ndarray | jax.Array
 
 
+class FloodWarning(UserWarning):
+    """Warns of what is legal, and hardly ever what is meant.
+
+    All warnings of the library are of this category: a band whose lower end the loss
+    cannot reach, floors that are all 0, a best window that is the first.
+
+    Examples:
+      >>> import warnings
+      >>> from flood_optax import FloodWarning
+      >>> warnings.simplefilter("error", FloodWarning)  # an error instead
+    """
+
+
 def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> None:
     """Demands one real number for which ``holds``, which a tracer is not asked."""
     if isinstance(given, bool) or not isinstance(given, NUMBERS):

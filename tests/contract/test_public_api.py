@@ -12,9 +12,9 @@ from tests import processes
 
 PUBLIC = {
     "flood_optax": """
-        FloodInfo FloodState FloodWindow FloodWrapperState Shape flood flood_loss
-        flood_mean flooded levels objective penalty scale_by_flood shapes sharpness
-        sweep
+        FloodInfo FloodState FloodWarning FloodWindow FloodWrapperState Shape flood
+        flood_loss flood_mean flooded levels objective penalty scale_by_flood shapes
+        sharpness sweep
     """
 }
 SIGNATURES = {
@@ -129,6 +129,10 @@ def test_flood_state_schema_is_stable():
         "flood_value",
         "flood_below",
     )
+
+
+def test_every_warning_is_a_user_warning_of_one_category():
+    assert issubclass(flood_optax.FloodWarning, UserWarning)
 
 
 EXTRAS = {"chex", "flax", "matplotlib", "tqdm", "xarray", "diffrax", "sklearn"}
