@@ -57,17 +57,6 @@ def flood_share(
     return with_slope(share, value, slope), bent
 
 
-def check_shape(shape: Any, call: str) -> None:
-    """Demands a Shape."""
-    if isinstance(shape, Shape):
-        return
-    got = type(shape).__name__
-    if callable(shape):
-        name = getattr(shape, "__name__", got)
-        got = f"the function {name}: if it makes a shape, call it: {name}()"
-    raise TypeError(f"`{call}` must be a `flood_optax.Shape`, got {got}.")
-
-
 @jax.custom_jvp
 def with_slope(loss: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
     """`value`, whose derivative with respect to `loss` is `slope`."""

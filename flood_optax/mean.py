@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 
 from flood_optax.bend import (
     AxisName,
-    check_shape,
     flood_share,
     global_mean,
     like,
@@ -29,6 +28,7 @@ from flood_optax.checks import (
     real_array,
     segments,
 )
+from flood_optax.shape_rules import check_shape
 from flood_optax.shapes import Shape, reflect
 
 

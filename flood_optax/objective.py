@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, check_shape, flood_share, like, with_slope
+from flood_optax.bend import AxisName, flood_share, like, with_slope
 from flood_optax.checks import (
     broadcast_level,
     check_level,
@@ -23,6 +23,7 @@ from flood_optax.checks import (
 )
 from flood_optax.mean import flood_mean
 from flood_optax.relax import relax_loss
+from flood_optax.shape_rules import check_shape
 from flood_optax.shapes import Shape, reflect
 
 __all__ = ["FloodInfo", "flood_loss", "flood_mean", "flooded", "relax_loss"]

@@ -31,7 +31,8 @@ class Shape(NamedTuple):
 
     The shapes of this module are equal, and one static argument, where their numbers
     are; no gradient flows into these. Traced numbers in functions of your own need
-    `jax.lax.stop_gradient`.
+    `jax.lax.stop_gradient`. That ``multiplier`` is the derivative of ``value`` is
+    checked once, where a shape is first used, at two residuals.
 
     Attributes:
       value: :math:`\phi`, with :math:`\phi(r) \to \infty` as r grows.
@@ -184,6 +185,7 @@ class _Part:
     of: str
     function: Callable[..., jax.Array]
     numbers: tuple[float | jax.Array, ...]
+    derivative: Callable[..., jax.Array] | None = None
 
     def __call__(self, r: jax.Array) -> jax.Array:
         fixed = (lax.stop_gradient(jnp.asarray(x, r.dtype)) for x in self.numbers)
@@ -215,7 +217,8 @@ def _shape(
     known = {k: x if isinstance(x, Tracer) else float(x) for k, x in numbers.items()}
     of = f"{name}({', '.join(f'{k}={x}' for k, x in known.items())})"
     fixed = tuple(known.values())
-    return Shape(_Part(of, value, fixed), _Part(of, multiplier, fixed))
+    derivative = _Part(of, multiplier, fixed)
+    return Shape(_Part(of, value, fixed, derivative), derivative)
 
 
 def _reflect_value(r: jax.Array) -> jax.Array:

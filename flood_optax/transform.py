@@ -18,7 +18,6 @@ from flood_optax.bend import (
     AxisName,
     Bent,
     bend,
-    check_shape,
     compare_dtype,
     global_mean,
     wide,
@@ -29,6 +28,7 @@ from flood_optax.checks import (
     number,
     scalar_loss,
 )
+from flood_optax.shape_rules import check_shape
 from flood_optax.shapes import Shape, reflect
 
 Level = ArrayLike | Callable[[jax.Array], ArrayLike]

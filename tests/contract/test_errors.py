@@ -188,7 +188,7 @@ CASES = {
         lambda: flood(optax.sgd(0.1), 0.5, shape=shapes.soft),
         TypeError,
         "`flood(shape=...)` must be a `flood_optax.Shape`, got the function soft: "
-        "if it makes a shape, call it: soft()",
+        "call it: soft()",
     ),
     "shape_uncalled_in_a_chain": (
         lambda: scale_by_flood(0.5, shape=shapes.pause),

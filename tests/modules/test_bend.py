@@ -193,12 +193,13 @@ SHAPE_TAKERS = {
 @pytest.mark.parametrize(
     ("given", "got"),
     [
-        (shapes.soft, "got the function soft: if it makes a shape, call it: soft()"),
+        (shapes.soft, "got the function soft: call it: soft()."),
+        (lambda r: r, "got the function <lambda>: `Shape(value, multiplier)`."),
         (None, "got NoneType."),
         ((jnp.abs, jnp.sign), "got tuple."),
         ("soft", "got str."),
     ],
-    ids=["uncalled", "none", "pair", "text"],
+    ids=["uncalled", "lambda", "none", "pair", "text"],
 )
 @pytest.mark.parametrize("call", SHAPE_TAKERS)
 def test_what_is_no_shape_is_refused_when_the_form_is_built(call, given, got):
