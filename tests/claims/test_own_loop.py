@@ -1,8 +1,10 @@
 """The recipes of docs/own-loop.md, with the code of the page itself."""
 
+import math
 import os
 import pathlib
 import signal
+import time
 import types
 
 import chex
@@ -169,80 +171,131 @@ def validation_curve(level):
         yield -np.mean((x[30:] @ w - y[30:]) ** 2)
 """
 WORKER = """
-import os, pathlib, signal, sys, time
+import itertools, os, pathlib, signal, sys, time
 
-folder, storage, trials, killed = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folder, storage, trials, dies_in = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 search, number = objective, 0
 
 def objective(trial):
-    global number
+    global number, validation_curve
     number += 1
     trial.set_user_attr("process", os.getpid())
     (folder / str(os.getpid())).touch()
-    until = time.monotonic() + 240
-    while len(list(folder.iterdir())) < 2:  # both have one before either goes on
+    wait_for(lambda: len(list(folder.iterdir())) >= 2)  # both have one
+    if number == int(dies_in):
+        validation_curve = die_after_three(validation_curve)
+    if number == 2 and dies_in == "0":
+        wait_for((folder / "stale").exists)
+    return search(trial)
+
+def die_after_three(curve):
+    def dying(level):
+        yield from itertools.islice(curve(level), 3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return dying
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
-    if killed == "killed" and number == 2:
-        for epoch, score in zip(range(3), validation_curve(0.5)):
-            trial.report(score, epoch)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return search(trial)
 
 work(storage, int(trials))
 """
+# what pyproject.toml ignores here, for the processes
+FILTERS = "error", "ignore:RetryHeartbeat", "ignore:Argument ``"
 
 
-def searching():
+def recipe():
+    """The page's code for the search, which gives a run up after two seconds."""
+    text = code("def create_study")
+    for minutes, seconds in ("interval=60", "interval=1"), ("period=120", "period=2"):
+        assert minutes in text
+        text = text.replace(minutes, seconds)
+    return text
+
+
+def searching(curve=OVERFITTING):
     names = {"__name__": "own_loop"}
-    exec(compile(code("def create_study"), str(PAGE), "exec"), names)
-    exec(OVERFITTING, names)
+    exec(compile(recipe(), str(PAGE), "exec"), names)
+    exec(curve, names)
     names["optuna"].logging.set_verbosity(names["optuna"].logging.WARNING)
     return types.SimpleNamespace(**names)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
-def test_two_processes_share_a_study_that_outlives_one_of_them(tmp_path):
-    ours = searching()
+@pytest.mark.parametrize(
+    "dies_in",
+    [
+        pytest.param(1, id="an enqueued run"),
+        pytest.param(2, id="a later run", marks=pytest.mark.slow),
+    ],
+)
+def test_level_of_a_killed_process_is_trained_by_another_and_counted_once(
+    tmp_path, dies_in
+):
+    ours, trials = searching(), 7
     storage = f"sqlite:///{tmp_path}/levels.db"
     script, flags = tmp_path / "worker.py", tmp_path / "flags"
-    script.write_text(code("def create_study") + OVERFITTING + WORKER)
+    script.write_text(recipe() + OVERFITTING + WORKER)
     flags.mkdir()
     for _ in range(2):  # once is enough, twice is the same
         ours.create_study(storage, CENTRE, PATIENCE)
     doomed, steady = (
-        processes.start(script, flags, storage, 6, fate) for fate in ("killed", "not")
+        processes.start(script, flags, storage, trials, fate, filters=FILTERS)
+        for fate in (dies_in, 0)
     )
     code_of_doomed, _, errors = processes.end(doomed)
     assert code_of_doomed == -signal.SIGKILL, errors
+    time.sleep(4)  # its last heartbeat is older than the two seconds
+    (flags / "stale").touch()
     code_of_steady, _, errors = processes.end(steady)
     assert code_of_steady == 0, errors
 
     state = ours.optuna.trial.TrialState
     study = ours.optuna.load_study(study_name="level", storage=storage)
     ended = study.get_trials(states=(state.COMPLETE, state.PRUNED))
-    (left,) = study.get_trials(states=(state.RUNNING,))
-    assert len(ended) == 6
+    (lost,) = study.get_trials(states=(state.FAIL,))
+    assert len(ended) == len(study.trials) - 1 == trials
     by = [trial.user_attrs["process"] for trial in ended]
-    assert by.count(doomed.pid) == 1
-    assert by.count(steady.pid) == 5
-    assert left.user_attrs["process"] == doomed.pid
-    assert list(left.intermediate_values) == [0, 1, 2]
-    assert [trial.params["level"] for trial in study.trials[:2]] == [CENTRE, 0.0]
+    assert by.count(doomed.pid) == dies_in - 1
+    assert by.count(steady.pid) == trials + 1 - dies_in
+    assert lost.user_attrs["process"] == doomed.pid
+    assert list(lost.intermediate_values) == [0, 1, 2]
+    # its level was trained, once, by the process that lives
+    (again,) = [trial for trial in ended if trial.params == lost.params]
+    assert again.user_attrs["process"] == steady.pid
+    assert (lost.number in (0, 1)) == (dies_in == 1)
+    for enqueued in (CENTRE, 0.0):
+        assert [trial.params["level"] for trial in ended].count(enqueued) == 1
     for trial in ended:
         level = trial.params["level"]
         assert 0 <= level <= 2 * CENTRE
         curve = list(ours.validation_curve(level))
         assert trial.value == curve[len(trial.intermediate_values) - 1]
 
-    # what was left is made up for, and nothing is lost
-    resumed = ours.work(storage, 8)
-    assert len(resumed.get_trials(states=(state.COMPLETE, state.PRUNED))) == 8
-    assert [
-        t.value for t in resumed.trials if t.number in {e.number for e in ended}
-    ] == [trial.value for trial in ended]
-    assert ours.work(storage, 8).trials[-1].number == resumed.trials[-1].number
+    # started again it goes on to the larger number, and not beyond it
+    resumed = ours.work(storage, trials + 1)
+    assert len(resumed.get_trials(states=(state.COMPLETE, state.PRUNED))) == trials + 1
+    assert ours.work(storage, trials + 1).trials[-1].number == trials + 1
     assert resumed.best_trial.params["level"] > 0
+
+
+@pytest.mark.parametrize("diverges", [">= 0", "> 0.6"], ids=["all", "high levels"])
+def test_search_whose_runs_end_in_nan_ends_after_as_many_runs(tmp_path, diverges):
+    ours = searching(
+        "def validation_curve(level):\n"
+        f"    yield from (0.5, float('nan') if level {diverges} else 0.5 + level)\n"
+    )
+    storage = f"sqlite:///{tmp_path}/levels.db"
+    ours.create_study(storage, CENTRE, PATIENCE)
+    study = ours.work(storage, 9)
+    assert len(study.trials) == 9
+    ended_in_nan = [math.isnan(t.intermediate_values[1]) for t in study.trials]
+    states = ["PRUNED" if nan else "COMPLETE" for nan in ended_in_nan]
+    assert [trial.state.name for trial in study.trials] == states
+    assert any(ended_in_nan)
+    assert all(ended_in_nan) == (diverges == ">= 0")
 
 
 def test_runs_that_are_behind_are_pruned_but_not_before_levels_differ():
