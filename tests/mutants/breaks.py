@@ -1,0 +1,23 @@
+"""The breaks: a line of the library, what it becomes, and the tests that must fail."""
+
+from typing import NamedTuple
+
+
+class Break(NamedTuple):
+    """Text that stands once in a file, what replaces it, and who must see that."""
+
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+def applied(mutant: Break, text: str) -> str:
+    """The text of the file, broken."""
+    if text.count(mutant.before) != 1:
+        found = text.count(mutant.before)
+        raise ValueError(f"{mutant.file} holds {found} times, not once: {mutant}")
+    return text.replace(mutant.before, mutant.after)
+
+
+BREAKS: list[Break] = []
