@@ -5,6 +5,7 @@ Wrap the loss before `jax.grad` with `flooded`, or put `scale_by_flood` first in
 """
 
 from flood_optax import levels, objective, penalty, shapes, sharpness, sweep
+from flood_optax.average import AverageState, average_params, averaged
 from flood_optax.checks import FloodWarning
 from flood_optax.objective import FloodInfo, flood_loss, flood_mean, flooded
 from flood_optax.shapes import Shape
@@ -14,12 +15,15 @@ from flood_optax.wrapper import FloodWindow, FloodWrapperState, flood
 __version__ = "0.1.0"
 
 __all__ = [
+    "AverageState",
     "FloodInfo",
     "FloodState",
     "FloodWarning",
     "FloodWindow",
     "FloodWrapperState",
     "Shape",
+    "average_params",
+    "averaged",
     "flood",
     "flood_loss",
     "flood_mean",

@@ -167,3 +167,17 @@ def stroke_windows(sizes, losses, level, band, *, weights=None, counted=None):
         window = []
         sizes = sizes[1:] or sizes
     return np.array(found)
+
+
+def average(visited, decay):
+    """The sum of the parameters after each update, each times its share of it.
+
+    Args:
+        visited: Arrays, one for each update, in their order.
+        decay: Of an update, once there are 1 / (1 - decay) of them; the plain mean
+            until then.
+    """
+    visited = np.stack([np.asarray(params, np.float64) for params in visited])
+    parts = np.minimum(np.arange(1, len(visited) + 1), 1 / (1 - decay))
+    stays = np.cumprod(1 - 1 / parts[:0:-1])[::-1]  # what later updates leave of each
+    return np.tensordot(np.append(stays, 1) / parts, visited, 1)

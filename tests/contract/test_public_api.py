@@ -12,9 +12,9 @@ from tests import processes
 
 PUBLIC = {
     "flood_optax": """
-        FloodInfo FloodState FloodWarning FloodWindow FloodWrapperState Shape flood
-        flood_loss flood_mean flooded levels objective penalty scale_by_flood shapes
-        sharpness sweep
+        AverageState FloodInfo FloodState FloodWarning FloodWindow FloodWrapperState
+        Shape average_params averaged flood flood_loss flood_mean flooded levels
+        objective penalty scale_by_flood shapes sharpness sweep
     """
 }
 SIGNATURES = {
@@ -25,6 +25,8 @@ SIGNATURES = {
     "scale_by_flood": "(level, *, band, shape, axis_name)",
     "flood": "(inner, level, *, band, every_k, shape, axis_name, "
     "should_skip_update_fn)",
+    "average_params": "(decay)",
+    "averaged": "(state, params)",
     "shapes.soft": "(scale)",
     "shapes.asymmetric": "(ascent, dead_band)",
     "levels.warmup": "(level, start_step)",
@@ -133,6 +135,11 @@ def test_flood_state_schema_is_stable():
 
 def test_every_warning_is_a_user_warning_of_one_category():
     assert issubclass(flood_optax.FloodWarning, UserWarning)
+
+
+def test_average_state_schema_is_stable():
+    fields = flood_optax.AverageState._fields
+    assert fields == ("flood_average_step", "flood_average")
 
 
 EXTRAS = {"chex", "flax", "matplotlib", "tqdm", "xarray", "diffrax", "sklearn"}

@@ -1,0 +1,284 @@
+"""Averaged weights: the mean of the parameters that a run visits, in its state."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import export, lax
+from jax.typing import ArrayLike
+
+from flood_optax.bend import compare_dtype
+from flood_optax.checks import number
+
+
+class AverageState(NamedTuple):
+    """The average of the parameters; `optax.tree.get` finds each field.
+
+    The schema is stable: checkpoints rely on it.
+
+    Attributes:
+      flood_average_step: int32 scalar, updates averaged so far (windows inside
+        ``flood(..., every_k=k)``).
+      flood_average: tree like params, the mean, float32 at least; the parameters
+        themselves before the first update. Leaves that are no floats are masked.
+    """
+
+    flood_average_step: jax.Array
+    flood_average: Any
+
+
+# so that `jax.export` can write a train step that takes and gives the state
+export.register_namedtuple_serialization(
+    AverageState, serialized_name="flood_optax.AverageState"
+)
+
+
+def average_params(
+    decay: ArrayLike = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the average of the parameters; updates pass through unchanged.
+
+    With :math:`\theta_t`, the parameters after update t = 1, 2, ..., and
+    :math:`\delta` = ``decay`` the average is
+
+    .. math:: a_t = a_{t-1} + (\theta_t - a_{t-1}) / \min(t, 1 / (1 - \delta)).
+
+    Until t = 1 / (1 - decay), 100 for .99, it is the plain mean of
+    :math:`\theta_1, ..., \theta_t`; from there on an exponential moving average, in
+    which what is k updates old has the share :math:`(1 - \delta)\,\delta^k`. The first
+    parameters, :math:`\theta_0`, count nowhere. Evaluate `flood_optax.averaged`, and
+    train on with the parameters themselves.
+
+    Put it last in a chain, where the updates are what `optax.apply_updates` adds, and
+    inside of whatever may leave a step out:
+
+    * ``chain(scale_by_flood(b), adam(1e-3), average_params(0.99))``;
+    * ``flood(chain(adam(1e-3), average_params(0.99)), b, every_k=4)`` averages once a
+      window; what is skipped or has weight 0 leaves no trace. So does
+      `optax.MultiSteps` around the chain;
+    * ``chain(scale_by_flood(b), apply_if_finite(chain(adam(1e-3),
+      average_params(0.99)), 5))``: a skipped step is no step. Behind
+      `optax.apply_if_finite` it would count the same parameters twice.
+
+    Parameters that are NaN make the average NaN, for ever, as the run itself. It costs
+    a read and a write of the parameters, and no communication.
+
+    It does not know of batch statistics, which averaged weights need of their own
+    (docs/strokes.md). Where a learning-rate schedule ends at 0 the last weights are the
+    better ones: the average lags behind them by about 1 / (1 - decay) updates.
+
+    Args:
+      decay: a real scalar in [0, 1). 0 keeps the last parameters. In
+        `optax.inject_hyperparams` with 16-bit parameters pass
+        ``hyperparam_dtype=jnp.float32``: rounded to 16 bits .999 is 1.
+
+    Returns:
+      A transformation with the state `AverageState`, whose arrays are its own, sharded
+      as the parameters. Parameters of 16 bits are averaged in float32, after they are
+      rounded as `optax.apply_updates` rounds them. Leaves that are None, masked or no
+      floats have no average. Its update needs ``params``.
+
+    Raises:
+      ValueError: if decay is not in [0, 1); in update, if params are missing.
+      TypeError: if decay is no real number, or an array of less than 32 bits.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flood_optax import average_params, averaged, scale_by_flood
+      >>> optimizer = optax.chain(
+      ...     scale_by_flood(0.5), optax.sgd(0.1), average_params(0.9)
+      ... )
+      >>> def loss_fn(w):
+      ...     return jnp.exp(w) - w - 1.0  # .5 at w = .858
+      >>> w = jnp.array(2.0)
+      >>> state = optimizer.init(w)
+      >>> for _ in range(60):
+      ...     value, grad = jax.value_and_grad(loss_fn)(w)
+      ...     updates, state = optimizer.update(grad, state, w, value=value)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(f"last {w:.3f}, averaged {averaged(state, w):.3f}")
+      last 0.918, averaged 0.846
+
+    References:
+      Polyak and Juditsky, SIAM J. Control Optim. 30 (1992), 838-855;
+      Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407
+    """
+    _check_decay(decay)
+
+    def init_fn(params: optax.Params) -> AverageState:
+        return AverageState(
+            flood_average_step=jnp.zeros([], jnp.int32),
+            flood_average=jax.tree.map(_start, params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "`average_params().update(params)` needs the parameters, got None: "
+                "pass `optimizer.update(grads, state, params)`."
+            )
+        before = cast(AverageState, state)
+        step = jnp.asarray(optax.safe_increment(before.flood_average_step))
+        kept = jnp.asarray(decay, jnp.result_type(float))
+        count = jnp.minimum(step.astype(kept.dtype), 1 / (1 - kept))
+        average = jax.tree.map(
+            functools.partial(_averaged_leaf, count),
+            params,
+            updates,
+            before.flood_average,
+        )
+        return updates, AverageState(step, average)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def averaged(state: Any, params: Any) -> Any:
+    """The averages that `average_params` keeps, found anywhere in a state.
+
+    Several averages of different parts of ``params`` make one, as where
+    `optax.partition` gives each group an optimizer with an average of its own. Where
+    there is none (masked, of another group, integers) it is the parameter itself.
+
+    Args:
+      state: an optimizer state, or a tree that holds one, such as a TrainState.
+      params: the parameters that were averaged, of any dtypes. It may be called under
+        `jax.jit`.
+
+    Returns:
+      A tree like params, in the dtypes of params: arrays of its own, which outlive a
+      donated state.
+
+    Raises:
+      ValueError: if there is no average, more than one of the same parameter, or if
+        params are not those that were averaged.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flood_optax import average_params, averaged
+      >>> optimizer = optax.chain(optax.sgd(1.0), average_params(0.99))
+      >>> w = jnp.array([1.0, 5.0])
+      >>> state = optimizer.init(w)
+      >>> for grad in (jnp.array([1.0, 0.0]), jnp.array([-4.0, 1.0])):
+      ...     updates, state = optimizer.update(grad, state, w)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(w, averaged(state, w))
+      [4. 4.] [2.  4.5]
+    """
+    found = optax.tree.get_all_with_path(state, "flood_average")
+    if not found:
+        raise ValueError(
+            "`averaged(state, params)` needs a state with an average, found none: put "
+            "`average_params(decay)` last in the chain, or last inside "
+            "`flood(optax.chain(optimizer, average_params(decay)), level)`."
+        )
+    places = [jax.tree_util.keystr(path) for path, _ in found]
+    parts = [_by_path(average) for _, average in found]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    known = {path for path, _ in leaves}
+    for part in parts:
+        for path, average in part.items():
+            if path not in known and not _is_masked(average):
+                _refuse(path, "is in the average alone")
+    merged = []
+    for path, param in leaves:
+        here = [_at(part, path) for part in parts]
+        means = [mean for mean in here if mean is not None and not _is_masked(mean)]
+        if all(mean is None for mean in here):
+            _refuse(path, "is in params alone")
+        if len(means) > 1:
+            raise ValueError(
+                f"`averaged(state, params)` needs one average of each parameter, found "
+                f"{len(means)} of {_name(path)} in the state: {', '.join(places)}. "
+                "Pass the part of the state that holds the one you mean."
+            )
+        if means and jnp.shape(means[0]) != jnp.shape(param):
+            shapes = f"{jnp.shape(means[0])}, in params {jnp.shape(param)}"
+            _refuse(path, f"has the shape {shapes}")
+        merged.append(_own(param, means[0]) if means else _own(param, param))
+    return jax.tree.unflatten(structure, merged)
+
+
+def _check_decay(decay: Any) -> None:
+    call = "average_params(decay=...)"
+    dtype = getattr(decay, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise TypeError(
+            f"`{call}` must have 32 bits at least, got {dtype}, to which .999 is 1: "
+            "pass a float, or `optax.inject_hyperparams(average_params, "
+            "hyperparam_dtype=jnp.float32)`."
+        )
+    number(call, decay, "in [0, 1)", lambda d: 0 <= d < 1)
+
+
+def _start(param: Any) -> Any:
+    """A copy, float32 at least, so that both can be donated."""
+    dtype = jnp.result_type(param)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return optax.MaskedNode()
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        dtype = compare_dtype(np.dtype(dtype))
+    return jnp.array(param, dtype, copy=True)
+
+
+def _averaged_leaf(count: jax.Array, param: Any, update: Any, average: Any) -> Any:
+    if _is_masked(average):
+        return average
+    if update is not None and not _is_masked(update):
+        param = optax.apply_updates(param, update)
+    new = _rounded(jnp.asarray(param)).astype(average.dtype)
+    step = (new - average) / count.astype(jnp.finfo(average.dtype).dtype)
+    # The first weights, of whatever size, leave no rounding error behind; and what is
+    # infinite for ever, such as a mask, would otherwise be averaged to inf - inf.
+    return jnp.where((count == 1) | (new == average), new, average + step)
+
+
+def _rounded(param: jax.Array) -> jax.Array:
+    """Rounds 16-bit parameters to their dtype, which XLA may otherwise skip."""
+    if param.dtype.itemsize > 2:
+        return param
+    info: Any = jnp.finfo(cast(Any, param.dtype))
+    return lax.reduce_precision(param, info.nexp, info.nmant)
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _by_path(tree: Any) -> dict[Any, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
+    return dict(leaves)
+
+
+def _at(part: dict[Any, Any], path: Any) -> Any:
+    """The leaf there, or the mask over the branch that it is on; None without one."""
+    ends = (path[:end] for end in range(len(path), -1, -1))
+    return next((part[end] for end in ends if end in part), None)
+
+
+def _own(param: Any, value: Any) -> Any:
+    """The value as an array of its own, in the dtype of the parameter."""
+    if value is param:
+        return value.copy() if isinstance(value, jax.Array) else value
+    return jnp.array(value, jnp.result_type(param), copy=True)
+
+
+def _name(path: Any) -> str:
+    return f"params{jax.tree_util.keystr(path)}"
+
+
+def _refuse(path: Any, what: str) -> None:
+    raise ValueError(
+        "`averaged(state, params)` needs the tree that `optimizer.init` was given: "
+        f"{_name(path)} {what}."
+    )

@@ -1,0 +1,514 @@
+"""Averaged weights: equal to NumPy's sum of what a run visits, wherever they are kept.
+
+The runs are those of `tests.problems`; what the average should be is `oracles.average`.
+"""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from flood_optax import AverageState, average_params, averaged, flood, scale_by_flood
+from flood_optax.flax import TrainState
+from tests import oracles
+
+LEVEL, STEPS = 0.5, 25
+PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": (jnp.float32(0.75),)}
+VALUES = np.random.default_rng(0).uniform(0.1, 0.9, STEPS).astype(np.float32)
+
+
+def gradients(step, like=None):
+    rng = np.random.default_rng(step)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape) + 0.3, p.dtype), like or PARAMS
+    )
+
+
+def run(optimizer, params=None, steps=STEPS, *, jit=True, **extra):
+    """The state, and the parameters after each update; `extra` has one per update."""
+    params = params or PARAMS
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    state, visited = optimizer.init(params), []
+    for i in range(steps):
+        grads = gradients(i, params)
+        given = {"value": VALUES[i]} | {name: of[i] for name, of in extra.items()}
+        updates, state = update(grads, state, params, **given)
+        params = optax.apply_updates(params, updates)
+        visited.append(params)
+    return state, visited
+
+
+def expected(visited, decay):
+    return jax.tree.map(lambda *each: oracles.average(each, decay), *visited)
+
+
+def assert_average(got, wanted, tolerance=2e-6):
+    chex.assert_trees_all_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def chain(decay=0.9, inner=None):
+    return optax.chain(
+        scale_by_flood(LEVEL), inner or optax.adam(0.1), average_params(decay)
+    )
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+# ---- the mean ----
+
+
+def test_the_oracle_is_the_plain_mean_and_then_the_exponential_one():
+    visited = np.random.default_rng(1).normal(size=(30, 2))
+    np.testing.assert_allclose(oracles.average(visited[:10], 0.9), visited[:10].mean(0))
+    by_step = visited[:10].mean(0)
+    for params in visited[10:]:
+        by_step = 0.9 * by_step + 0.1 * params
+    np.testing.assert_allclose(oracles.average(visited, 0.9), by_step)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("jit", [True, False])
+def test_average_is_the_mean_of_the_parameters_after_each_update(jit, decay):
+    optimizer = chain(decay)
+    for steps in (1, 2, STEPS):
+        state, visited = run(optimizer, steps=steps, jit=jit)
+        assert_average(averaged(state, visited[-1]), expected(visited, decay))
+        assert optax.tree.get(state, "flood_average_step") == steps
+    if not decay:
+        chex.assert_trees_all_equal(averaged(state, visited[-1]), visited[-1])
+
+
+def test_updates_are_those_without_an_average():
+    without = optax.chain(scale_by_flood(LEVEL), optax.adam(0.1))
+    chex.assert_trees_all_equal(run(chain())[1], run(without)[1])
+
+
+def test_average_over_a_scan_of_many_updates_does_not_drift():
+    """Ten thousand updates; each rounds the average once."""
+    optimizer = chain(0.999, optax.sgd(0.01))
+
+    def step(carry, key):
+        params, state = carry
+        grads = jax.random.normal(key, (3,)) + params
+        updates, state = optimizer.update(grads, state, params, value=1.0)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    start = jnp.array([1.0, -2.0, 30.0])
+    scan = jax.jit(
+        lambda start: jax.lax.scan(step, (start, optimizer.init(start)), keys)
+    )
+    (_, state), visited = scan(start)
+    got = optax.tree.get(state, "flood_average")
+    np.testing.assert_allclose(got, oracles.average(visited, 0.999), atol=2e-6)
+
+
+def test_before_the_first_update_it_is_the_parameters():
+    state = chain().init(PARAMS)
+    chex.assert_trees_all_equal(averaged(state, PARAMS), PARAMS)
+    assert optax.tree.get(state, "flood_average_step") == 0
+
+
+def test_first_parameters_leave_no_trace_however_large():
+    start = jnp.array([1e8, 3.0])
+    optimizer = optax.chain(optax.identity(), average_params(0.99))
+    moved = jnp.array([1.2345, 3.3]) - start
+    _, state = optimizer.update(moved, optimizer.init(start), start)
+    after = optax.apply_updates(start, moved)
+    np.testing.assert_array_equal(averaged(state, after), after)
+
+
+def test_what_is_infinite_for_ever_stays_so_and_makes_no_nan():
+    mask = jnp.array([0.5, -jnp.inf])
+    optimizer = average_params(0.5)
+    state = optimizer.init(mask)
+    for _ in range(4):
+        _, state = optimizer.update(jnp.array([1.0, 0.0]), state, mask)
+    np.testing.assert_array_equal(averaged(state, mask), [1.5, -np.inf])
+
+
+def test_average_over_updates_of_nan_is_nan_for_ever():
+    optimizer = optax.chain(optax.sgd(0.1), average_params(0.5))
+    params, state = jnp.array([1.0, 2.0]), optimizer.init(jnp.array([1.0, 2.0]))
+    for grad in (jnp.array([1.0, np.nan]), *[jnp.ones(2)] * 3):
+        updates, state = optimizer.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(np.isnan(averaged(state, params)), [False, True])
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_parameters_are_averaged_in_float32_at_least(dtype):
+    """As apply_updates rounds them, also where XLA could keep more bits, under jit."""
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    optimizer = optax.chain(optax.sgd(0.01), average_params(0.9))
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, visited = optimizer.init(params), []
+    for i in range(STEPS):
+        params, state = step(params, state, gradients(i, params))
+        visited.append(params)
+    average = optax.tree.get(state, "flood_average")
+    work = np.dtype("complex64" if dtype == "complex64" else "float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {work}
+    seen = jax.tree.map(lambda *each: np.stack(each).astype(work), *visited)
+    wanted = jax.tree.map(
+        lambda leaf: (
+            oracles.average(leaf.real, 0.9) + 1j * oracles.average(leaf.imag, 0.9)
+        ),
+        seen,
+    )
+    assert_average(average, wanted, 3e-7)
+    chex.assert_trees_all_equal(
+        averaged(state, params), jax.tree.map(lambda p: p.astype(dtype), average)
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_averaged_in_float64():
+    params = {"w": jnp.array([1.0, 2.0]), "half": jnp.array([1.0], jnp.bfloat16)}
+    state, visited = run(chain(0.9), params)
+    wanted = expected(visited, 0.9)
+    np.testing.assert_allclose(averaged(state, params)["w"], wanted["w"], rtol=1e-14)
+    average = optax.tree.get(state, "flood_average")
+    assert (average["w"].dtype, average["half"].dtype) == (np.float64, np.float32)
+    np.testing.assert_allclose(average["half"], wanted["half"], rtol=3e-7)
+
+
+def test_average_of_16_bit_parameters_does_not_stand_still():
+    """A hundredth of a small step is lost in bfloat16: the page's number."""
+    half = jnp.ones(3, jnp.bfloat16)
+    optimizer = average_params(0.99)
+    state, params = optimizer.init(half), half
+    update = jax.jit(optimizer.update)
+    for moved in (*[half * 0] * 100, half * 0.125, *[half * 0] * 500):
+        _, state = update(moved, state, params)
+        params = optax.apply_updates(params, moved)
+    wanted = oracles.average([*[1.0] * 100, *[1.125] * 501], 0.99)
+    np.testing.assert_allclose(state.flood_average, wanted, rtol=1e-6)
+    assert wanted > 1.12
+
+
+# ---- what has no average ----
+
+
+def test_leaves_that_are_no_floats_have_no_average_and_pass():
+    params = {
+        "w": jnp.array([1.0, 2.0]),
+        "count": jnp.array([3, 4]),
+        "key": jax.random.key(0),
+        "none": None,
+        "masked": optax.MaskedNode(),
+    }
+    zero = np.zeros((), jax.dtypes.float0)
+    updates = params | {"w": jnp.ones(2), "count": np.zeros(2, zero.dtype), "key": zero}
+    optimizer = average_params(0.5)
+    state = optimizer.init(params)
+    for _ in range(3):
+        same, state = optimizer.update(updates, state, params)
+        assert same is updates
+    masked = optax.MaskedNode()
+    average = state.flood_average
+    assert (average["count"], average["key"], average["none"]) == (masked, masked, None)
+    got = averaged(state, params)
+    chex.assert_trees_all_equal_structs(got, params)
+    np.testing.assert_array_equal(got["w"], [2, 3])
+    np.testing.assert_array_equal(got["count"], [3, 4])
+    assert (jax.random.key_data(got["key"]) == jax.random.key_data(params["key"])).all()
+
+
+def test_a_parameter_without_update_is_averaged_as_it_is():
+    params = {"w": jnp.array([1.0]), "still": jnp.array([5.0])}
+    optimizer = average_params(0.9)
+    state = optimizer.init(params)
+    for nothing in (None, optax.MaskedNode()):
+        updates = {"w": jnp.ones(1), "still": nothing}
+        _, state = optimizer.update(updates, state, params)
+    assert averaged(state, params) == {"w": 2.0, "still": 5.0}
+
+
+LABELS = {"w": "fast", "b": ("slow",)}
+
+
+def test_groups_of_a_partition_have_averages_of_their_own():
+    groups = {
+        "fast": optax.chain(optax.sgd(0.2), average_params(0.6)),
+        "slow": optax.chain(optax.adam(0.1), average_params(0.9)),
+    }
+    state, visited = run(optax.partition(groups, LABELS))
+    fast, slow = expected(visited, 0.6), expected(visited, 0.9)
+    assert_average(averaged(state, visited[-1]), {"w": fast["w"], "b": slow["b"]})
+
+
+FROZEN = {"w": False, "b": (True,)}
+PARTLY = {
+    "partition": lambda inner: optax.partition(
+        {"fast": inner, "slow": optax.set_to_zero()}, LABELS
+    ),
+    "freeze": lambda inner: optax.chain(
+        inner, optax.freeze(FROZEN), average_params(0.9)
+    ),
+    "selective": lambda inner: optax.selective_transform(inner, freeze_mask=FROZEN),
+    "masked": lambda inner: optax.chain(
+        optax.sgd(0.1), optax.masked(average_params(0.9), {"w": True, "b": False})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_parameters_without_average_are_given_back_as_they_are(name):
+    inner = optax.sgd(0.1)
+    if name in ("partition", "selective"):
+        inner = optax.chain(inner, average_params(0.9))
+    state, visited = run(PARTLY[name](inner))
+    got = averaged(state, visited[-1])
+    np.testing.assert_allclose(got["w"], expected(visited, 0.9)["w"], rtol=2e-6)
+    chex.assert_trees_all_equal(got["b"], visited[-1]["b"])
+    moves = visited[0]["b"][0] != visited[-1]["b"][0]
+    assert moves == (name == "masked")
+
+
+# ---- steps that are none ----
+
+
+def test_a_step_that_apply_if_finite_skips_is_no_step():
+    inner = optax.chain(optax.adam(0.1), average_params(0.9))
+    right = optax.chain(scale_by_flood(LEVEL), optax.apply_if_finite(inner, 9))
+    wrong = optax.chain(
+        scale_by_flood(LEVEL),
+        optax.apply_if_finite(optax.adam(0.1), 9),
+        average_params(0.9),
+    )
+    values = np.where(np.arange(STEPS) % 3 == 1, np.nan, VALUES)
+    counted = [i for i in range(STEPS) if np.isfinite(values[i])]
+    for optimizer in (right, wrong):
+        state, visited = run(optimizer, value=values)
+        got = averaged(state, visited[-1])
+        if optimizer is right:
+            kept = [visited[i] for i in counted]
+            assert_average(got, expected(kept, 0.9))
+            assert optax.tree.get(state, "flood_average_step") == len(counted)
+        else:  # as documented: behind it, each skipped step counts its parameters again
+            assert_average(got, expected(visited, 0.9))
+
+
+WINDOWS = {
+    "every_k": ({"every_k": 3}, {}, [3, 6, 9, 12, 15, 18, 21, 24]),
+    "flush": (
+        {"every_k": 4},
+        {"flush": np.arange(STEPS) % 7 == 1},  # after 2, 9, 16, 23 micro-batches
+        [2, 6, 9, 13, 16, 20, 23],
+    ),
+    "weights": (
+        {"every_k": 2},
+        {"weight": np.float32([1, 0, 0, 0, 3, 1] * 4 + [0])},
+        [k + i for k in range(0, 24, 6) for i in (2, 6)],  # the second counts nothing
+    ),
+    "skips": (
+        {"every_k": 2, "should_skip_update_fn": optax.skip_not_finite},
+        {"value": np.where(np.arange(STEPS) % 5 == 2, np.nan, VALUES)},
+        [2, 5, 7, 10, 12, 15, 17, 20, 22, 25],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_average_counts_windows_and_nothing_that_counts_nothing(name):
+    options, extra, ends = WINDOWS[name]
+    inner = optax.chain(optax.adam(0.1), average_params(0.8))
+    state, visited = run(flood(inner, LEVEL, **options), **extra)
+    kept = [visited[end - 1] for end in ends]
+    assert optax.tree.get(state, "flood_average_step") == len(ends)
+    assert_average(averaged(state, visited[-1]), expected(kept, 0.8))
+
+
+def test_multi_steps_around_it_counts_its_windows():
+    optimizer = optax.MultiSteps(optax.chain(optax.sgd(0.1), average_params(0.8)), 4)
+    state, visited = run(optimizer)
+    assert_average(averaged(state, visited[-1]), expected(visited[3::4], 0.8))
+
+
+# ---- decay ----
+
+
+def test_inject_hyperparams_changes_the_decay_without_a_new_trace():
+    optimizer = optax.inject_hyperparams(average_params)(decay=0.9)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    update = jax.jit(chex.assert_max_traces(optimizer.update, n=1))
+    visited, decays = [], [0.9] * 12 + [0.5] * 3
+    for i, decay in enumerate(decays):
+        state.hyperparams["decay"] = jnp.float32(decay)
+        updates, state = update(gradients(i), state, params)
+        params = optax.apply_updates(params, updates)
+        visited.append(params)
+    kept = expected(visited[:12], 0.9)
+    for after in visited[12:]:
+        kept = jax.tree.map(lambda a, p: 0.5 * (a + np.asarray(p)), kept, after)
+    assert_average(averaged(state, params), kept)
+
+
+def test_decay_of_16_bits_is_refused_and_the_remedy_works():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    rounded = optax.inject_hyperparams(average_params)(decay=0.999)
+    with pytest.raises(
+        TypeError, match=r"32 bits at least, got bfloat16, to which .999"
+    ):
+        jax.jit(rounded.init)(params)
+    kept = optax.inject_hyperparams(average_params, hyperparam_dtype=jnp.float32)
+    state, visited = run(optax.chain(optax.sgd(0.1), kept(decay=0.9)), params)
+    average = optax.tree.get(state, "flood_average")
+    assert_average(average, expected(visited, 0.9))
+
+
+def test_decays_may_be_mapped():
+    decays = jnp.array([0.0, 0.5, 0.9])
+
+    def last(decay):
+        state, visited = run(chain(decay, optax.sgd(0.1)), steps=8, jit=False)
+        return averaged(state, visited[-1])
+
+    together = jax.jit(jax.vmap(last))(decays)
+    for i, decay in enumerate(decays):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        _, visited = run(chain(inner=optax.sgd(0.1)), steps=8)
+        assert_average(one, expected(visited, float(decay)))
+
+
+BAD_DECAYS = {
+    "one": (1.0, ValueError, "must be in [0, 1), got 1.0."),
+    "per cent": (99, ValueError, "must be in [0, 1), got 99."),
+    "negative": (-0.1, ValueError, "must be in [0, 1), got -0.1."),
+    "nan": (np.nan, ValueError, "must be in [0, 1), got nan."),
+    "array": (np.array([0.9]), ValueError, "must be a scalar, got shape (1,)."),
+    "bool": (False, TypeError, "must be a real number, got False of type bool."),
+    "optimizer": (optax.sgd(1.0), TypeError, "must be a real number, got Gradient"),
+    "half": (np.float16(0.9), TypeError, "must have 32 bits at least, got float16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DECAYS)
+def test_bad_decay_is_refused(case):
+    decay, error, message = BAD_DECAYS[case]
+    with pytest.raises(
+        error, match=re.escape(f"`average_params(decay=...)` {message}")
+    ):
+        average_params(decay)
+
+
+def test_missing_parameters_are_refused():
+    optimizer = chain()
+    with pytest.raises(ValueError, match=r"needs the parameters, got None: pass `opt"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), value=1.0)
+
+
+# ---- averaged ----
+
+
+def test_averaged_outlives_a_donated_state():
+    optimizer = chain()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params, value=0.1)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.array([1.0, 2.0]), "count": jnp.array([1])}
+    params["count"] = params["count"].astype(jnp.float32)
+    state = jax.jit(optimizer.init)(params)
+    held = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, state))]
+    assert len(set(held)) == len(held)
+    for _ in range(3):
+        kept = averaged(state, params)
+        wanted = float64(kept)
+        params, state = step(params, state)
+        chex.assert_trees_all_equal(float64(kept), wanted)
+
+
+def test_averaged_finds_the_average_in_a_train_state_and_under_jit():
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=chain())
+    visited = []
+    for i in range(4):
+        state = state.apply_gradients(grads=gradients(i), value=VALUES[i])
+        visited.append(state.params)
+    got = jax.jit(lambda state: averaged(state, state.params))(state)
+    assert_average(got, expected(visited, 0.9))
+
+
+def test_averaged_of_an_nnx_optimizer_is_a_state_of_the_model():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    trainer = nnx.Optimizer(model, chain(), wrt=nnx.Param)
+    x = jnp.array([[1.0, 2.0, -1.0], [0.5, 0.0, 1.0]])
+
+    @nnx.jit
+    def step(model, trainer):
+        value, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+        trainer.update(model, grads, value=value)
+
+    visited = []
+    for _ in range(12):
+        step(model, trainer)
+        visited.append(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    average = averaged(trainer.opt_state, nnx.state(model, nnx.Param))
+    best = nnx.clone(model)
+    nnx.update(best, average)
+    assert_average(nnx.to_pure_dict(nnx.state(best, nnx.Param)), expected(visited, 0.9))
+
+
+def test_averaged_without_an_average_is_refused_and_the_remedy_works():
+    for optimizer in (optax.sgd(0.1), flood(optax.sgd(0.1), LEVEL)):
+        state = optimizer.init(PARAMS)
+        with pytest.raises(ValueError, match="state with an average, found none: put"):
+            averaged(state, PARAMS)
+    inner = optax.chain(optax.sgd(0.1), average_params(0.5))
+    state, visited = run(flood(inner, LEVEL))
+    assert_average(averaged(state, visited[-1]), expected(visited, 0.5))
+
+
+def test_two_averages_of_one_parameter_are_refused_and_the_remedy_works():
+    optimizer = optax.chain(optax.sgd(0.1), average_params(0.5), average_params(0.9))
+    state, visited = run(optimizer)
+    message = (
+        "found 2 of params['b'][0] in the state: [1]AverageState.flood_average, [2]"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        averaged(state, visited[-1])
+    for part, decay in ((state[1], 0.5), (state[2], 0.9)):
+        assert_average(averaged(part, visited[-1]), expected(visited, decay))
+
+
+OTHERS = {
+    "a leaf more": (PARAMS | {"v": jnp.ones(2)}, "params['v'] is in params alone."),
+    "a leaf less": ({"w": PARAMS["w"]}, "params['b'][0] is in the average alone."),
+    "a shape": (
+        PARAMS | {"w": jnp.ones((2, 3))},
+        "params['w'] has the shape (3,), in params (2, 3).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_parameters_that_were_not_averaged_are_refused(case):
+    params, message = OTHERS[case]
+    message = f"needs the tree that `optimizer.init` was given: {message}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        averaged(chain().init(PARAMS), params)
+
+
+def test_state_is_of_its_public_type():
+    state = chain().init(PARAMS)[-1]
+    assert type(state) is AverageState
