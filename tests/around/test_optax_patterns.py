@@ -308,9 +308,10 @@ def test_pattern_settles_at_the_level_and_ends_below_it_without_flooding(name):
 
 
 def test_lbfgs_stops_on_the_level_and_goes_to_zero_without_flooding():
-    """Its line search finds the level itself, so no step is below it."""
+    """Rounding decides which steps are below, so their share says nothing."""
     pattern = jax.jit(lbfgs)
-    np.testing.assert_allclose(late(pattern, B), B, rtol=1e-5)
+    for level in (0.05, B, 0.15):
+        np.testing.assert_allclose(late(pattern, level), level, rtol=1e-4)
     assert late(pattern, -np.inf).max() < 0.1 * B
 
 

@@ -49,6 +49,22 @@ def test_one_liner_sign_broadcasts_a_value_per_example_and_promotes():
     assert updates.dtype == jnp.bfloat16
 
 
+def test_step_that_climbs_can_explode_where_plain_training_converges():
+    def ends(loss_fn):
+        w, losses = jnp.float32(0.9), []
+        for _ in range(4):
+            w -= 0.4 * jax.grad(loss_fn)(w)
+            losses.append(float(w**4))
+        return losses
+
+    quartic = lambda w: w**4
+    assert ends(quartic)[-1] < 0.002
+    np.testing.assert_allclose(
+        ends(flood_optax.flooded(quartic, 0.9))[:2], [18.233, 21092.7], rtol=1e-4
+    )
+    assert ends(flood_optax.flooded(quartic, 0.9))[-1] == np.inf
+
+
 def naive_sign(level):
     """The one-liner as a transformation."""
 
