@@ -7,6 +7,7 @@ Wrap the loss before `jax.grad` with `flooded`, or put `scale_by_flood` first in
 from flood_optax import levels, objective, penalty, shapes, sharpness, sweep
 from flood_optax.average import AverageState, average_params, averaged
 from flood_optax.checks import FloodWarning
+from flood_optax.logs import metrics
 from flood_optax.objective import FloodInfo, flood_loss, flood_mean, flooded
 from flood_optax.shapes import Shape
 from flood_optax.transform import FloodState, scale_by_flood
@@ -29,6 +30,7 @@ __all__ = [
     "flood_mean",
     "flooded",
     "levels",
+    "metrics",
     "objective",
     "penalty",
     "scale_by_flood",

@@ -14,7 +14,7 @@ PUBLIC = {
     "flood_optax": """
         AverageState FloodInfo FloodState FloodWarning FloodWindow FloodWrapperState
         Shape average_params averaged flood flood_loss flood_mean flooded levels
-        objective penalty scale_by_flood shapes sharpness sweep
+        metrics objective penalty scale_by_flood shapes sharpness sweep
     """
 }
 SIGNATURES = {
@@ -27,6 +27,7 @@ SIGNATURES = {
     "should_skip_update_fn)",
     "average_params": "(decay)",
     "averaged": "(state, params)",
+    "metrics": "(state)",
     "shapes.soft": "(scale)",
     "shapes.asymmetric": "(ascent, dead_band)",
     "levels.warmup": "(level, start_step)",
