@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -65,7 +66,7 @@ def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
     array = jnp.asarray(given)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"`{call}` must be integers, got {array.dtype}.")
-    known = None if below is None else _known(given)
+    known = None if below is None else known_numbers(given)
     if known is not None and known.size and not 0 <= known.min() <= known.max() < below:
         least, most = known.min(), known.max()
         raise ValueError(
@@ -138,12 +139,13 @@ def check_level(level: Any, call: str) -> None:
         raise TypeError(
             f"`{call}` must be a number or an array of numbers, "
             f"got {level!r} of type {type(level).__name__}.{_unwrapping(level)}"
+            f"{' Call a schedule with the step.' if callable(level) else ''}"
         )
     dtype = jnp.result_type(level)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real:
         raise TypeError(f"`{call}` must be real, got dtype {dtype}.")
-    concrete = _known(level)
+    concrete = known_numbers(level)
     if concrete is None:
         return
     if np.isnan(concrete).any():
@@ -155,13 +157,27 @@ def check_level(level: Any, call: str) -> None:
         )
 
 
-def _known(given: Any) -> np.ndarray | None:
+def known_numbers(given: Any) -> np.ndarray | None:
     """The numbers in float64; None of a tracer, or where other processes hold some."""
     if isinstance(given, Tracer):
         return None
     if isinstance(given, jax.Array) and not given.is_fully_addressable:
         return None
     return np.asarray(given, np.float64)
+
+
+def check_axis(call: str, axis_name: Any) -> None:
+    """Demands an axis, or axes, over which this is mapped."""
+    if axis_name is None:
+        return
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"`{call}` with axis_name={axis_name!r} must be called inside "
+            "`jax.shard_map` or `jax.pmap` over that axis, got none that is mapped "
+            "here. Under `jax.jit` with sharded data leave axis_name out."
+        ) from None
 
 
 def check_scalar_level(level: Any, call: str) -> None:
@@ -177,10 +193,11 @@ def real_array(loss: Any, call: str) -> jax.Array:
             f"`{call}` must be the loss alone, got a tuple of {len(loss)}: "
             "pass the loss without aux, or use has_aux=True where there is one."
         )
-    if loss is None or isinstance(loss, str | list | dict) or _unwrapping(loss):
+    no_array = loss is None or isinstance(loss, str | list | dict) or callable(loss)
+    if no_array or _unwrapping(loss):
         raise TypeError(
             f"`{call}` must be an array of real floats, got {type(loss).__name__}."
-            f"{_unwrapping(loss)}"
+            f"{_unwrapping(loss)}{_calling(loss)}{_splitting(loss)}"
         )
     array = jnp.asarray(loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -198,6 +215,19 @@ def _unwrapping(given: Any) -> str:
     if not callable(getattr(given, "scalar", None)):
         return ""
     return " Pass the array in it: `.scalar()` where it has no axes, else `.array`."
+
+
+def _calling(given: Any) -> str:
+    """What to do with a function where its result is wanted."""
+    name = getattr(given, "__name__", "the function")
+    return f" Call it, and pass the result of `{name}(...)`." if callable(given) else ""
+
+
+def _splitting(given: Any) -> str:
+    """What to do with several losses where one is wanted."""
+    if not isinstance(given, dict):
+        return ""
+    return " One optimizer floods one loss: docs/traps.md, Two losses."
 
 
 def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
@@ -263,7 +293,7 @@ def loss_weights(
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"`{call}` must be real numbers, got {array.dtype}.")
     one_per_loss(call, array, shape)
-    concrete = _known(weights)
+    concrete = known_numbers(weights)
     if concrete is not None and not (np.isfinite(concrete) & (concrete >= 0)).all():
         raise ValueError(
             f"`{call}` must be non-negative and finite, got {concrete.min()} to "

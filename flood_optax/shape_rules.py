@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flood_optax.shapes import Shape
+
+_RESIDUALS = (-0.84375, -0.8125, -0.78125, 1.46875, 1.5, 1.53125)
 
 
 def check_shape(shape: Any, call: str) -> None:
@@ -23,27 +26,27 @@ def check_shape(shape: Any, call: str) -> None:
         raise TypeError(f"`{call}` must be a `flood_optax.Shape`, got {got}.")
     if getattr(shape.value, "derivative", None) == shape.multiplier:  # made here
         return
-    h = 1 / 32
-    for r in (-0.8125, 1.5):
-        around = (r - h, r, r + h)
-        phi, m = _at(shape.value, around), _at(shape.multiplier, around)
-        if phi is None or m is None:  # their own numbers are traced
-            return
+    phi, m = _at(shape.value, _RESIDUALS), _at(shape.multiplier, _RESIDUALS)
+    if phi is None or m is None:  # their own numbers are traced
+        return
+    slack = 1e-3 * np.abs(m).max() + 1e-5 * np.abs(phi).max()
+    for i in (0, 3):
+        here = slice(i, i + 3)
         # a mean of the derivative between the ends, also where it jumps there
-        slope = (phi[2] - phi[0]) / (2 * h)
-        slack = 1e-3 * np.abs(m).max() + 1e-5 * np.abs(phi).max()
-        if slope < m.min() - slack or slope > m.max() + slack:
+        slope = (phi[i + 2] - phi[i]) / (_RESIDUALS[i + 2] - _RESIDUALS[i])
+        if slope < m[here].min() - slack or slope > m[here].max() + slack:
             raise ValueError(
                 f"`{call}` must have a multiplier that is the derivative of its value, "
-                f"got {shape!r}: at r = {r} the value rises by {slope:.3g} per unit, "
-                f"the multiplier is {m[1]:.3g}. `Shape(value, multiplier)` takes phi "
-                "first, then its derivative."
+                f"got {shape!r}: at r = {_RESIDUALS[i + 1]} the value rises by "
+                f"{slope:.3g} per unit, the multiplier is {m[i + 1]:.3g}. "
+                "`Shape(value, multiplier)` takes phi first, then its derivative."
             )
 
 
 def check_turns_around(shape: Shape, band: float, call: str) -> None:
     """Demands that the loss climbs to one end of a band, and sinks to the other."""
-    far, close = 2 * band, 1e-4 * band  # r at the other end, and just before this one
+    # r at the other end and just before this one, normal numbers in float32
+    far, close = (min(max(x, 1e-37), 3e38) for x in (2 * band, 1e-4 * band))
     m = _at(shape.multiplier, (-far, -close, close, far))
     if m is None:
         return
@@ -58,14 +61,28 @@ def check_turns_around(shape: Shape, band: float, call: str) -> None:
     )
 
 
+def is_static(shape: Shape) -> bool:
+    """Whether compiled code may be kept for it: it is hashable, its numbers known."""
+    try:
+        hash(shape)
+    except TypeError:
+        return False
+    numbers = [getattr(part, "numbers", None) for part in shape]
+    if None in numbers:  # not made here: what its functions hold is seen in a result
+        return all(_at(part, _RESIDUALS) is not None for part in shape)
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(numbers))
+
+
 def _at(part: Callable[..., Any], residuals: tuple[float, ...]) -> np.ndarray | None:
     """A function of a shape at these residuals; None where its numbers are traced."""
     try:
         hash(part)
     except TypeError:
-        return _evaluated.__wrapped__(part, residuals)
+        evaluated = _evaluated.__wrapped__
+    else:
+        evaluated = _evaluated
     try:
-        return _evaluated(part, residuals)
+        return evaluated(part, residuals)
     except jax.errors.TracerArrayConversionError:
         return None
 

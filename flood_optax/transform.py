@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,14 @@ from flood_optax.bend import (
 )
 from flood_optax.checks import (
     DROPS_VALUE,
+    FloodWarning,
+    check_axis,
     check_scalar_level,
+    known_numbers,
     number,
     scalar_loss,
 )
-from flood_optax.shape_rules import check_shape
+from flood_optax.shape_rules import check_shape, check_turns_around, is_static
 from flood_optax.shapes import Shape, reflect
 
 Level = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -73,16 +77,17 @@ def scale_by_flood(
     loss handed to ``update``, b = ``level`` and :math:`\phi` = ``shape``: by default 1
     for L >= b (at a tie the step descends), -1 for L < b, and NaN for a NaN loss,
     which `optax.apply_if_finite` behind the flood catches. This is the gradient of
-    ``flooded(loss_fn, level)``, bit for bit. 0 times an infinite gradient is 0.
+    ``flooded(loss_fn, level)``: bit for bit in float32 and float64 where m is -1, 0 or
+    1, else to rounding. 0 times an infinite gradient is 0.
 
     With ``band`` = d the level is b + d after a step that was below its level, and
     b - d after any other, also the first and one with a NaN loss: the loss sinks to
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
     loss of b + d or above. With Adam, or momentum at moderate steps, the *averaged*
     weights gained points of accuracy under label noise (docs/strokes.md); the last ones
-    are those of some point of a stroke. A band needs a shape that turns around: `pause`
-    does not climb, `soft` slows down before an end and may rest there, and a dead band
-    holds the loss below the upper end.
+    are those of some point of a stroke. A band needs a shape that turns around:
+    `pause`, which does not climb, `soft`, which rests before an end, and a dead band,
+    which holds the loss below the upper end, are refused.
 
     Put it first in a chain, before moments, clipping and weight decay, and once: two
     floods undo each other, which neither can see. ``value`` must be the loss of the
@@ -97,7 +102,8 @@ def scale_by_flood(
         No gradient flows into it.
       band: half the width of the band around the level, a non-negative real scalar in
         the units of the loss; None or 0 is none. Where the loss cannot sink to b - d,
-        as a loss that is never negative cannot for d > b, this is plain training.
+        as a loss that is never negative cannot for d > b, this is plain training: that
+        gets a `flood_optax.FloodWarning`.
       shape: how to bend, see `flood_optax.shapes`.
       axis_name: mapped axis or axes (shard_map, pmap) over which ``value`` is averaged
         before it is compared. Under `jax.jit` with sharded data nothing is needed.
@@ -109,14 +115,19 @@ def scale_by_flood(
       * ``weight``, what this loss counts (its number of examples or tokens), a
         non-negative real scalar, 1 by default. Over ``axis_name`` the loss is then
         sum(weight * value) / sum(weight), in one collective; the gradient must be
-        averaged by the same weights. A part of weight 0 leaves no trace, NaN included;
-        where all is of weight 0, updates are 0 and the state stays as it was.
+        averaged by the same weights. A part of weight 0 leaves no trace here, NaN
+        included: where all is of weight 0, updates are 0 and this state stays as it
+        was. What stands behind in the chain sees zeros, by which Adam goes on with its
+        momentum; ``flood(inner, level)`` takes no step at all.
 
-      Every leaf keeps its dtype; integer, float0, None and masked leaves pass through.
+      Every leaf keeps its dtype; integer, float0, None, masked and key leaves pass.
 
     Raises:
-      ValueError: in update, if the loss is missing or not a scalar, or if ``value_fn``
-        is handed over.
+      ValueError: if the level is NaN or +inf, or an end of the band is not finite, or
+        the shape does not turn a band around; in update, if the loss is missing or not
+        a scalar, if ``value_fn`` is handed over, or if ``axis_name`` is not mapped.
+      TypeError: in update, for arguments that only flooding could mean and that it
+        would ignore, as ``weights``, ``values`` or ``level``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -138,11 +149,11 @@ def scale_by_flood(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    at_work = flooding(level, band, shape, "scale_by_flood")
+    compare = comparison("scale_by_flood", level, band, shape)
 
     def init_fn(params: optax.Params) -> FloodState:
         del params
-        return at_work.init()
+        return initial_state()
 
     def update_fn(
         updates: optax.Updates,
@@ -150,7 +161,6 @@ def scale_by_flood(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
         if extra_args.get("value_fn") is not None:
             raise ValueError(
                 "`scale_by_flood` must not stand in front of an optimizer that "
@@ -159,97 +169,143 @@ def scale_by_flood(
                 "`flood_optax.flooded(loss_fn, level)`."
             )
         before: FloodState = own_state(state, FloodState, "scale_by_flood()")
-        read = batch_loss("scale_by_flood()", extra_args, axis_name)
-        bent, after = at_work.step(before, read.loss)
-        multiplier = bent.multiplier
-        if not isinstance(read.weight, int):
-            counts = read.weight != 0
-            multiplier = jnp.where(counts, multiplier, 0)
-            after = jax.tree.map(functools.partial(jnp.where, counts), after, before)
-        return scaled(updates, multiplier), after
+        read = batch_loss("scale_by_flood()", extra_args, axis_name, updates, params)
+        counts = None if isinstance(read.weight, int) else read.weight != 0
+        bent, after = compare(before, read.loss, counts)
+        return scaled(updates, bent.multiplier), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class Flooding(NamedTuple):
-    """A level and a shape at work: the state to start with, and one comparison."""
-
-    init: Callable[[], FloodState]
-    step: Callable[[FloodState, jax.Array], tuple[Bent, FloodState]]
+Comparison = Callable[..., tuple[Bent, FloodState]]
 
 
-def flooding(level: Level, band: ArrayLike | None, shape: Shape, call: str) -> Flooding:
-    """What every optax form does with one loss of one step."""
+def initial_state() -> FloodState:
+    """Zeros, each an array of its own, so that the state can be donated."""
+    return FloodState(
+        flood_step=jnp.zeros([], jnp.int32),
+        flood_level=jnp.zeros([], jnp.float32),
+        flood_value=jnp.zeros([], jnp.float32),
+        flood_below=jnp.zeros([], jnp.int32),
+    )
+
+
+def comparison(
+    call: str, level: Level, band: ArrayLike | None, shape: Shape
+) -> Comparison:
+    """Checks what an optax form is given, and returns its comparison of one loss."""
     check_shape(shape, f"{call}(shape=...)")
-    middle = _schedule(level, f"{call}(level=...)")
-    level_at = _banded(middle, band, f"{call}(band=...)")
-    remembers = _is_band(band)
-
-    def init() -> FloodState:
-        return FloodState(
-            flood_step=jnp.zeros([], jnp.int32),
-            flood_level=jnp.zeros([], jnp.float32),
-            flood_value=jnp.zeros([], jnp.float32),
-            flood_below=jnp.zeros([], jnp.int32),
-        )
-
-    def step(state: FloodState, loss: jax.Array) -> tuple[Bent, FloodState]:
-        bent = bend(loss, level_at(state, compare_dtype(loss.dtype)), shape)
-        is_below = bent.loss < bent.level
-        level, value = bent.level.astype(jnp.float32), bent.loss.astype(jnp.float32)
-        if remembers and bent.loss.dtype == np.float64:
-            # rounding must not hide that it was below
-            under = jnp.nextafter(level, -jnp.inf)
-            value = jnp.where(is_below, jnp.minimum(value, under), value)
-        more = jnp.asarray(optax.safe_increment(state.flood_below))
-        return bent, FloodState(
-            # a run of more than 2^31 steps must not start again at negative ones
-            flood_step=jnp.asarray(optax.safe_increment(state.flood_step)),
-            flood_level=level,
-            flood_value=value,
-            flood_below=jnp.where(is_below, more, state.flood_below),
-        )
-
-    return Flooding(init, step)
-
-
-def _schedule(level: Level, call: str) -> Callable[[jax.Array], jax.Array]:
-    """The level as a function of the step, checked as early as its number is known."""
     if not callable(level):
-        check_scalar_level(level, call)
-        return lambda step: jnp.asarray(level)
+        check_scalar_level(level, f"{call}(level=...)")
+    has_band = _check_band(call, level, band, shape)
+    compiled = is_static(shape)
 
-    def level_at(step: jax.Array) -> jax.Array:
-        now = level(step)
-        check_scalar_level(now, call)
-        return jnp.asarray(now)
+    def compare(
+        state: FloodState, loss: jax.Array, counts: jax.Array | None = None
+    ) -> tuple[Bent, FloodState]:
+        now = level
+        if callable(now):
+            now = now(state.flood_step)
+            check_scalar_level(now, f"{call}(level=...)")
+            _check_ends(call, now, band)
+        given = state, loss, jnp.asarray(now), band if has_band else None, counts
+        # Eagerly one dispatch instead of forty, and no field that is an array of the
+        # caller's: the state may be donated.
+        eager = compiled and not _any_traced(given)
+        return (_compare_eagerly if eager else _compare)(*given, shape=shape)
 
-    return level_at
+    return compare
 
 
-def _is_band(band: ArrayLike | None) -> bool:
-    """Whether there is one, as far as it is known: 0 is none."""
-    return band is not None and (isinstance(band, Tracer) or bool(np.any(band)))
-
-
-def _banded(
-    level_at: Callable[[jax.Array], jax.Array], band: ArrayLike | None, call: str
-) -> Callable[[FloodState, np.dtype], jax.Array]:
-    """The level, or the end of the band around it towards which the loss moves."""
+def _compare(
+    state: FloodState,
+    loss: jax.Array,
+    level: jax.Array,
+    band: ArrayLike | None,
+    counts: jax.Array | None,
+    *,
+    shape: Shape,
+) -> tuple[Bent, FloodState]:
+    """One loss at its level or end of the band; it leaves no trace if it must not."""
+    dtype = compare_dtype(loss.dtype)
     if band is not None:
-        most = float(np.finfo(jnp.result_type(float)).max)
-        number(call, band, "non-negative and finite", lambda d: 0 <= d <= most)
-    if not _is_band(band):
-        return lambda state, dtype: level_at(state.flood_step)
+        climbs = state.flood_value < state.flood_level  # as the last step did
+        level = level.astype(dtype)
+        # off stays off, also for a traced band such as a fifth of the level, -inf here
+        half = jnp.where(level == -jnp.inf, 0, jnp.asarray(band, dtype))
+        level += jnp.where(climbs, half, -half)
+    bent = bend(loss, level, shape)
+    is_below = bent.loss < bent.level
+    end, value = bent.level.astype(jnp.float32), bent.loss.astype(jnp.float32)
+    if band is not None and dtype == np.float64:
+        # Rounding must not hide that it was below, nor XLA, to which a subnormal is 0.
+        tiny = float(np.finfo(np.float32).tiny)
+        subnormal = jnp.abs(end) < tiny
+        just_below = jnp.where(subnormal, -tiny, jnp.nextafter(end, -jnp.inf))
+        value = jnp.where(is_below, jnp.minimum(value, just_below), value)
+    below = jnp.asarray(optax.safe_increment(state.flood_below))
+    after = FloodState(
+        # a run of more than 2^31 steps must not start again at negative ones
+        flood_step=jnp.asarray(optax.safe_increment(state.flood_step)),
+        flood_level=end,
+        flood_value=value,
+        flood_below=jnp.where(is_below, below, state.flood_below),
+    )
+    if counts is not None:
+        bent = bent._replace(multiplier=jnp.where(counts, bent.multiplier, 0))
+        after = jax.tree.map(functools.partial(jnp.where, counts), after, state)
+    return bent, after
 
-    def end(state: FloodState, dtype: np.dtype) -> jax.Array:
-        rises = state.flood_value < state.flood_level  # the last step went up
-        middle = level_at(state.flood_step).astype(dtype)
-        # off is off, also for a traced band such as a fifth of the level, -inf here
-        half = jnp.where(middle == -jnp.inf, 0, jnp.asarray(band, dtype))
-        return middle + jnp.where(rises, half, -half)
 
-    return end
+_compare_eagerly = jax.jit(_compare, static_argnames="shape")
+
+
+def _any_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _check_band(call: str, level: Level, band: ArrayLike | None, shape: Shape) -> bool:
+    """Whether there is a band, as far as it is known: 0 is none."""
+    if band is None:
+        return False
+    number(
+        f"{call}(band=...)",
+        band,
+        "non-negative and finite",
+        lambda d: 0 <= d <= _most(),
+    )
+    d = known_numbers(band)
+    if d is not None and d == 0:
+        return False
+    check_turns_around(shape, 1.0 if d is None else float(d), f"{call}(band=...)")
+    if callable(level):
+        return True
+    _check_ends(call, level, band)
+    b = known_numbers(level)
+    if d is not None and b is not None and d > b > 0:
+        warnings.warn(
+            f"`{call}(band=...)` should not be above the level, got {band} above "
+            f"{level}: a loss that is never negative does not sink to {b - d:.6g}, so "
+            "this is plain training. A fifth of the level is common.",
+            FloodWarning,
+            stacklevel=4,
+        )
+    return True
+
+
+def _check_ends(call: str, level: ArrayLike, band: ArrayLike | None) -> None:
+    """An end at +inf would be climbed to for ever, one at -inf be off in silence."""
+    if band is None:
+        return
+    b, d = known_numbers(level), known_numbers(band)
+    if b is not None and d is not None and np.isfinite(b) and abs(b) + d > _most():
+        raise ValueError(
+            f"`{call}(band=...)` must leave both ends finite, got {band} about {level}."
+        )
+
+
+def _most() -> float:
+    return float(np.finfo(jnp.result_type(float)).max)
 
 
 class BatchLoss(NamedTuple):
@@ -259,15 +315,49 @@ class BatchLoss(NamedTuple):
     weight: jax.Array | int
 
 
+# What only flooding could mean, and no update knows: it would be ignored.
+_NEAR_MISSES = {
+    "weights": "`weight=`, one number: what this loss counts",
+    "values": "`value=`, the mean loss of the batch",
+    "losses": "`value=`, the mean loss of the batch",
+    "level": "`{form}(..., level)`; one that changes is a schedule",
+    "levels": "`{form}(..., level)`; one that changes is a schedule",
+    "band": "`{form}(..., level, band=...)`",
+    "every_k": "`flood(inner, level, every_k=...)`",
+    "axis_name": "`{form}(..., level, axis_name=...)`",
+}
+
+
+def _check_names(call: str, extra_args: Collection[str]) -> None:
+    for name, remedy in _NEAR_MISSES.items():
+        if name in extra_args:
+            form = call[: call.index("(")]
+            raise TypeError(
+                f"`{call}.update({name}=...)` must not be given, got one, which would "
+                f"be ignored: use {remedy.format(form=form)}."
+            )
+
+
 def batch_loss(
-    call: str, extra_args: dict[str, Any], axis_name: AxisName | None
+    call: str,
+    extra_args: dict[str, Any],
+    axis_name: AxisName | None,
+    updates: Any,
+    params: Any,
 ) -> BatchLoss:
     """The raw loss handed to an update, checked and averaged over the mapped axis."""
-    name = "loss" if extra_args.get("value") is None else "value"
+    given_names = {name for name, given in extra_args.items() if given is not None}
+    if "value_fn" not in given_names:  # whose arguments may have any name
+        _check_names(call, given_names)
+    check_axis(call, axis_name)
+    name = "value" if "value" in given_names else "loss"
     given, weight = extra_args.get(name), extra_args.get("weight")
     if given is None:
+        got = "None"
+        if _is_scalar(params) and not _is_scalar(updates):
+            got = "None, and a scalar, perhaps the loss, in the place of params"
         raise ValueError(
-            f"`{call}.update(value=...)` needs the current loss, got None: "
+            f"`{call}.update(value=...)` needs the current loss, got {got}: "
             f"pass `optimizer.update(grads, state, params, value=loss)`. {DROPS_VALUE}"
         )
     share = scalar_loss(
@@ -290,6 +380,12 @@ def batch_loss(
     return BatchLoss(counted.astype(share.dtype), part)
 
 
+def _is_scalar(tree: Any) -> bool:
+    return isinstance(tree, float | np.generic | np.ndarray | jax.Array) and (
+        np.shape(tree) == ()
+    )
+
+
 def own_state(state: Any, kind: type, call: str) -> Any:
     """The state, which must be of this transformation."""
     if not isinstance(state, kind):
@@ -308,7 +404,7 @@ def scaled(updates: optax.Updates, multiplier: jax.Array) -> optax.Updates:
 
 def _scaled_leaf(multiplier: jax.Array, update: Any) -> Any:
     """0 times inf is 0; 16-bit leaves are multiplied in float32 and rounded once."""
-    dtype = jnp.result_type(update)
+    dtype = jax.dtypes.result_type(update)  # of keys, too
     if not jnp.issubdtype(dtype, jnp.inexact):
         return update
     update = jnp.asarray(update)

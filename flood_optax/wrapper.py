@@ -19,7 +19,8 @@ from flood_optax.transform import (
     FloodState,
     Level,
     batch_loss,
-    flooding,
+    comparison,
+    initial_state,
     own_state,
     scaled,
 )
@@ -134,13 +135,13 @@ def flood(
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
     inner = _optimizer(inner)
-    at_work = flooding(level, band, shape, "flood")
+    compare = comparison("flood", level, band, shape)
     windows = accumulation(every_k, should_skip_update_fn)
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
         _refuse_floods_and_windows(inner_state)
-        return FloodWrapperState(at_work.init(), inner_state, windows.init(params))
+        return FloodWrapperState(initial_state(), inner_state, windows.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -156,7 +157,7 @@ def flood(
             windows=before.flood_window != (),
             weighted=axis_name is not None and extra_args.get("weight") is not None,
         )
-        read = batch_loss("flood(inner)", extra_args, axis_name)
+        read = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
         batch = windows.add(
             before.flood_window,
             updates,
@@ -168,7 +169,7 @@ def flood(
 
         def step() -> tuple[Any, FloodWrapperState]:
             means, mean_loss = batch.means()
-            bent, flood_state = at_work.step(before.flood_state, mean_loss)
+            bent, flood_state = compare(before.flood_state, mean_loss)
             stepped, inner_state = inner.update(
                 scaled(means, bent.multiplier),
                 before.flood_inner_state,

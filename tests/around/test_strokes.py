@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax import lax
 
-from flood_optax import FloodState, flood, flooded, scale_by_flood, sweep
+from flood_optax import FloodState, Shape, flood, flooded, scale_by_flood, shapes, sweep
 from tests import forms, oracles, stores
 
 LEVEL, BAND = 0.625, 0.125
@@ -91,9 +91,22 @@ def test_band_in_the_loss_form_is_the_optax_form_bit_for_bit(form, inner):
     assert {*np.unique(ends)} == {LEVEL - BAND, LEVEL + BAND}
 
 
-@pytest.mark.parametrize("shape", forms.SHAPES)
-def test_band_bends_every_shape_at_its_ends(shape):
-    made = forms.SHAPES[shape]
+TURNING = {
+    "reflect": (shapes.reflect(), oracles.reflect),
+    "asymmetric": (shapes.asymmetric(0.5), oracles.asymmetric(0.5, 0.0)),
+    "own": (
+        Shape(
+            lambda r: jnp.abs(r) + r * r / 2,
+            lambda r: jnp.where(r >= 0, 1 + r, r - 1),
+        ),
+        lambda r: (abs(r) + r**2 / 2, np.where(r >= 0, 1 + r, r - 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", TURNING)
+def test_band_bends_every_shape_that_turns_around_at_its_ends(shape):
+    made, oracle = TURNING[shape]
     optimizer = flood(optax.sgd(0.1), LEVEL, band=BAND, shape=made)
     params, _, losses = by_optax(optimizer, 60)
     other, _, other_losses = by_hand(optax.sgd(0.1), 60, shape=made)
@@ -103,7 +116,7 @@ def test_band_bends_every_shape_at_its_ends(shape):
     ends, _ = oracles.strokes(losses, LEVEL, BAND)
     assert {*np.unique(ends)} == {LEVEL - BAND, LEVEL + BAND}
     got, _ = walked(scale_by_flood(LEVEL, band=BAND, shape=made), value=losses)
-    slopes = oracles.SHAPES[shape](np.float64(losses) - ends)[1]
+    slopes = oracle(np.float64(losses) - ends)[1]
     np.testing.assert_allclose(got, slopes, rtol=1e-5, atol=1e-6)
 
 

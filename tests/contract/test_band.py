@@ -1,6 +1,7 @@
 """The band, between whose ends the loss swings, against a walk through it in Python."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, flood, scale_by_flood, shapes
+from flood_optax import FloodState, FloodWarning, Shape, flood, scale_by_flood, shapes
 from tests import forms, oracles
 
 LEVEL, BAND = 0.625, 0.125  # the ends are .5 and .75, exact in 16 bits
@@ -175,7 +176,7 @@ def test_band_of_integers_keeps_its_sign(band):
 
 def test_band_and_level_may_be_traced_and_mapped():
     losses = walk(200, np.float32)
-    bands = jnp.array([0.0, 0.03, BAND, 0.2, 2.0])
+    bands = jnp.array([0.0, 0.03, BAND, 0.2, 0.4])
 
     def run(level, band):
         return course(scale_by_flood(level, band=band), losses)["multiplier"]
@@ -290,8 +291,9 @@ def test_injected_flood_has_a_band_in_its_state_only_if_it_was_given_one(make):
 
 def test_strict_promotion_takes_a_band_of_another_dtype():
     with jax.numpy_dtype_promotion("strict"):
-        for band in (jnp.bfloat16(BAND), np.float16(BAND), BAND, np.uint8(0)):
-            transform = scale_by_flood(jnp.float32(LEVEL), band=band)
+        bands = (jnp.bfloat16(BAND), np.float16(BAND), BAND, np.uint8(0))
+        for level, band in itertools.product((np.float32, np.float16), bands):
+            transform = scale_by_flood(level(LEVEL), band=band)
             _, state = transform.update(
                 jnp.ones(2), transform.init(jnp.ones(2)), value=jnp.bfloat16(0.5)
             )
@@ -318,9 +320,15 @@ def test_band_that_changes_its_value_is_not_traced_again_and_may_be_donated():
     assert seen == [0.5, 0.875, 0.6875, 0.625]
 
 
+steeper = Shape(  # than |r|, the more so the farther away
+    lambda r: jnp.abs(r) + r * r / 2,
+    lambda r: jnp.where(r >= 0, 1 + r, r - 1),
+)
+
+
 def test_no_gradient_flows_into_the_band():
     def after(band):
-        transform = scale_by_flood(LEVEL, band=band, shape=shapes.soft())
+        transform = scale_by_flood(LEVEL, band=band, shape=steeper)
         state, total = transform.init(jnp.ones([])), 0.0
         for loss in (0.45, 0.6, 0.9):
             update, state = transform.update(jnp.ones([]), state, value=loss)
@@ -345,28 +353,108 @@ def parabola(shape, steps=400):
     return jax.device_get(jax.lax.scan(step, start, length=steps)[1])
 
 
-def test_shapes_that_turn_around_make_strokes_and_the_others_come_to_rest():
-    for shape, least in ((shapes.reflect(), 18), (shapes.asymmetric(0.5), 12)):
-        ends, losses = parabola(shape)
-        assert np.sum(np.diff(ends[200:]) != 0) >= least
-        assert losses[200:].min() == pytest.approx(0.8, abs=0.05)
-        assert losses[200:].max() == pytest.approx(1.2, abs=0.05)
-    resting = {
-        "pause": (shapes.pause(), 1.2, 0.79),  # below the band: it cannot climb
-        "soft": (shapes.soft(0.1), 0.8, 0.94),  # still above its lower end
-        "dead_band": (shapes.asymmetric(1.0, 0.1), 1.2, 1.1),  # the end less that
-    }
-    for shape, end, rest in resting.values():
-        ends, losses = parabola(shape)
-        np.testing.assert_array_equal(ends[200:], np.float32(end))
-        assert losses[-1] == pytest.approx(rest, abs=0.05)
+@pytest.mark.parametrize(
+    ("shape", "least"),
+    [(shapes.reflect(), 18), (shapes.asymmetric(0.5), 12), (steeper, 18)],
+    ids=["reflect", "asymmetric", "own"],
+)
+def test_shapes_that_turn_around_make_strokes(shape, least):
+    ends, losses = parabola(shape)
+    assert np.sum(np.diff(ends[200:]) != 0) >= least
+    assert losses[200:].min() == pytest.approx(0.8, abs=0.05)
+    assert losses[200:].max() == pytest.approx(1.2, abs=0.05)
+
+
+RESTING = {
+    "pause": shapes.pause(),  # below the band: it cannot climb
+    "no_ascent": shapes.asymmetric(0.0),
+    "soft": shapes.soft(0.1),  # rests still above the lower end
+    "dead_band": shapes.asymmetric(1.0, 0.1),  # at the upper end less that
+    "deep": shapes.asymmetric(1.0, 0.5),  # never below it
+    "own": Shape(lambda r: r * r / 2, lambda r: r),
+    "climbing": Shape(lambda r: -r, lambda r: -jnp.ones_like(r)),  # never sinks
+}
+
+
+@pytest.mark.parametrize("call", ["scale_by_flood", "flood", "injected"])
+@pytest.mark.parametrize("rests", RESTING)
+def test_band_refuses_a_shape_that_rests_at_an_end(rests, call):
+    make = {
+        "scale_by_flood": functools.partial(scale_by_flood, 1.0),
+        "flood": functools.partial(flood, optax.sgd(0.02), 1.0),
+        "injected": lambda **options: optax.inject_hyperparams(
+            scale_by_flood, static_args="shape"
+        )(1.0, **options).init(jnp.ones(2)),
+    }[call]
+    call = "scale_by_flood" if call == "injected" else call
+    message = f"`{call}(band=...)` must come with a shape that turns the loss around"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(band=0.2, shape=RESTING[rests])
+    make(band=0.0, shape=RESTING[rests])  # is none
+
+
+def test_band_cannot_know_whether_a_shape_of_traced_numbers_turns_around():
+    @jax.jit
+    def update(ascent):
+        transform = scale_by_flood(1.0, band=0.2, shape=shapes.asymmetric(ascent))
+        return transform.update(ascent, transform.init(ascent), value=0.3)[0]
+
+    assert update(0.5) == -0.25
+
+
+@pytest.mark.parametrize(
+    "make", [scale_by_flood, functools.partial(flood, optax.sgd(1))]
+)
+def test_band_wider_than_a_positive_level_is_warned_of(make):
+    with pytest.warns(FloodWarning, match="got 0.6 above 0.5: a loss that") as caught:
+        make(0.5, band=0.6)
+    assert caught[0].filename == __file__
+    for level, band in ((0.5, 0.5), (-0.5, 0.6), (0.0, 0.1), (-np.inf, 0.1)):
+        make(level, band=band)
+    make(lambda step: 0.5, band=0.6)
 
 
 def test_band_below_which_no_loss_can_sink_is_plain_training():
     losses = np.maximum(walk(STEPS, np.float32, spoiled=False) - np.float32(0.4), 0)
-    found = course(scale_by_flood(0.1, band=0.125), losses)
+    with pytest.warns(FloodWarning, match="so this is plain training"):
+        transform = scale_by_flood(0.1, band=0.125)
+    found = course(transform, losses)
     assert np.sum(losses < 0.1) > 50
     assert found["flood_below"][-1] == 0
+
+
+@pytest.mark.parametrize("level", [3e38, -3e38, lambda step: 3e38], ids=str)
+def test_band_whose_end_overflows_is_refused(level):
+    """An upper end of +inf would ascend for ever, a lower one of -inf be off."""
+    with pytest.raises(ValueError, match=r"must leave both ends finite, got 2e\+38"):
+        course(scale_by_flood(level, band=2e38), np.zeros(1))
+    scale_by_flood(-np.inf, band=2e38)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("level", "band"),
+    [(0.1, 0.1), (-0.125, 0.125), (1e-300, 1e-300), (2e-38, 1.9e-38)],
+)
+def test_band_of_float64_with_an_end_at_zero_keeps_its_strokes(level, band):
+    """A float32 number just below 0 is subnormal, and XLA takes it for 0."""
+    ends = np.array([level - band, level + band])
+    losses = np.repeat(ends, 3) + np.tile([-1e-50, 0.0, 1e-50], 2)
+    losses = np.random.default_rng(0).choice([*losses, -1.0, 1.0], 200)
+    assert_multipliers(scale_by_flood(level, band=band), losses, level, band)
+
+
+@pytest.mark.usefixtures("x64")
+def test_band_of_float64_climbs_from_just_below_zero():
+    losses = np.array([0.05, -1e-50, 0.15, 0.25])
+    found = course(scale_by_flood(0.1, band=0.1), losses)
+    np.testing.assert_array_equal(found["multiplier"], [1, -1, -1, 1])
+
+
+def assert_multipliers(optimizer, losses, level, band):
+    _, multipliers = oracles.strokes(losses, level, band)
+    assert {*multipliers} == {-1.0, 1.0}
+    np.testing.assert_array_equal(course(optimizer, losses)["multiplier"], multipliers)
 
 
 def test_loss_trained_with_adam_stays_about_the_band():

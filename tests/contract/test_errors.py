@@ -77,8 +77,8 @@ def test_legal_levels_are_taken(call, level):
 
 
 BANDS = {
-    "scale_by_flood": lambda band: scale_by_flood(0.5, band=band),
-    "flood": lambda band: flood(optax.sgd(0.1), 0.5, band=band),
+    "scale_by_flood": lambda band: scale_by_flood(-0.5, band=band),
+    "flood": lambda band: flood(optax.sgd(0.1), -0.5, band=band),
 }
 RULE = "must be non-negative and finite, got "
 BAD_BANDS = {
@@ -148,6 +148,45 @@ CASES = {
         lambda: update("0.3"),
         TypeError,
         "must be an array of real floats, got str.",
+    ),
+    "value_function": (
+        lambda: update(jnp.sum),
+        TypeError,
+        "must be an array of real floats, got function. Call it, and pass the result "
+        "of `sum(...)`.",
+    ),
+    "value_dict": (
+        lambda: update({"actor": 0.3, "critic": 0.4}),
+        TypeError,
+        "must be an array of real floats, got dict. One optimizer floods one loss: "
+        "docs/traps.md, Two losses.",
+    ),
+    "value_positional": (
+        lambda: scale_by_flood(0.5).update(
+            GRADS, scale_by_flood(0.5).init(GRADS), jnp.float32(0.3)
+        ),
+        ValueError,
+        "got None, and a scalar, perhaps the loss, in the place of params: pass "
+        "`optimizer.update(grads, state, params, value=loss)`.",
+    ),
+    "axis_unmapped": (
+        lambda: update(0.3, scale_by_flood(0.5, axis_name="data")),
+        ValueError,
+        "`scale_by_flood()` with axis_name='data' must be called inside "
+        "`jax.shard_map` or `jax.pmap` over that axis, got none that is mapped here. "
+        "Under `jax.jit` with sharded data leave axis_name out.",
+    ),
+    "axes_unmapped": (
+        lambda: update(
+            0.3, flood(optax.sgd(0.1), 0.5, axis_name=("a", "b")), weight=2.0
+        ),
+        ValueError,
+        "`flood(inner)` with axis_name=('a', 'b') must be called inside",
+    ),
+    "level_schedule_of_a_loss": (
+        lambda: flood_loss(LOSSES, lambda step: 0.1),
+        TypeError,
+        "Call a schedule with the step.",
     ),
     "loss_vector": (
         lambda: update(None, loss=jnp.ones(2)),
@@ -436,6 +475,42 @@ def test_bad_input_gets_its_message(case):
     call, error, message = CASES[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+NEAR_MISSES = ["weights", "values", "losses", "level", "levels", "band", "every_k"]
+FORMS = {
+    "scale_by_flood()": scale_by_flood(0.5),
+    "flood(inner)": flood(optax.sgd(0.1), 0.5, every_k=2),
+}
+
+
+@pytest.mark.parametrize("name", [*NEAR_MISSES, "axis_name"])
+@pytest.mark.parametrize("form", FORMS)
+def test_names_that_only_flooding_could_mean_are_refused_by_update(form, name):
+    for inside in (FORMS[form], optax.chain(FORMS[form], optax.sgd(0.1))):
+        message = f"`{form}.update({name}=...)` must not be given, got one, which would"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            update(0.3, inside, **{name: 0.3})
+        update(0.3, inside, **{name: None})  # as not given
+
+
+def test_names_that_belong_to_others_in_the_chain_reach_them():
+    seen = {}
+
+    def other(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    names = {"loss": 0.25, "step": 7, "batch": LOSSES, "obj_fn": jnp.sum, "key": None}
+    reader = optax.GradientTransformationExtraArgs(lambda _: (), other)
+    update(0.3, optax.chain(scale_by_flood(0.5), reader), **names)
+    assert seen == {"value": 0.3, **names}
+    seen.clear()
+    # what value_fn takes may have any name
+    of_search = names | {"value_fn": jnp.sum, "weights": LOSSES, "level": 3}
+    update(0.3, flood(reader, 0.2), **of_search)
+    assert of_search.keys() <= seen.keys()
+    assert seen["weights"] is LOSSES
 
 
 @pytest.mark.parametrize("case", ["value_missing", "value_vector", "flooded_vector"])

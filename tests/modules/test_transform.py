@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, scale_by_flood, shapes
+from flood_optax import FloodState, flood, scale_by_flood, shapes
 
 GRADS = {"w": jnp.array([[1.5, -2.0, 0.25]]), "b": (jnp.array(-3.0),)}
 
@@ -167,3 +167,47 @@ def test_scale_by_flood_counters_stay_at_the_largest_int():
         _, after = update(GRADS, state._replace(flood_step=3), value=jnp.float32(0.75))
         assert after.flood_step == 4
         assert after.flood_below == largest
+
+
+@pytest.mark.parametrize("kind", ["array", "schedule", "band"])
+def test_scale_by_flood_state_shares_no_array_with_its_caller(kind):
+    """A state that is donated must not take the level or the loss with it."""
+    level, value = jnp.float32(0.5), jnp.float32(0.7)
+    transform = {
+        "array": lambda: scale_by_flood(level),
+        "schedule": lambda: scale_by_flood(lambda step: level),
+        "band": lambda: scale_by_flood(level, band=jnp.float32(0.1)),
+    }[kind]()
+    _, state = transform.update(GRADS, transform.init(GRADS), value=value)
+    consume = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    jax.block_until_ready(consume(state))
+    assert all(x.is_deleted() for x in state)
+    assert not level.is_deleted()
+    assert not value.is_deleted()
+
+
+def test_scale_by_flood_key_leaves_pass_through():
+    grads = {"key": jax.random.key(3), "w": jnp.array(2.0)}
+    transform = scale_by_flood(0.5)
+    for update in (transform.update, jax.jit(transform.update)):
+        updates, _ = update(grads, transform.init(grads), value=0.25)
+        assert updates["key"] == grads["key"]
+        assert updates["w"] == -2
+
+
+def test_scale_by_flood_of_weight_zero_leaves_adam_behind_it_its_momentum():
+    """The chain cannot keep the others from a step; `flood` around them does."""
+    params, grads = jnp.array(1.0), jnp.array(1.0)
+    chain = optax.chain(scale_by_flood(0.5), optax.adam(0.1))
+    wrapper = flood(optax.adam(0.1), 0.5)
+    updates = []
+    for optimizer in (chain, wrapper):
+        _, state = optimizer.update(grads, optimizer.init(params), params, value=0.7)
+        update, after = optimizer.update(
+            jnp.nan * grads, state, params, value=jnp.nan, weight=0.0
+        )
+        updates.append(update)
+        if optimizer is wrapper:
+            chex.assert_trees_all_equal(after, state)
+    m, v = 0.9 * 0.1 / (1 - 0.9**2), 0.999 * 0.001 / (1 - 0.999**2)
+    np.testing.assert_allclose(updates, [-0.1 * m / v**0.5, 0], rtol=1e-4)
