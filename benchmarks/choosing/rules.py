@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.choosing.settings import Constants
+from benchmarks.own_rules import accordance_level
 from flood_optax import levels
 
 VALID_LOSS, VALID_ACCURACY, ACCURACY = 0, 1, 2  # in what a check reads off
@@ -110,7 +111,7 @@ def read_off(trunk: Trunk, constants: Constants) -> dict[str, float]:
         ),
         "wave": float(losses[wave]),
         "accordance": float(
-            levels.accordance_level(losses, accordances, threshold=constants.threshold)
+            accordance_level(losses, accordances, threshold=constants.threshold)
         ),
     }
 

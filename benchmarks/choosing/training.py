@@ -11,6 +11,7 @@ import optax
 
 from benchmarks import networks, training
 from benchmarks.choosing.settings import Constants, Sets
+from benchmarks.own_rules import on_plateau
 from benchmarks.training import cond, cross_entropy, grad, scan
 from flood_optax import flood_loss, flood_mean, levels, scale_by_flood
 
@@ -162,11 +163,9 @@ class Model:
             optimizer = self.optimizer(rival.decay)
             theta = levels.adaflood(held_out, rival.gamma)
             theta = jnp.where(rival.gamma < 1, theta, OFF)
-            init, update = levels.on_plateau(
-                0.0,
+            init, update = on_plateau(
                 step=self.constants.rise * math.log(self.classes),
                 patience=self.constants.patience,
-                mode="min",
             )
 
             def objective(params: Any, batch: Batch, level: Any) -> jax.Array:
@@ -230,9 +229,8 @@ class Model:
             fit, evaluate, len(y), num_folds=self.constants.folds, key=key, vmap=True
         )
         matrix = levels.noise_matrix(probs, y)
-        # Rows are by true class; how frequent these are is known of the labels alone.
-        frequency = jnp.bincount(y, length=self.classes) / len(y)
-        return losses, (levels.noise_floor(matrix) * frequency).sum()
+        frequencies = jnp.bincount(y, length=self.classes) / len(y)
+        return losses, levels.noise_floor(matrix, label_frequencies=frequencies)
 
     @property
     def held_out_steps(self) -> int:

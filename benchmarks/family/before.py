@@ -8,6 +8,7 @@ import optax
 
 from benchmarks import networks, pixels
 from benchmarks.family.training import Classifier, Known, Start
+from benchmarks.own_rules import accordance_level
 from benchmarks.training import scan, value_and_grad
 from flood_optax import levels
 
@@ -84,5 +85,5 @@ def level_from_accordance(start: Start) -> Known:
     first = (start.params, optimizer.init(start.params))
     _, (losses, accordances) = scan(epoch, first, keys)
     threshold = cast(float, start.number)
-    level = levels.accordance_level(losses, accordances, threshold=threshold)
+    level = accordance_level(losses, accordances, threshold=threshold)
     return Known(jnp.zeros(len(y)), level)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from benchmarks import pixels
+from benchmarks import own_rules, pixels
 from benchmarks.family import before
 from benchmarks.family.training import Method, Protocol, Seen, Watch
 from flood_optax import flood_loss, flood_mean, levels, shapes
@@ -73,9 +73,7 @@ def on_plateau(
 ) -> tuple[Any, Watch]:
     """From no flooding upwards, by steps of the number."""
     step = cast(float, number)
-    init, update = levels.on_plateau(
-        0.0, step=step, patience=protocol.patience, mode="min"
-    )
+    init, update = own_rules.on_plateau(step=step, patience=protocol.patience)
     return init(), cast(Watch, update)
 
 

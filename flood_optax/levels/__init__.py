@@ -1,15 +1,13 @@
 """Where levels come from: schedules, validation, held-out models, targets, noise."""
 
-from flood_optax.levels.accordance import accordance_level, gradient_accordance
+from flood_optax.levels.accordance import gradient_accordance
 from flood_optax.levels.folds import adaflood, held_out, held_out_losses
 from flood_optax.levels.noise import noise_floor, noise_matrix
 from flood_optax.levels.schedules import warmup
 from flood_optax.levels.targets import entropy_floor, wavebound
-from flood_optax.levels.validation import PlateauState, at_best, on_plateau
+from flood_optax.levels.validation import at_best
 
 __all__ = [
-    "PlateauState",
-    "accordance_level",
     "adaflood",
     "at_best",
     "entropy_floor",
@@ -18,7 +16,6 @@ __all__ = [
     "held_out_losses",
     "noise_floor",
     "noise_matrix",
-    "on_plateau",
     "warmup",
     "wavebound",
 ]

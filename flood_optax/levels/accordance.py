@@ -1,4 +1,4 @@
-"""How far sub-batches agree on where to go, and the level where they cease to."""
+"""How far sub-batches agree on where to go."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
-
-from flood_optax.checks import check_scalar_level, real_array
 
 
 def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
@@ -46,40 +43,6 @@ def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
         )
     norms = jnp.sqrt(_inner(a, a) * _inner(b, b))
     return _inner(a, b) / jnp.where(norms == 0, 1, norms)
-
-
-def accordance_level(
-    losses: ArrayLike, accordances: ArrayLike, *, threshold: float = 0.0
-) -> jax.Array:
-    r"""Returns the training loss at which the accordance of sub-batches breaks down.
-
-    b = ``losses[t]`` for the first t with ``accordances[t] < threshold``, -inf, which
-    is off, if there is none. Both come from plain training, as means over epochs. This
-    is our reading of Flooding-X (Liu et al., ACL 2022), whose code has no such rule.
-
-    Args:
-      losses: real floats [epochs], raw training losses.
-      accordances: real floats [epochs], such as means of `gradient_accordance`. NaN is
-        not below the threshold, nor is a tie.
-      threshold: a scalar.
-
-    Returns:
-      The level, a scalar of the dtype of ``losses``.
-
-    Examples:
-      >>> print(accordance_level([1.5, 0.75, 0.5], [0.5, -0.25, -0.5]))
-      0.75
-    """
-    loss = real_array(jnp.asarray(losses), "accordance_level(losses)")
-    accordance = real_array(jnp.asarray(accordances), "accordance_level(accordances)")
-    if loss.shape != accordance.shape or loss.ndim != 1 or loss.size == 0:
-        raise ValueError(
-            "`accordance_level(losses, accordances)` must be of one shape [epochs], "
-            f"got {loss.shape} and {accordance.shape}."
-        )
-    check_scalar_level(threshold, "accordance_level(threshold=...)")
-    broken = accordance < threshold
-    return jnp.where(broken.any(), loss[jnp.argmax(broken)], -jnp.inf)
 
 
 def _unit(tree: Any) -> list[jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from jax.typing import ArrayLike
 
 from flood_optax.bend import compare_dtype
 from flood_optax.checks import integer, number, real_array
+from flood_optax.levels.blocks import assigned, check_known
+from flood_optax.levels.meshes import replicated
 
 
 def adaflood(
@@ -76,6 +79,8 @@ def held_out(
     num_folds: int,
     key: jax.Array,
     vmap: bool = False,
+    groups: Any = None,
+    stratify: Any = None,
 ) -> Any:
     r"""Returns what models say of examples that they were fitted without.
 
@@ -94,11 +99,23 @@ def held_out(
       num_folds: K, an int from 2 to n.
       key: a JAX PRNG key; the permutation and each fold get a key of their own.
       vmap: whether to train all folds in one program by `jax.vmap`, which needs
-        traceable functions and a K that divides n; otherwise fold by fold, one model at
+        traceable functions and folds of one size; otherwise fold by fold, one model at
         a time. The folds, their keys and, to rounding, the numbers are the same.
+      groups: which examples belong together, [n] of any hashable values or integers:
+        copies of a record, sentences of a document, frames of a video. A group is held
+        out as a whole: of a copy that stays in the training set the model knows the
+        label. Large groups come first, each into the smallest fold.
+      stratify: labels [n] of any hashable values or integers. Every fold then holds its
+        share of every class, to one example, with ``groups`` to about one group; and no
+        model is fitted without a class.
 
     Returns:
       The tree that ``evaluate`` returns, its arrays of shape (num_examples, ...).
+
+    Raises:
+      ValueError: for sizes that do not fit, folds that return different shapes, or a
+        class of which all examples fall into one fold in spite of ``stratify``.
+      TypeError: for what is no key, and with ``groups`` or ``stratify`` a traced one.
 
     Examples:
       >>> y = jnp.array([1.0, 2.0, 4.0, 9.0])
@@ -120,6 +137,8 @@ def held_out(
         num_folds=num_folds,
         key=key,
         vmap=vmap,
+        groups=groups,
+        stratify=stratify,
     )
 
 
@@ -131,6 +150,8 @@ def held_out_losses(
     num_folds: int,
     key: jax.Array,
     vmap: bool = False,
+    groups: Any = None,
+    stratify: Any = None,
 ) -> jax.Array:
     r"""Returns each example's loss under a model that was fitted without it.
 
@@ -146,6 +167,8 @@ def held_out_losses(
       num_folds: as in `held_out`.
       key: as in `held_out`.
       vmap: as in `held_out`.
+      groups: as in `held_out`.
+      stratify: as in `held_out`.
 
     Returns:
       Losses of shape (num_examples,), of the dtype that ``evaluate`` returns.
@@ -184,6 +207,8 @@ def held_out_losses(
         num_folds=num_folds,
         key=key,
         vmap=vmap,
+        groups=groups,
+        stratify=stratify,
     )
 
 
@@ -196,9 +221,13 @@ def _by_folds(
     num_folds: int,
     key: jax.Array,
     vmap: bool,
+    groups: Any,
+    stratify: Any,
 ) -> Any:
     integer(f"{call}(num_examples=...)", num_examples, least=2)
     integer(f"{call}(num_folds=...)", num_folds, least=2)
+    _check_key(f"{call}(key=...)", key)
+    chosen = groups is not None or stratify is not None
     if num_folds > num_examples or (vmap and num_examples % num_folds):
         rule = "divide" if vmap else "be at most"
         raise ValueError(
@@ -216,20 +245,61 @@ def _by_folds(
             )
         return found
 
-    # Slices, not single keys stacked again: JAX's check of key reuse follows them.
-    keys = jax.random.split(key, num_folds + 1)
-    order_key, fold_keys = keys[0], keys[1:]
-    order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
-    blocks = jnp.array_split(order, num_folds)
+    if chosen:
+        check_known(call, key, groups, stratify)
+    with jax.ensure_compile_time_eval() if chosen else contextlib.nullcontext():
+        # Slices, not single keys stacked again: JAX's check of key reuse follows them.
+        keys = jax.random.split(key, num_folds + 1)
+        order_key, fold_keys = keys[0], keys[1:]
+        order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
+        if chosen:
+            blocks = assigned(call, groups, stratify, np.asarray(order), num_folds)
+            order = jnp.concatenate(blocks)
+        else:
+            blocks = jnp.array_split(order, num_folds)
     rests = [jnp.concatenate(blocks[:k] + blocks[k + 1 :]) for k in range(num_folds)]
     if vmap:
+        sizes = sorted({len(block) for block in blocks})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"`{call}(vmap=True)` needs folds of one size, got {sizes[0]} to "
+                f"{sizes[-1]} examples: the groups do not fit. Use vmap=False."
+            )
         found = jax.vmap(fold)(jnp.stack(rests), jnp.stack(blocks), fold_keys)
         parts = [jax.tree.map(lambda x, k=k: x[k], found) for k in range(num_folds)]
     else:
-        parts = [*map(fold, rests, blocks, fold_keys)]
+        each = [fold_keys[k] for k in range(num_folds)]
+        parts = [*map(fold, rests, blocks, each)]
+        _check_alike(call, parts)
 
     def by_example(*rows: jax.Array) -> jax.Array:
-        joined = jnp.concatenate(rows)
+        joined = jnp.concatenate([replicated(part) for part in rows])
         return jnp.zeros_like(joined).at[order].set(joined)
 
     return jax.tree.map(by_example, *parts)
+
+
+def _check_key(call: str, key: Any) -> None:
+    """Demands one key, typed or raw."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if np.shape(key) != () if typed else (dtype != np.uint32 or np.ndim(key) != 1):
+        got = f"{key!r}" if dtype is None else f"{dtype} of shape {np.shape(key)}"
+        raise TypeError(f"`{call}` must be a key, `jax.random.key(0)`, got {got}.")
+
+
+def _check_alike(call: str, parts: list[Any]) -> None:
+    """Demands of every fold what the first has returned, but for the first axis."""
+
+    def of(part: Any) -> tuple[list[str], Any]:
+        leaves, tree = jax.tree.flatten(part)
+        return [f"{x.dtype}{['n', *x.shape[1:]]}" for x in leaves], tree
+
+    first = of(parts[0])
+    for k, part in enumerate(parts):
+        if of(part) != first:
+            raise ValueError(
+                f"`{call}(evaluate)` must return the same in every fold, got {first} "
+                f"in fold 0 and {of(part)} in fold {k}. If the model of one has not "
+                "seen every class: with `stratify=labels` each model sees all."
+            )

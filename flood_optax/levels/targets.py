@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -69,15 +66,21 @@ def entropy_floor(target_probs: ArrayLike) -> jax.Array:
     """
     probs = probabilities(target_probs, "entropy_floor(target_probs)")
     # The second term, 0 for a sum of 1, is what rounded targets add to the minimum.
-    entropy: Callable[[Any], jax.Array] = jax.scipy.special.entr
-    return entropy(probs).sum(-1) - entropy(probs.sum(-1))
+    return _plogp(probs.sum(-1)) - _plogp(probs).sum(-1)
+
+
+def _plogp(p: jax.Array) -> jax.Array:
+    # 0 log 0 = 0, without the infinite log that `jax.debug_nans` stops at
+    return p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
 
 
 def probabilities(given: ArrayLike, call: str) -> jax.Array:
     """Rows of probabilities, float32 at least, into which no gradient flows."""
     probs = real_array(given, call)
-    if probs.ndim == 0:
-        raise ValueError(f"`{call}` must have an axis of classes.")
+    if probs.shape[-1:] in ((), (0,)):
+        raise ValueError(
+            f"`{call}` must have an axis of classes, got shape {probs.shape}."
+        )
     tolerance = float(jnp.finfo(probs.dtype).eps) ** 0.5
     probs = jax.lax.stop_gradient(probs.astype(compare_dtype(probs.dtype)))
     total = jnp.asarray(probs.sum(-1))

@@ -1,17 +1,21 @@
-"""Levels from a validation metric: while training, and from a run that has ended."""
+"""Levels from the validation metric of a run that has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import functools
+import operator
+import warnings
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flood_optax.bend import wide
-from flood_optax.checks import integer, number, one_of, real_array, scalar
+from flood_optax.checks import FloodWarning, integer, one_of, real_array
+from flood_optax.levels.meshes import replicated
 
 
 def at_best(
@@ -32,7 +36,8 @@ def at_best(
 
     Args:
       losses: real floats [steps], raw training losses, steps or epochs.
-      metric: real numbers [steps], the validation metric at the same ones.
+      metric: real numbers [steps], the validation metric at the same ones; integers of
+        any width are compared exactly, floats in float32 at least.
       mode: "max" if a higher metric is better (accuracy), "min" for a validation loss.
       window: an int from 1 to the number of steps; several average out the noise of a
         small validation set.
@@ -40,17 +45,32 @@ def at_best(
     Returns:
       The level, a scalar of the dtype of ``losses``.
 
+    Raises:
+      ValueError: for shapes and windows that do not fit, and an unknown mode.
+      TypeError: for losses that are no real floats, or a metric of no real numbers.
+
+    Warns:
+      FloodWarning: if the best window is the first of several: the level is then about
+        the loss of the untrained model, and the mode perhaps the wrong one.
+
     Examples:
-      >>> losses = [1.5, 0.75, 0.5, 0.25]
-      >>> accuracy = [0.4, 0.7, 0.9, 0.3]
+      >>> losses = [2.0, 1.5, 0.75, 0.5, 0.25]
+      >>> accuracy = [0.2, 0.4, 0.7, 0.9, 0.3]
       >>> print(at_best(losses, accuracy, mode="max"))
       0.5
       >>> print(at_best(losses, accuracy, mode="max", window=3))
       0.75
     """
     one_of("at_best(mode=...)", mode, ("max", "min"))
-    loss = real_array(jnp.asarray(losses), "at_best(losses)")
-    score = jnp.asarray(metric)
+    loss = replicated(real_array(jnp.asarray(losses), "at_best(losses)"))
+    # NumPy keeps the 64 bits of integers that JAX would wrap.
+    in_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(metric))
+    score = replicated(jnp.asarray(metric)) if in_jax else np.asarray(metric)
+    kinds = np.floating, np.integer, np.bool_
+    if not any(jnp.issubdtype(score.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"`at_best(metric)` must be real numbers, got dtype {score.dtype}."
+        )
     if loss.shape != score.shape or loss.ndim != 1 or loss.size == 0:
         raise ValueError(
             "`at_best(losses, metric)` must be of one shape [steps], got "
@@ -63,128 +83,48 @@ def at_best(
             f"`at_best(window=...)` must be at most the {loss.size} steps, got "
             f"{window}."
         )
-    score = wide(score) if mode == "max" else -wide(score)
-    # Added in one order everywhere, so that equal windows have equal means.
-    means = sum(score[i : i + windows] for i in range(window)) / window
+    sign = 1 if mode == "max" else -1
     middle = loss[(window - 1) // 2 :][:windows]
-    counts = jnp.isfinite(middle) & ~jnp.isnan(means)
+    best, counts = _best(score, sign, window, jnp.isfinite(middle))
+    if not isinstance(best, Tracer) and best == 0 and counts and windows > 1:
+        warnings.warn(
+            f"`at_best(losses, metric, mode={mode!r})` is best in the first window: "
+            "the level is about the loss before training. Is the mode right?",
+            FloodWarning,
+            stacklevel=2,
+        )
+    return jnp.where(counts, middle[best], -jnp.inf)
+
+
+def _best(
+    score: Any, sign: int, window: int, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first best window of those that count, and whether there is one."""
+    if jnp.issubdtype(score.dtype, np.floating):
+        # Added in one order everywhere, so that equal windows have equal means.
+        means = sign * _moving_sum(wide(score), window) / window
+        counts &= ~jnp.isnan(means)
+        sums, worst = [means], -np.inf
+    else:
+        sums, worst = _exact_sums(score, sign, window), np.iinfo(np.int32).min
     # A step whose metric is the worst there is still goes before one without.
-    best = counts & (means == jnp.where(counts, means, -jnp.inf).max())
-    return jnp.where(best.any(), middle[jnp.argmax(best)], -jnp.inf)
+    for digit in sums:
+        counts &= digit == jnp.where(counts, digit, worst).max()
+    return jnp.argmax(counts), counts.any()
 
 
-class PlateauState(NamedTuple):
-    """What `on_plateau` remembers; scalars, float32 but for ``waited``, an int32.
-
-    Attributes:
-      level: the level in force.
-      best: the best metric so far; for mode="min" metrics are negated.
-      waited: updates in the window so far.
-      window_best: the best metric among those updates.
-      before: what it is compared with: the best of the window before at this level, inf
-        after a new best, -inf after a move.
-    """
-
-    level: jax.Array
-    best: jax.Array
-    waited: jax.Array
-    window_best: jax.Array
-    before: jax.Array
+def _exact_sums(score: Any, sign: int, window: int) -> list[jax.Array]:
+    """The sums of integers over each window, in digits of 16 bits, highest first."""
+    shifts = range(0, 8 * score.dtype.itemsize, 16)
+    digits = [score >> shift for shift in shifts]  # the highest keeps the sign
+    digits[:-1] = [digit & 0xFFFF for digit in digits[:-1]]
+    sums = [sign * _moving_sum(jnp.asarray(d.astype(np.int32)), window) for d in digits]
+    for i in range(len(sums) - 1):
+        sums[i + 1] += sums[i] >> 16  # what it holds too much, or owes
+        sums[i] &= 0xFFFF
+    return sums[::-1]
 
 
-def on_plateau(
-    initial: float,
-    *,
-    step: float,
-    patience: int,
-    mode: Literal["max", "min"],
-    minimum: float = 0.0,
-    maximum: float = float("inf"),
-) -> tuple[
-    Callable[[], PlateauState],
-    Callable[[PlateauState, ArrayLike], tuple[jax.Array, PlateauState]],
-]:
-    r"""Returns a level that moves when a validation metric stops improving.
-
-    A window ends after ``patience`` updates in a row without a new best metric. The
-    level then moves by ``step``, within [``minimum``, ``maximum``],
-
-    * up, if the metric decays at the level in force (the model overfits): its best in
-      the window is worse than in the one before, or than the best just left behind;
-    * down, if it has ceased to decay, but is still worse than its best: the level costs
-      more than it saves;
-    * up, if it is as good as its best: the level has cost nothing yet.
-
-    The window after a move is the first to compare with, and moves the level only in
-    the last case: what counts is the trend at a level, not the effect of the step. So
-    the level hovers at the lowest that keeps the metric from decaying. The rule is
-    ours. A metric equal to the best is no new best, a NaN metric never is one.
-
-    Args:
-      initial: the level to start from, in [minimum, maximum].
-      step: > 0, by how much it moves.
-      patience: an int >= 1; in updates, usually epochs.
-      mode: "max" if a higher metric is better (accuracy), "min" for a validation loss.
-      minimum: the lowest level, finite.
-      maximum: the highest, +inf for none.
-
-    Returns:
-      (init, update): ``init()`` gives a PlateauState and ``update(state, metric)`` the
-      level to use from now on, a float32 scalar, and the next state; both can be jitted
-      and scanned. Take the metric from plain evaluation, which is never flooded.
-
-    Examples:
-      >>> init, update = on_plateau(0.0, step=0.25, patience=1, mode="max")
-      >>> state, levels = init(), []
-      >>> for accuracy in (0.7, 0.8, 0.7, 0.6, 0.5, 0.6, 0.7):
-      ...     level, state = update(state, accuracy)
-      ...     levels.append(float(level))
-      >>> print(levels)
-      [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.25]
-    """
-    number("on_plateau(minimum=...)", minimum, "finite", np.isfinite)
-    number("on_plateau(maximum=...)", maximum, "a level", lambda m: m > -np.inf)
-    between = f"finite and in [{minimum}, {maximum}]"
-    number(
-        "on_plateau(initial=...)",
-        initial,
-        between,
-        lambda b: bool(np.isfinite(b)) and minimum <= b <= maximum,
-    )
-    number("on_plateau(step=...)", step, "positive", lambda s: 0 < s < np.inf)
-    integer("on_plateau(patience=...)", patience, least=1)
-    one_of("on_plateau(mode=...)", mode, ("max", "min"))
-
-    def init() -> PlateauState:
-        # An array for each field: a train step that donates the state frees them all.
-        level, best, window_best, before = (
-            jnp.full([], number, jnp.float32)
-            for number in (initial, -jnp.inf, -jnp.inf, jnp.inf)
-        )
-        waited = jnp.zeros([], jnp.int32)
-        return PlateauState(level, best, waited, window_best, before)
-
-    def update(
-        state: PlateauState, metric: ArrayLike
-    ) -> tuple[jax.Array, PlateauState]:
-        scalar("on_plateau().update(metric)", metric)
-        score = jnp.asarray(metric, jnp.float32) * (1 if mode == "max" else -1)
-        improved = score > state.best
-        best = jnp.where(improved, score, state.best)
-        window = jnp.where(score > state.window_best, score, state.window_best)
-        before = jnp.where(improved, jnp.inf, state.before)
-        waited = jnp.where(improved, 0, state.waited + 1)
-        ends = waited >= patience
-        moves = ends & ((before > -jnp.inf) | (window == best))
-        lowers = (before <= window) & (window < best)
-        moved = jnp.clip(state.level + jnp.where(lowers, -step, step), minimum, maximum)
-        level = jnp.where(moves, moved, state.level).astype(jnp.float32)
-        return level, PlateauState(
-            level=level,
-            best=best,
-            waited=jnp.where(ends, 0, waited),
-            window_best=jnp.where(ends | improved, -jnp.inf, window),
-            before=jnp.where(moves, -jnp.inf, jnp.where(ends, window, before)),
-        )
-
-    return init, update
+def _moving_sum(x: jax.Array, window: int) -> jax.Array:
+    windows = x.size - window + 1
+    return functools.reduce(operator.add, (x[i : i + windows] for i in range(window)))

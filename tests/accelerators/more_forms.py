@@ -69,11 +69,6 @@ def forms(losses, inner):
         (_, info), grads = jax.value_and_grad(bent, has_aux=True)(params, batch)
         return info.loss, grads
 
-    def on_plateau(params, batch):
-        init, update = levels.on_plateau(LEVEL, step=0.1, patience=2, mode="min")
-        level, _ = update(init(), mean(params, batch))
-        return jax.value_and_grad(flood_optax.flooded(mean, level))(params, batch)
-
     key = jax.random.key(0)
     raw = grad_of(mean)
     plain = optax.with_extra_args_support(inner)
@@ -92,7 +87,6 @@ def forms(losses, inner):
             raw, flood_optax.flood(optax.lbfgs(), LEVEL), extra=by_search
         ),
         "loss form, info": Form(with_info, plain),
-        "loss form, plateau": Form(on_plateau, plain),
         "masked mean": Form(grad_of(masked), plain),
         "WaveBound": Form(grad_of(wavebound), plain),
         "AdaFlood": Form(grad_of(adaflood), plain),

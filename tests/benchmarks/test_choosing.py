@@ -76,6 +76,7 @@ def test_a_branch_begins_at_the_last_check_before_the_loss_is_below():
     assert rules.leaves(losses, -math.inf, 2) == 6
 
 
+@pytest.mark.filterwarnings("ignore::flood_optax.FloodWarning")  # the first is best
 def test_rules_read_off_what_the_checks_have_seen():
     seen = np.array(
         [[0.5, 0.6, 0.61, 1, 2], [0.4, 0.5, 0.62, 3, 4], [0.7, 0.6, 0.3, 5, 6]]

@@ -20,7 +20,7 @@ from statsmodels.datasets import sunspots
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import data
+from benchmarks import data, own_rules
 from flood_optax import (
     flood_loss,
     flood_mean,
@@ -331,17 +331,17 @@ def test_level_from_accordance_stops_learning_of_wrong_labels(digits):
     plain, (losses, accordances) = train(-jnp.inf)
     assert accordances[0] > 0.1
     assert accordances[-1] < -0.1
-    level = levels.accordance_level(losses, accordances)
+    level = own_rules.accordance_level(losses, accordances, threshold=0.0)
     assert losses[-1] < level < losses[0]
     bent, _ = train(level)
     # .83 against .74; the level, 1.2, is above the best one, about .7
     assert accuracy(bent, digits) > accuracy(plain, digits) + 0.03
 
 
-@pytest.mark.slow  # 24 networks; its steps are held by test_levels.py
+@pytest.mark.slow  # 24 networks; its steps are held by test_own_rules.py
 def test_level_on_plateau_is_driven_by_validation(digits):
     # from no flooding at all; the validation labels are noisy too
-    init, update = levels.on_plateau(0.0, step=0.1, patience=2, maximum=2.0, mode="min")
+    init, update = own_rules.on_plateau(step=0.1, patience=2)
     optimizer = optax.adam(1e-2)
 
     def train(active, key):

@@ -127,7 +127,7 @@ def test_adaflood_makes_no_nan_on_the_way():
 
 # Bad input
 
-LOSSES = jnp.array([0.1, 0.4])
+LOSSES, KEY = jnp.array([0.1, 0.4]), jax.random.key(0)
 BAD = {
     "adaflood_nan": (
         lambda: levels.adaflood(jnp.array([0.1, jnp.nan]), 0.5),
@@ -190,11 +190,72 @@ BAD = {
         "`held_out_losses(num_folds=..., vmap=False)` must be at most num_examples, "
         "6, got 7.",
     ),
+    "folds_key": (
+        lambda: hold_out(key=0),
+        TypeError,
+        "`held_out_losses(key=...)` must be a key, `jax.random.key(0)`, got 0.",
+    ),
+    "folds_keys": (
+        lambda: hold_out(key=jax.random.split(jax.random.key(0), 3)),
+        TypeError,
+        "`jax.random.key(0)`, got key<fry> of shape (3,).",
+    ),
     "folds_uneven": (
         lambda: hold_out(num_folds=4, vmap=True),
         ValueError,
         "`held_out_losses(num_folds=..., vmap=True)` must divide num_examples, 6, "
         "got 4.",
+    ),
+    "groups_length": (
+        lambda: hold_out(groups=[1, 1, 2]),
+        ValueError,
+        "`held_out_losses(groups=...)` must have an entry for each of the 6 examples, "
+        "got 3.",
+    ),
+    "groups_axes": (
+        lambda: hold_out(groups=np.ones((6, 1))),
+        ValueError,
+        "`held_out_losses(groups=...)` must have one axis, with an entry per example, "
+        "got shape (6, 1).",
+    ),
+    "groups_nan": (
+        lambda: hold_out(groups=np.array([0, 1, 2, 3, np.nan, np.nan])),
+        ValueError,
+        "`held_out_losses(groups=...)` must not be NaN",
+    ),
+    "groups_few": (
+        lambda: hold_out(num_folds=3, groups=[0, 0, 0, 1, 1, 1]),
+        ValueError,
+        "`held_out_losses(num_folds=...)` must be at most the number of groups, 2, "
+        "got 3.",
+    ),
+    "groups_vmap": (
+        lambda: hold_out(groups=[0, 0, 0, 0, 1, 1], vmap=True),
+        ValueError,
+        "`held_out_losses(vmap=True)` needs folds of one size, got 2 to 4 examples",
+    ),
+    "stratify_traced": (
+        lambda: jax.jit(lambda y: hold_out(stratify=y, key=KEY))(jnp.arange(6) % 2),
+        TypeError,
+        "`held_out_losses(stratify=...)` must be known where `groups` or `stratify`",
+    ),
+    "stratify_traced_key": (
+        lambda: jax.jit(lambda k: hold_out(key=k, stratify=[0, 1] * 3))(
+            jax.random.key(0)
+        ),
+        TypeError,
+        "`held_out_losses(key=...)` must be known where `groups` or `stratify` are",
+    ),
+    "stratify_single": (
+        lambda: hold_out(stratify=list("aabbbz")),
+        ValueError,
+        "`held_out_losses(stratify=...)` must leave every class in the rest of every "
+        "fold, got class 'z' in fold ",
+    ),
+    "stratify_group": (
+        lambda: hold_out(stratify=[0, 0, 0, 0, 1, 1], groups=[0, 1, 2, 3, 4, 4]),
+        ValueError,
+        "must leave every class in the rest of every fold, got class 1 in fold ",
     ),
     "losses_mean": (
         lambda: hold_out(evaluate=lambda model, indices: jnp.float32(0.5)),
@@ -220,7 +281,12 @@ BAD = {
     "entropy_scalar": (
         lambda: levels.entropy_floor(1.0),
         ValueError,
-        "`entropy_floor(target_probs)` must have an axis of classes.",
+        "`entropy_floor(target_probs)` must have an axis of classes, got shape ().",
+    ),
+    "entropy_no_classes": (
+        lambda: levels.entropy_floor(jnp.ones((3, 0))),
+        ValueError,
+        "`entropy_floor(target_probs)` must have an axis of classes, got shape (3, 0).",
     ),
     "entropy_logits": (
         lambda: levels.entropy_floor(jnp.array([-1.0, 2.0])),
@@ -232,41 +298,6 @@ BAD = {
         lambda: levels.entropy_floor(jnp.array([[0.5, 0.5], [0.5, 0.75]])),
         ValueError,
         "must be rows of probabilities, got numbers from 0.5 and sums from 1.0 to 1.25",
-    ),
-    "plateau_step": (
-        lambda: plateau(step=0.0),
-        ValueError,
-        "`on_plateau(step=...)` must be positive, got 0.0.",
-    ),
-    "plateau_patience": (
-        lambda: plateau(patience=0),
-        ValueError,
-        "`on_plateau(patience=...)` must be at least 1, got 0.",
-    ),
-    "plateau_initial": (
-        lambda: plateau(initial=0.7),
-        ValueError,
-        "`on_plateau(initial=...)` must be finite and in [0.0, 0.5], got 0.7.",
-    ),
-    "plateau_initial_off": (
-        lambda: plateau(initial=-np.inf),
-        ValueError,
-        "`on_plateau(initial=...)` must be finite and in [0.0, 0.5], got -inf.",
-    ),
-    "plateau_minimum": (
-        lambda: plateau(minimum=-np.inf),
-        ValueError,
-        "`on_plateau(minimum=...)` must be finite, got -inf.",
-    ),
-    "plateau_mode": (
-        lambda: plateau(mode="higher"),
-        ValueError,
-        '`on_plateau(mode=...)` must be "max" or "min", got \'higher\'.',
-    ),
-    "plateau_metric": (
-        lambda: plateau()[1](plateau()[0](), LOSSES),
-        ValueError,
-        "`on_plateau().update(metric)` must be a scalar, got shape (2,).",
     ),
     "accordance_structure": (
         lambda: levels.gradient_accordance({"a": LOSSES}, {"b": LOSSES}),
@@ -284,17 +315,6 @@ BAD = {
         ValueError,
         "`gradient_accordance(grads_a, grads_b)` must be trees of floats",
     ),
-    "accordance_level_shapes": (
-        lambda: levels.accordance_level(LOSSES, LOSSES[:1]),
-        ValueError,
-        "`accordance_level(losses, accordances)` must be of one shape [epochs], got "
-        "(2,) and (1,).",
-    ),
-    "accordance_level_threshold": (
-        lambda: levels.accordance_level(LOSSES, LOSSES, threshold=np.nan),
-        ValueError,
-        "`accordance_level(threshold=...)` must not be NaN, got nan.",
-    ),
 }
 
 
@@ -303,21 +323,18 @@ def hold_out(
     num_folds=2,
     vmap=False,
     evaluate=lambda model, indices: jnp.ones(indices.shape),
+    key=None,
+    **given,
 ):
     return levels.held_out_losses(
         lambda indices, key: (),
         evaluate,
         num_examples,
         num_folds=num_folds,
-        key=jax.random.key(0),
+        key=jax.random.key(0) if key is None else key,
         vmap=vmap,
+        **given,
     )
-
-
-def plateau(**changes):
-    given = {"initial": 0.1, "step": 0.1, "patience": 2, "maximum": 0.5, "mode": "max"}
-    arguments = given | changes
-    return levels.on_plateau(arguments.pop("initial"), **arguments)
 
 
 @pytest.mark.parametrize("case", BAD)

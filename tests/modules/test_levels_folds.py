@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
 
 from flood_optax import levels
 
@@ -203,3 +204,154 @@ def test_held_out_of_another_length_is_refused():
         TypeError, match=r"`held_out\(num_folds=...\)` must be a static"
     ):
         levels.held_out(None, None, 6, num_folds=2.0, key=jax.random.key(0))
+
+
+# Groups and classes
+
+
+def blocks_of(n, folds, **given):
+    """The blocks that are held out, and the rests, as sets of rows by fold."""
+    seen = []
+
+    def fit(indices, key):
+        del key
+        return np.asarray(indices)
+
+    def evaluate(rest, indices):
+        seen.append((np.asarray(indices), rest))
+        return indices
+
+    given = {"key": jax.random.key(3)} | given
+    found = levels.held_out(fit, evaluate, n, num_folds=folds, **given)
+    np.testing.assert_array_equal(found, np.arange(n))
+    for block, rest in seen:
+        assert sorted([*block, *rest]) == list(range(n))
+    return [block for block, _ in seen]
+
+
+def test_folds_without_groups_and_classes_are_those_of_the_records():
+    blocks = blocks_of(11, 3)
+    recorded = [[6, 7, 2, 5], [3, 0, 1, 10], [4, 9, 8]]
+    assert [block.tolist() for block in blocks] == recorded
+
+
+def torn(blocks, groups):
+    return sum(len({*groups[block]}) for block in blocks) - len({*groups})
+
+
+def imbalance(blocks, y):
+    """Number of examples by fold and class; how far the classes are from even."""
+    held = np.array([np.bincount(y[b], minlength=y.max() + 1) for b in blocks])
+    return held.sum(axis=1), np.abs(held - held.sum(axis=0) / len(blocks)).max()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stratified_folds_differ_by_one_example_in_all_and_in_every_class(seed):
+    rng = np.random.default_rng(seed)
+    y = rng.choice(5, 103 + seed, p=[0.5, 0.3, 0.1, 0.06, 0.04])
+    blocks = blocks_of(len(y), 4, stratify=y, key=jax.random.key(seed))
+    sizes, off = imbalance(blocks, y)
+    assert np.ptp(sizes) <= 1
+    assert off < 1
+    other = blocks_of(len(y), 4, stratify=y, key=jax.random.key(seed + 9))
+    assert any(set(a) != set(b) for a, b in zip(blocks, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["one class a group", "mixed", "a large group"])
+def test_groups_stay_whole_and_classes_as_even_as_those_of_scikit_learn(kind):
+    rng = np.random.default_rng(1)
+    ours, theirs = [], []
+    for seed in range(6):
+        n, number, folds, c = 300, 70, 5, 4
+        groups = rng.integers(0, number, n)
+        if kind == "a large group":
+            groups = np.minimum(rng.geometric(0.05, n), number)
+        classes = rng.choice(c, number + 1, p=[0.4, 0.3, 0.2, 0.1])
+        y = rng.choice(c, n) if kind == "mixed" else classes[groups]
+        key = jax.random.key(seed)
+        blocks = blocks_of(n, folds, groups=groups, stratify=y, key=key)
+        assert torn(blocks, groups) == 0
+        largest = np.bincount(groups).max()
+        sizes, off = imbalance(blocks, y)
+        assert np.ptp(sizes) <= largest
+        assert off <= largest
+        ours.append(off)
+        peer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        theirs.append(imbalance([t for _, t in peer.split(y, y, groups)], y)[1])
+    assert np.mean(ours) <= np.mean(theirs) + 1e-9
+
+
+def test_groups_alone_make_folds_as_even_as_they_fit():
+    sizes = [7, 5, 4, 4, 3, 3, 2, 1, 1]  # 30 = 3 x 10
+    groups = np.repeat(np.arange(9), sizes)
+    order = np.random.default_rng(0).permutation(30)
+    blocks = blocks_of(30, 3, groups=groups[order])
+    assert [len(block) for block in blocks] == [10, 10, 10]
+    assert torn(blocks, groups[order]) == 0
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ["a", "b", ("c", 1), None, 5] * 4,
+        np.array(["x", "y", "z", "u", "v"] * 4),
+        jnp.arange(20) % 5,
+        tuple(range(5)) * 4,
+    ],
+    ids=["hashable", "words", "jax", "tuple"],
+)
+def test_groups_are_of_any_kind(groups):
+    blocks = blocks_of(20, 5, groups=groups)
+    assert [sorted(block % 5) for block in blocks] == [[b[0] % 5] * 4 for b in blocks]
+
+
+def test_groups_of_one_size_train_in_one_program():
+    groups, y = np.arange(24) // 2 % 12, np.arange(24) // 2 % 3
+    x, target = regression(24)
+    fit, evaluate = least_squares(x, target)
+    given = {"groups": groups, "stratify": y, "key": jax.random.key(5)}
+    run = functools.partial(levels.held_out_losses, fit, evaluate, 24, num_folds=4)
+    together = run(**given, vmap=True)
+    np.testing.assert_allclose(together, run(**given), atol=1e-5)
+    compiled = jax.jit(lambda: run(**given))()  # the key is known: folds are made
+    np.testing.assert_allclose(compiled, together, atol=1e-5)
+    with jax.debug_key_reuse(True):
+        run(**given)
+
+
+def test_a_model_without_a_class_is_named_with_call_and_fold():
+    y = np.array([2, 2] + [0, 1] * 29)
+
+    def run(**given):
+        return levels.held_out(
+            lambda i, key: np.bincount(y[i])[np.unique(y[i])] / len(i),
+            lambda shares, i: np.tile(shares, (len(i), 1)),
+            60,
+            num_folds=5,
+            key=jax.random.key(8),
+            **given,
+        )
+
+    message = r"`held_out\(evaluate\)` must return the same in every fold.* in fold 3"
+    with pytest.raises(ValueError, match=message):
+        run()
+    assert run(stratify=y).shape == (60, 3)  # the remedy
+
+
+def test_folds_of_other_trees_and_dtypes_are_refused():
+    def run(answer):
+        fold = iter(range(3))
+        return levels.held_out(
+            lambda i, key: next(fold),
+            lambda k, i: answer(k, i),
+            6,
+            num_folds=3,
+            key=jax.random.key(0),
+        )
+
+    for answer in (
+        lambda k, i: {"a": i} if k else {"b": i},
+        lambda k, i: jnp.asarray(i, jnp.float32 if k == 2 else jnp.int32),
+    ):
+        with pytest.raises(ValueError, match="must return the same in every fold"):
+            run(answer)

@@ -1,7 +1,5 @@
 """Levels from targets, target models and gradients, against closed forms."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,23 +145,3 @@ def test_gradient_accordance_edges():
     np.testing.assert_allclose(accordance(jnp.array([1j, 2]), jnp.array([1.0, 2])), 0.8)
     steps = {"w": jnp.ones(3), "step": jnp.int32(7)}
     np.testing.assert_allclose(accordance(steps, steps), 1.0, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("accordances", "threshold", "expected"),
-    [
-        ([0.5, 0.1, -0.1, 0.3, -0.5], 0.0, 0.7),
-        ([0.5, 0.1, 0.0, 0.3, 0.2], 0.0, -np.inf),
-        ([0.5, 0.1, 0.2, 0.3, 0.2], 0.15, 0.8),
-        ([-0.5, 0.1, -0.2, 0.3, 0.2], 0.0, 0.9),
-        ([np.nan, 0.1, np.nan, 0.3, -0.2], 0.0, 0.5),
-    ],
-    ids=["first", "none", "threshold", "at_once", "nan"],
-)
-@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_accordance_level_is_the_loss_where_accordance_breaks_down(
-    compile_, accordances, threshold, expected
-):
-    losses = jnp.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    find = compile_(functools.partial(levels.accordance_level, threshold=threshold))
-    assert find(losses, jnp.array(accordances)) == np.float32(expected)

@@ -1,4 +1,4 @@
-"""Levels from a validation metric, against rules read off the whole history."""
+"""Levels from a validation metric, against a search and a second full run."""
 
 import functools
 import re
@@ -11,127 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import flooded, levels, scale_by_flood, sweep
-
-
-def plateau_rule(metrics, initial, step, patience, *, maximum):
-    """The rule read off the whole history, one window at a time."""
-    level, path = np.float32(initial), []
-    best_at, start, judged = None, 0, True
-    for now, metric in enumerate(metrics):
-        if best_at is None or metric > metrics[best_at]:
-            best_at, start, judged = now, now + 1, True
-        elif now - start + 1 == patience:
-            best = metrics[best_at]
-            window = max(metrics[start : now + 1])
-            preceding = metrics[max(start - patience, best_at) : start]
-            decays = window < max(preceding) or start == best_at + 1
-            move = 1 if window == best or decays else -1
-            judged = judged or window == best
-            if judged:
-                level = np.float32(np.clip(level + move * np.float32(step), 0, maximum))
-            start, judged = now + 1, not judged
-        path.append(level)
-    return path
-
-
-def run_plateau(metrics, *args, **kwargs):
-    init, update = levels.on_plateau(*args, **kwargs)
-
-    def body(state, metric):
-        level, state = update(state, metric)
-        return state, level
-
-    return jax.lax.scan(body, init(), jnp.asarray(metrics, jnp.float32))[1]
-
-
-@pytest.mark.parametrize("patience", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(3))
-def test_on_plateau_follows_its_rule(seed, patience):
-    rng = np.random.default_rng(seed)
-    metrics = rng.integers(0, 12, 200).astype(np.float32) - 0.02 * np.arange(200)
-    metrics = metrics.astype(np.float32)
-    expected = plateau_rule(metrics, 0.25, 0.125, patience, maximum=0.5)
-    result = run_plateau(
-        metrics, 0.25, step=0.125, patience=patience, mode="max", maximum=0.5
-    )
-    np.testing.assert_array_equal(result, expected)
-    assert len(set(expected)) > 2, "the rule hardly moved"
-    mirrored = run_plateau(
-        -metrics, 0.25, step=0.125, patience=patience, mode="min", maximum=0.5
-    )
-    np.testing.assert_array_equal(mirrored, expected)
-
-
-def test_on_plateau_keeps_the_level_while_the_metric_improves():
-    np.testing.assert_array_equal(
-        run_plateau(np.arange(20), 0.1, step=0.05, patience=1, mode="max"),
-        np.float32(0.1),
-    )
-
-
-def test_on_plateau_raises_to_the_maximum_while_it_costs_nothing():
-    result = run_plateau(
-        np.ones(20), 0.0, step=0.25, patience=3, mode="max", maximum=0.6
-    )
-    assert result[3] == 0.25
-    assert result[2] == 0.0
-    assert result[-1] == np.float32(0.6)
-
-
-def test_on_plateau_nan_is_never_a_new_best():
-    metrics = [0.5, np.nan, 0.4, 0.6, np.nan, np.nan]
-    result = run_plateau(metrics, 0.0, step=0.25, patience=2, mode="max")
-    np.testing.assert_array_equal(result, [0, 0, 0.25, 0.25, 0.25, 0.5])
-
-
-@pytest.mark.parametrize("start", [0.0, 1.0], ids=["from_below", "from_above"])
-def test_on_plateau_hovers_at_the_lowest_level_that_stops_the_decay(start):
-    # a model that overfits by 0.3 - level each epoch, and underfits above that level
-    init, update = levels.on_plateau(start, step=0.05, patience=3, mode="max")
-
-    def epoch(carry, _):
-        state, damage = carry
-        gap = 0.3 - state.level
-        damage = jnp.maximum(damage + 0.1 * gap, 0.0)
-        metric = 1 - damage - jnp.maximum(-gap, 0.0)
-        level, state = update(state, metric)
-        return (state, damage), level
-
-    peak = update(init(), 1.0)[1]  # the metric has been better once
-    _, path = jax.lax.scan(epoch, (peak, 0.0), length=300)
-    assert path[-100:].min() > 0.2
-    assert path[-100:].max() < 0.4
-
-
-def test_on_plateau_state_is_stable_under_jit():
-    init, update = levels.on_plateau(0.1, step=0.05, patience=2, mode="max")
-    before = jax.tree.map(jax.typeof, init())
-    _, state = jax.jit(update)(init(), jnp.float16(0.5))
-    assert jax.tree.map(jax.typeof, state) == before
-    _, eager = update(init(), 0.5)
-    chex.assert_trees_all_equal(eager, state)
-
-
-def test_on_plateau_state_may_be_donated():
-    # Two fields that are one array crash a train step that donates its state.
-    init, update = levels.on_plateau(0.5, step=0.25, patience=1, mode="min")
-    step = jax.jit(update, donate_argnums=0)
-    state, path = init(), []
-    for loss in (1.0, 2.0, 3.0):
-        level, state = step(state, jnp.float32(loss))
-        path.append(float(level))
-    assert path == [0.5, 0.75, 0.75]
-
-
-def test_on_plateau_as_good_as_its_best_after_decay_moves_up():
-    # 1 is best, the window .9 is worse: up. Then 1 again, a tie with the best, in the
-    # first window after a move, which moves the level in this case alone: up.
-    path = run_plateau([1, 0.9, 1, 0.9], 0.0, step=0.25, patience=1, mode="max")
-    np.testing.assert_array_equal(path, [0, 0.25, 0.5, 0.5])
-    # The same where the window before at this level was worse: up, and not down.
-    path = run_plateau([1, 0.9, 0.8, 1], 0.0, step=0.25, patience=1, mode="max")
-    np.testing.assert_array_equal(path, [0, 0.25, 0.25, 0.5])
+from flood_optax import FloodWarning, flooded, levels, scale_by_flood, sweep
 
 
 def test_live_edit_of_the_level_neither_recompiles_nor_resets():
@@ -171,6 +51,7 @@ def best_step(metric, loss, mode, window):
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("window", [1, 2, 3, 8])
 @pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.filterwarnings("ignore::flood_optax.FloodWarning")
 def test_at_best_equals_a_search(mode, window, compile_):
     rng = np.random.default_rng(window)
     call = compile_(functools.partial(levels.at_best, mode=mode, window=window))
@@ -185,13 +66,50 @@ def test_at_best_equals_a_search(mode, window, compile_):
         assert call(loss, jnp.asarray(metric, jnp.float32)) == expected
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_at_best_at_the_first_and_the_last_step(step):
-    metric = np.zeros(4).astype(np.int32)
-    metric[step] = 7
+KINDS = [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::flood_optax.FloodWarning")
+def test_at_best_compares_integers_of_any_width_exactly(kind, mode):
+    # Of neighbours at the ends of the range, which float32 and wrapped 64 bits confuse.
+    ends, loss = np.iinfo(kind), np.linspace(2, 0, 12, dtype=np.float32)
+    rng = np.random.default_rng(0)
+    run = functools.partial(levels.at_best, mode=mode, window=3)
+    compiled = jax.jit(run)
+    for end in (ends.min, ends.max - 5, (ends.max + 1) // 2 - 3):
+        metric = np.array([end + int(i) for i in rng.integers(0, 6, 12)], kind)
+        sums = [sum(map(int, metric[i : i + 3])) for i in range(10)]
+        expected = loss[sums.index(max(sums) if mode == "max" else min(sums)) + 1]
+        assert run(loss, metric) == expected  # 64 bits too, without x64
+        with jax.enable_x64(metric.itemsize == 8):
+            assert compiled(loss, metric) == expected
+
+
+def test_at_best_compares_a_list_of_large_integers():
+    # Float32 takes the first two for one; a half is lost where int32 wraps.
+    losses, accuracies = [0.75, 0.5, 0.25], [20_000_000, 20_000_001, 20_000_000]
+    assert levels.at_best(losses, accuracies, mode="max") == 0.5
+    assert levels.at_best(losses, [1, 2**40, 2**40 + 1], mode="max") == 0.25
+    assert levels.at_best(losses, [False, True, False], mode="max") == 0.5
+    assert levels.at_best(losses, [jnp.int32(3), 5, jnp.int32(4)], mode="max") == 0.5
+
+
+def test_at_best_at_the_last_step_keeps_the_dtype():
     losses = jnp.array([0.75, 0.5, 0.25, 0.125], jnp.bfloat16)
-    level = levels.at_best(losses, metric, mode="max")
-    assert (level, level.dtype) == (losses[step], jnp.bfloat16)
+    level = levels.at_best(losses, [0, 0, 0, 7], mode="max")
+    assert (level, level.dtype) == (losses[3], jnp.bfloat16)
+
+
+def test_at_best_warns_where_the_first_window_is_the_best():
+    losses = [2.0, 0.75, 0.5]
+    with pytest.warns(FloodWarning, match="mode='max'.* is best in the first window"):
+        level = levels.at_best(losses, [0.9, 0.5, 0.4], mode="max")  # it is a loss
+    assert level == 2
+    assert levels.at_best(losses, [0.9, 0.5, 0.4], mode="min") == 0.5  # the remedy
+    levels.at_best([2.0], [0.9], mode="min")  # of one window none is the first
+    levels.at_best(losses, [np.nan] * 3, mode="min")
 
 
 def test_at_best_without_a_number_is_off():
@@ -207,6 +125,14 @@ BAD_AT_BEST = {
     "mode": ({"mode": "best"}, '(mode=...)` must be "max" or "min", got \'best\'.'),
     "window": ({"mode": "min", "window": 0}, "(window=...)` must be at least 1, got 0"),
     "long": ({"mode": "min", "window": 3}, "must be at most the 2 steps, got 3."),
+    "complex": (
+        {"metric": [1j, 2.0], "mode": "min"},
+        "`at_best(metric)` must be real numbers, got dtype complex128.",
+    ),
+    "words": (
+        {"metric": ["a", "b"], "mode": "min"},
+        "`at_best(metric)` must be real numbers, got dtype <U1.",
+    ),
     "shape": (
         {"metric": [1.0], "mode": "min"},
         "`at_best(losses, metric)` must be of one shape [steps], got (2,) and (1,).",
@@ -217,7 +143,7 @@ BAD_AT_BEST = {
 @pytest.mark.parametrize("case", BAD_AT_BEST)
 def test_at_best_refuses(case):
     options, message = BAD_AT_BEST[case]
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         levels.at_best(**({"losses": [0.5, 0.25], "metric": [1.0, 2.0]} | options))
 
 

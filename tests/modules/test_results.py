@@ -27,9 +27,7 @@ def ignoring_nan(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "function", [Result.best, Result.best_overall, levels.on_plateau]
-)
+@pytest.mark.parametrize("function", [Result.best, Result.best_overall, levels.at_best])
 def test_what_is_good_has_no_default(function):
     # A default would return the worst level of a loss without a word.
     mode = inspect.signature(function).parameters["mode"]

@@ -1,0 +1,106 @@
+"""Which examples are held out together: whole groups, and a share of every class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def check_known(call: str, key: Any, groups: Any, stratify: Any) -> None:
+    """Demands that the folds can be made while tracing."""
+    given = {"key": key, "groups": groups, "stratify": stratify}
+    for name, one in given.items():
+        if isinstance(one, Tracer):
+            raise TypeError(
+                f"`{call}({name}=...)` must be known where `groups` or `stratify` are "
+                "given, got a tracer: call it outside of `jax.jit`."
+            )
+
+
+def assigned(
+    call: str, groups: Any, stratify: Any, order: np.ndarray, num_folds: int
+) -> list[jax.Array]:
+    """The indices of each fold; the random order breaks ties, and is theirs within."""
+    num_examples = len(order)
+    group, _ = _numbered(f"{call}(groups=...)", groups, num_examples)
+    label, names = _numbered(f"{call}(stratify=...)", stratify, num_examples)
+    if groups is None:
+        # Dealt out class by class, in one round over the folds: no two differ by more
+        # than one example, neither in a class nor in all.
+        fold = np.empty(num_examples, int)
+        by_class = order[np.argsort(label[order], kind="stable")]
+        fold[by_class] = np.arange(num_examples) % num_folds
+    else:
+        number = int(group.max()) + 1
+        if num_folds > number:
+            raise ValueError(
+                f"`{call}(num_folds=...)` must be at most the number of groups, "
+                f"{number}, got {num_folds}."
+            )
+        counts = np.zeros((number, len(names)), int)
+        np.add.at(counts, (group, label), 1)
+        fold = _spread(counts, num_folds, group[order])[group]
+    if stratify is not None:
+        _check_classes(call, fold, label, names, num_folds)
+    return [jnp.asarray(order[fold[order] == k], jnp.int32) for k in range(num_folds)]
+
+
+def _numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]:
+    """Each entry's number among the different ones, and these."""
+    if given is None:
+        return np.zeros(length, int), [None]
+    if not isinstance(given, list | tuple):
+        array = np.asarray(given)
+        if array.ndim != 1:
+            raise ValueError(
+                f"`{call}` must have one axis, with an entry per example, got shape "
+                f"{array.shape}."
+            )
+        given = array.tolist()
+    if len(given) != length:
+        raise ValueError(
+            f"`{call}` must have an entry for each of the {length} examples, got "
+            f"{len(given)}."
+        )
+    numbers: dict[Any, int] = {}
+    found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
+    if any(one != one for one in numbers):  # noqa: PLR0124, as NaN alone is
+        raise ValueError(f"`{call}` must not be NaN, which is equal to nothing.")
+    return found, list(numbers)
+
+
+def _spread(counts: np.ndarray, num_folds: int, shuffled: np.ndarray) -> np.ndarray:
+    """The fold of each group of counts [groups, classes]; the order breaks ties.
+
+    Large groups first, each into the fold that holds least of its classes, every class
+    measured by its own size: with one class, the smallest fold.
+    """
+    total = counts.sum(axis=0)
+    held = np.zeros((num_folds, len(total)))
+    sizes = counts.sum(axis=1)
+    _, first = np.unique(shuffled, return_index=True)
+    fold = np.empty(len(counts), int)
+    for group in np.lexsort((first, -sizes)):
+        share = counts[group] / np.maximum(total, 1) ** 2
+        fold[group] = np.lexsort((held.sum(axis=1), held @ share))[0]
+        held[fold[group]] += counts[group]
+    return fold
+
+
+def _check_classes(
+    call: str, fold: np.ndarray, label: np.ndarray, names: list[Any], num_folds: int
+) -> None:
+    """Demands that the rest of every fold holds every class."""
+    for k in range(num_folds):
+        missing = set(range(len(names))) - set(label[fold != k].tolist())
+        if missing:
+            name = names[min(missing)]
+            raise ValueError(
+                f"`{call}(stratify=...)` must leave every class in the rest of every "
+                f"fold, got class {name!r} in fold {k} alone: all its examples are one "
+                "group, or one example. Take them out, or merge classes."
+            )
