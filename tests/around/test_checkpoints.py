@@ -16,7 +16,14 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, flood, levels, scale_by_flood
+from flood_optax import (
+    FloodState,
+    average_params,
+    averaged,
+    flood,
+    levels,
+    scale_by_flood,
+)
 from flood_optax.flax import TrainState
 from tests import processes, stores
 
@@ -39,6 +46,7 @@ FORMS = {
         every_k=lambda window: 2 + window % 2,
         should_skip_update_fn=optax.skip_not_finite,
     ),
+    "average": flood(optax.chain(ADAM, average_params(0.5)), level(), every_k=3),
 }
 
 
@@ -98,11 +106,16 @@ def test_checkpoint_restored_run_ends_where_the_uninterrupted_one_ends(
         *(optax.tree.get(stopped.opt_state, field) for field in FloodState._fields)
     )
     assert all(field != 0 for field in flood_state)  # each would be missed
-    if form in ("window", "skipping"):
+    if form in ("window", "skipping", "average"):
         window = stopped.opt_state.flood_window
         assert window.flood_mini_step > 0
         assert all(np.any(leaf) for leaf in jax.tree.leaves(window.flood_grad_mean))
         assert window.flood_value_mean > 0
+    if form == "average":
+        kept = averaged(stopped.opt_state, stopped.params)
+        assert jax.tree.all(
+            jax.tree.map(lambda a, p: (a != p).all(), kept, stopped.params)
+        )
     path = tmp_path / "checkpoint"
     save(path, stopped)
     restored = restore(path, fresh(form))

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from flood_optax import flood_mean, flooded, scale_by_flood
+from flood_optax import average_params, flood_mean, flooded, scale_by_flood
 from tests import forms
 from tests.sharded import (
     LEVELS,
@@ -42,7 +42,7 @@ def collectives(step, *arguments):
     return [(m[2], sorted(shape.findall(m[1]))) for m in COLLECTIVE.finditer(text)]
 
 
-def training_steps():
+def training_steps(params=None):
     adam = optax.with_extra_args_support(optax.adam(0.1))
     level = LEVELS["below"]
     multi_steps = optax.MultiSteps(adam, 2).gradient_transformation()
@@ -50,6 +50,8 @@ def training_steps():
     every["MultiSteps"] = loss_fn, optax.with_extra_args_support(multi_steps)
     every |= {k: (loss_fn, made) for k, made in forms.optimizers(adam, level).items()}
     every |= {k: (fn, adam) for k, fn in forms.objectives(losses_fn, level).items()}
+    averaging = optax.chain(scale_by_flood(level), adam, average_params(0.9))
+    every["average"] = loss_fn, averaging
     steps = {}
     for name, (objective, optimizer) in every.items():
 
@@ -58,7 +60,7 @@ def training_steps():
             updates, state = optimizer.update(grads, state, params, value=value)
             return optax.apply_updates(params, updates), state, value
 
-        steps[name] = step, optimizer.init(parameters())
+        steps[name] = step, optimizer.init(parameters() if params is None else params)
     return steps
 
 
@@ -75,7 +77,7 @@ def jit_adds_no_collective_but_one_scalar_for_the_loss_form():
         plain = counts["plain"]
         assert plain, "the plain step reduces its gradients"
         assert {kind for kind, _ in plain} == {"all-reduce"}
-        for name in ("chain", "flood", "flood_skip"):
+        for name in ("chain", "flood", "flood_skip", "average"):
             assert counts[name] == plain, (name, counts)
         assert counts["flood_every_k"] == counts["MultiSteps"], counts
         for name in ("flooded", "flood_mean"):
@@ -83,6 +85,20 @@ def jit_adds_no_collective_but_one_scalar_for_the_loss_form():
             scalars = [t for _, t in counts[name] if t == ["f32[]"]]
             assert len(scalars) == 1, (name, counts)
             assert {kind for kind, _ in counts[name]} == {"all-reduce"}
+
+
+@CHECKS.once
+def average_of_parameters_that_are_split_adds_no_collective():
+    mesh = mesh_of("data")
+    split = {"w": NamedSharding(mesh, P("data")), "b": NamedSharding(mesh, P())}
+    params = jax.device_put(parameters(), split)
+    steps = training_steps(params)
+    plain, averaging = (
+        collectives(step, params, state, *rows_on(mesh))
+        for step, state in (steps["plain"], steps["average"])
+    )
+    assert averaging == plain
+    assert "all-gather" in {kind for kind, _ in plain}, "of the split parameters"
 
 
 # ---- what the one-liners do: the numbers of docs/traps.md ----

@@ -1,6 +1,7 @@
 """Batches split over devices: every form gives the gradient of one large batch."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from flood_optax import flood, flood_mean, flooded, shapes
+from flood_optax import (
+    average_params,
+    averaged,
+    flood,
+    flood_mean,
+    flooded,
+    metrics,
+    scale_by_flood,
+    shapes,
+)
+from tests import oracles
 from tests.sharded import (
     CLASSES,
     LEARNING_RATE,
@@ -115,6 +126,91 @@ def sharded_parameters_with_auto_sharding_keep_it():
 @CHECKS.always
 def sharded_parameters_with_explicit_sharding_keep_it():
     sharded_parameters_keep_their_sharding(AxisType.Explicit)
+
+
+def average_keeps_the_sharding_of_its_parameters(kind):
+    """Replicated and split; each update, and windows; begun eagerly and under jit."""
+    mesh = mesh_of("data", kind=kind)
+    level, sgd = LEVELS["below"], optax.sgd(0.01)
+    every = {
+        "step": optax.chain(scale_by_flood(level), sgd, average_params(0.5)),
+        "window": flood(optax.chain(sgd, average_params(0.5)), level, every_k=2),
+    }
+    for (name, optimizer), spec in itertools.product(every.items(), (P(), P("data"))):
+        placed = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P())}
+
+        @jax.jit
+        def step(params, state, x, y, optimizer=optimizer):
+            whole = params
+            if kind == AxisType.Explicit:
+                whole = {**params, "w": jax.sharding.reshard(params["w"], P())}
+            value, grads = jax.value_and_grad(loss_fn)(whole, x, y)
+            if kind == AxisType.Explicit:
+                w = jax.sharding.reshard(grads["w"], jax.typeof(params["w"]).sharding)
+                grads = {**grads, "w": w}
+            updates, state = optimizer.update(grads, state, params, value=value)
+            return optax.apply_updates(params, updates), state, metrics(state)
+
+        with jax.set_mesh(mesh):
+            (arrays, _), _ = batch_and_halves(mesh)
+            for begin in (optimizer.init, jax.jit(optimizer.init)):
+                params, visited = jax.device_put(parameters(), placed), []
+                state = begin(params)
+                for _ in range(6):
+                    before = typeof(state)
+                    params, state, logs = step(params, state, *arrays)
+                    assert typeof(state) == before
+                    visited.append(jax.device_get(params))
+                    for read in (averaged, jax.jit(averaged)):
+                        mean = read(state, params)
+                        assert typeof(mean) == typeof(params)
+                        for leaf, where in placed.items():
+                            kept = optax.tree.get(state, "flood_average")[leaf]
+                            for found in (mean[leaf], kept):
+                                assert found.sharding.is_equivalent_to(
+                                    where, found.ndim
+                                ), (name, spec, leaf, found.sharding)
+                taken = visited[1::2] if name == "window" else visited
+                wanted = jax.tree.map(lambda *a: oracles.average(a, 0.5), *taken)
+                assert_close(mean, wanted)
+                assert logs["flood/steps"] == len(taken)
+                assert logs["flood/share_below"] > 0
+                assert all(x.sharding.is_fully_replicated for x in logs.values())
+
+
+@CHECKS.once
+def average_with_auto_sharding_keeps_that_of_its_parameters():
+    average_keeps_the_sharding_of_its_parameters(AxisType.Auto)
+
+
+@CHECKS.once
+def average_with_explicit_sharding_keeps_that_of_its_parameters():
+    average_keeps_the_sharding_of_its_parameters(AxisType.Explicit)
+
+
+@CHECKS.once
+def average_in_shard_map_is_replicated():
+    """Of the parameters that are the same everywhere, not of those of one device."""
+    mesh = mesh_of("data")
+    (arrays, _), (rows, _) = batch_and_halves(mesh)
+    inner = optax.chain(optax.sgd(0.01), average_params(0.5))
+    optimizer = flood(inner, LEVELS["below"], axis_name="data")
+
+    def run(params, x, y):
+        state, visited = optimizer.init(params), []
+        for _ in range(5):
+            value, grads = jax.value_and_grad(loss_fn)(varying(params), x, y)
+            grads = global_mean(grads)
+            updates, state = optimizer.update(grads, state, params, value=value)
+            params = optax.apply_updates(params, updates)
+            visited.append(params)
+        return averaged(state, params), visited, metrics(state)
+
+    for check_vma in (True, False):
+        step = mapped(run, mesh, (P(), rows, rows), check_vma=check_vma)
+        mean, visited, logs = step(parameters(), *arrays)
+        assert_close(mean, jax.tree.map(lambda *a: oracles.average(a, 0.5), *visited))
+        assert logs["flood/steps"] == 5
 
 
 # ---- shard_map ----

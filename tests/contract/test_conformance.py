@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, flood, flooded, scale_by_flood
+from flood_optax import FloodState, average_params, flood, flooded, scale_by_flood
 from tests import forms, oracles
 
 LEVEL = 0.5
@@ -24,7 +24,11 @@ def maker(name):
     return lambda level=LEVEL: forms.OPTAX[name](momentum(), level)
 
 
-MAKERS = {name: maker(name) for name in forms.OPTAX}
+MAKERS = {name: maker(name) for name in forms.OPTAX} | {
+    "average": lambda level=LEVEL: optax.chain(
+        scale_by_flood(level), momentum(), average_params(0.9)
+    )
+}
 bare, windows = MAKERS["scale_by_flood"], MAKERS["flood_every_k"]
 every_form = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 

@@ -11,9 +11,11 @@ import pytest
 from jax import export
 
 from flood_optax import (
+    AverageState,
     FloodState,
     FloodWindow,
     FloodWrapperState,
+    average_params,
     flood,
     flood_mean,
     flooded,
@@ -70,6 +72,10 @@ FORMS = {
     "band": (
         loss_fn,
         optax.chain(scale_by_flood(LEVEL, band=0.1), optax.adam(0.05)),
+    ),
+    "average": (
+        loss_fn,
+        optax.chain(scale_by_flood(LEVEL), optax.adam(0.05), average_params(0.5)),
     ),
     "wrapper": (loss_fn, flood(optax.sgd(0.05, momentum=0.9), LEVEL)),
     "window": (loss_fn, flood(optax.adam(0.05), LEVEL, every_k=2)),
@@ -167,7 +173,9 @@ def test_export_serialised_step_trains_as_the_step_itself(form):
 
 
 @pytest.mark.parametrize(
-    "state", [FloodState, FloodWindow, FloodWrapperState], ids=lambda s: s.__name__
+    "state",
+    [AverageState, FloodState, FloodWindow, FloodWrapperState],
+    ids=lambda s: s.__name__,
 )
 def test_export_states_are_registered_under_their_public_name(state):
     """The name is in every serialised program: it must not change."""

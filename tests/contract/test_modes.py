@@ -17,7 +17,16 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import flood, flood_loss, flood_mean, flooded, scale_by_flood
+from flood_optax import (
+    average_params,
+    averaged,
+    flood,
+    flood_loss,
+    flood_mean,
+    flooded,
+    metrics,
+    scale_by_flood,
+)
 from flood_optax.levels import warmup
 from tests import forms, oracles, processes
 
@@ -355,6 +364,47 @@ def check_windows_accumulate_in_float32(mode):
         close(value, mean, np.float32)
         wanted = grads.astype(np.float64).mean()
         close(updates, [0.0, 0.0, -wanted], dtype)
+
+
+def check_averages_are_taken_in_float32(mode):
+    # rounded as the parameters are; a quarter of these moves is nothing in bf16
+    optimizer = average_params(0.75)
+
+    def run(start, moves):
+        params, state, visited = start, optimizer.init(start), []
+        for move in moves:
+            _, state = optimizer.update(move, state, params)
+            params = optax.apply_updates(params, move)
+            visited.append(params)
+        average = optax.tree.get(state, "flood_average")
+        return average, jnp.stack(visited), averaged(state, params)
+
+    for dtype in mode.floats:
+        start = np.asarray([1.0, -300.7], dtype)
+        moves = np.asarray([[0.3, -1.7], [0.01, 2.0], [-0.2, 1.1]] * 3, dtype)
+        average, visited, given = in_mode(mode, run, start, moves)
+        work = np.float64 if dtype == np.float64 else np.float32
+        wanted = oracles.average(np.asarray(visited), 0.75)
+        close(average, wanted, work, ulps=8)
+        same_bits(given, np.asarray(average).astype(dtype))
+
+
+def check_metrics_of_no_step_and_of_windows(mode):
+    optimizer = flood(optax.sgd(1.0), 0.5, every_k=2)
+
+    def numbers(state):
+        return jnp.stack([x.astype(jnp.float32) for x in metrics(state).values()])
+
+    def run(values):
+        state = start = optimizer.init(values[0])
+        for value in values:
+            _, state = optimizer.update(values[0], state, values[0], value=value)
+        return numbers(start), numbers(state)
+
+    losses = np.asarray([0.3, 0.5, 0.9, 0.3, 0.2, 0.4], np.float32)
+    before, after = in_mode(mode, run, losses)
+    close(before, [0, 0, 0, 0], np.float32)
+    close(after, [0.3, 0.5, 2 / 3, 3], np.float32)
 
 
 def check_the_scaled_loss_is_not_the_loss(mode):
