@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 
 from flood_optax.checks import integer
 from flood_optax.sweep.extras import optional, progress_bar
-from flood_optax.sweep.inputs import checked_keys, checked_levels, checked_metrics
+from flood_optax.sweep.inputs import (
+    called,
+    checked_keys,
+    checked_levels,
+    checked_metrics,
+)
 from flood_optax.sweep.journal import Journal
 from flood_optax.sweep.placement import Strategy, placement
 from flood_optax.sweep.result import Result
@@ -51,23 +56,28 @@ def run(
       levels: distinct numbers, shape [levels]; -inf is no flooding.
       keys: distinct keys, shape [keys] as `jax.random.split` of a `jax.random.key`
         gives, or raw ones of shape [keys, words].
-      strategy: "vmap", "map" or "shard"; None is "map" on a CPU, else "vmap".
+      strategy: "vmap", "map" or "shard"; None is "shard" where there are several
+        processes, else "map" on a CPU, else "vmap".
       progress: whether to show a tqdm bar that advances with every chunk.
       chunk_size: runs per chunk and device. By default all, and with ``progress`` or
         ``path`` a tenth of them ("map": a hundredth, but one for each core at least).
-      path: a file to keep the results in as they come. If the process is killed, the
-        same call again computes only what is missing and returns the same result (a
-        changed strategy or chunk_size: to rounding). A file of another sweep is
-        refused, also if ``train`` or an array it uses changed; so is a ``train`` with a
-        callback into Python, of which that cannot be told. Of many processes, the first
-        reads and writes it.
+      path: a file to keep the runs in as they come, each by its level and key. If the
+        process is killed, the same call again computes only what is missing and returns
+        the same result (a changed strategy or chunk_size: to rounding). So does a call
+        with other levels or keys, in any order: it adds to the file what that has not.
+        A file of another training is refused, also if an array that ``train`` uses, the
+        version of JAX or a setting that changes its numbers is another; so is a
+        ``train`` with a callback into Python, of which that cannot be told. Of many
+        processes, the first reads and writes it.
       mesh: for "shard", the devices; by default all there are.
 
     Returns:
       A `Result` whose metrics are NumPy arrays of shape [levels, keys, ...].
 
     Raises:
-      ValueError: if the file is of another sweep or damaged; for wrong arguments.
+      ValueError: if the file is of another training; for wrong arguments.
+      OSError: if the file cannot be written, as on a full disk. It keeps what it has;
+        the same call again runs the chunk that did not fit, and what is missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -101,12 +111,13 @@ def run(
     def one(level: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
         return checked_metrics(train(level, seeds.unwrap(words)), "sweep.run(train)")
 
-    traced = trace(
-        one,
-        "sweep.run(train)",
-        jax.ShapeDtypeStruct((), used.dtype),
-        jax.ShapeDtypeStruct(seeds.data.shape[1:], seeds.data.dtype),
-    )
+    with called("sweep.run(train)", train, "level", "key"), place.context():
+        traced = trace(
+            one,
+            "sweep.run(train)",
+            jax.ShapeDtypeStruct((), used.dtype),
+            jax.ShapeDtypeStruct(seeds.data.shape[1:], seeds.data.dtype),
+        )
 
     def header() -> dict[str, Any]:
         digest, hidden = fingerprint(traced.jaxpr)
@@ -117,8 +128,7 @@ def run(
                 "Python. Compute it in JAX, or leave path out."
             )
         return {
-            "levels": [repr(float(level)) for level in used],
-            "keys": [seeds.impl, seeds.data.tolist()],
+            "key": seeds.impl,
             "metrics": {n: [str(x.dtype), [*x.shape]] for n, x in traced.shape.items()},
             "train": digest,
         }
@@ -126,18 +136,23 @@ def run(
     grid = (len(used), len(seeds.data))
     every_level = np.repeat(used, grid[1])
     every_key = np.tile(seeds.data, (grid[0], 1))
-    journal = Journal(path, traced.shape, len(every_level), header)
+    words = seeds.data.tolist()
+    names = [(repr(float(level)), *word) for level in used for word in words]
+    journal = Journal(path, traced.shape, names, header)
     missing = journal.missing
     watched = progress or path is not None
     size = place.chunk(len(every_level), chunk_size, watched=watched)
     program = place.program(traced)
-    with progress_bar(
-        "sweep.run(progress=True)",
-        shown=progress and jax.process_index() == 0,
-        total=len(every_level),
-        done=len(every_level) - len(missing),
-        unit="run",
-    ) as advance:
+    with (
+        place.context(),
+        progress_bar(
+            "sweep.run(progress=True)",
+            shown=progress and jax.process_index() == 0,
+            total=len(every_level),
+            done=len(every_level) - len(missing),
+            unit="run",
+        ) as advance,
+    ):
         for begin in range(0, len(missing), size):
             runs = missing[begin : begin + size]
             rows = place.train(program, every_level[runs], every_key[runs], size)

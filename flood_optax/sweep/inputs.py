@@ -1,6 +1,8 @@
 """What a sweep is given, and what training returns to it: the rules for both."""
 
-from collections.abc import Mapping
+import contextlib
+import inspect
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from flood_optax.checks import check_level
+from flood_optax.checks import check_level, function
 
 Array = npt.NDArray[Any]
 
@@ -76,15 +78,16 @@ class Keys(NamedTuple):
 def checked_keys(given: Any, call: str) -> Keys:
     """The keys; two that are the same would repeat a run and understate the spread."""
     keys = given
-    if isinstance(given, list | tuple) and given:
+    listed = isinstance(given, list | tuple) and given
+    if listed and all(hasattr(key, "dtype") for key in given):  # else they are seeds
         keys = jnp.stack([jnp.asarray(key) for key in given])
     dtype = getattr(keys, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != np.uint32:
         raise TypeError(
             f"`{call}` must be keys such as `jax.random.split(jax.random.key(0), 10)`, "
-            f"got {type(keys).__name__} of dtype {dtype}. Seeds become keys by "
-            "`jax.vmap(jax.random.key)(seeds)`."
+            f"got {type(given).__name__} of dtype {dtype}. Seeds become keys by "
+            "`jax.vmap(jax.random.key)(jnp.array(seeds))`."
         )
     data = np.asarray(jax.random.key_data(keys) if typed else keys)
     if data.ndim != 2 or not len(data):
@@ -99,6 +102,28 @@ def checked_keys(given: Any, call: str) -> Keys:
             "differ: the same run would count twice."
         )
     return Keys(data, str(jax.random.key_impl(keys)) if typed else None)
+
+
+@contextlib.contextmanager
+def called(call: str, given: Any, *words: str) -> Generator[None]:
+    """Demands a function of these arguments, and says so of any error in it."""
+    function(call, given)
+    due = f"({', '.join(words)})"
+    with contextlib.suppress(ValueError):  # a function of C may tell no arguments
+        signature = inspect.signature(given)
+        names = zip(signature.parameters, words, strict=False)
+        wrong = any(name in words and name != word for name, word in names)
+        try:
+            signature.bind(*words)
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise TypeError(f"`{call}` is called with {due}, got one of {signature}.")
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"`{call}` is called with {due}.")
+        raise
 
 
 def checked_metrics(metrics: Any, call: str) -> dict[str, jax.Array]:

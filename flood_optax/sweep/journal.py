@@ -1,16 +1,19 @@
-"""The file in which a sweep keeps its results as they come, to be resumed.
+"""The file in which a sweep keeps its runs as they come, to be resumed and extended.
 
-One line per chunk after a line that says which sweep it is. Each line carries its
-checksum, is written by one call and synced, so what a killed process leaves is at
-worst a torn last line, which is dropped.
+A line says of which training it is, one per chunk holds the metrics of some runs, each
+known by its level and key. Lines carry their checksum and are only ever appended. So
+what a killed process or a full disk leaves is a torn line, which costs its own chunk,
+and what two processes that share the file cost each other is time.
 """
 
 import base64
 import json
 import os
 import pathlib
+import re
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +22,24 @@ import numpy.typing as npt
 from jax.experimental import multihost_utils
 
 Array = npt.NDArray[Any]
-FORMAT = "flood_optax.sweep/2"
+RunName = tuple[Any, ...]  # the level's digits and the numbers of the key
+FORMAT = "flood_optax.sweep/3"
+NUMBERED = "flood_optax.sweep/2"  # its chunks name a run by the number in a grid
 BEFORE = "flood_optax.sweep/1"  # its fingerprint saw less of the training's data
 MEANING = {
-    "levels": "other levels",
-    "keys": "other keys",
+    "key": "another kind of keys",
     "metrics": "other metrics",
-    "train": "another train function (or the data it uses, or the version of JAX)",
+    "train": "another train function (or the data it uses)",
 }
+# They change numbers, but not the jaxpr that a training is recognised by.
+SETTINGS = (
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+    "jax_accurate_erf_inv",
+    "jax_use_hlo_logistic_lowering",
+)
+# A checksum and what follows it: also within a line, behind a torn one.
+DOCUMENT = re.compile(rb"([0-9a-f]{8}) (?=\{)")
 
 
 class Journal:
@@ -42,26 +55,28 @@ class Journal:
     def __init__(
         self,
         path: str | os.PathLike[str] | None,
-        like: Mapping[str, jax.ShapeDtypeStruct],
-        number: int,
+        metric_types: Mapping[str, jax.ShapeDtypeStruct],
+        names: Sequence[RunName],
         header: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Restores what the file has, and makes it ready to append to."""
         self._path: pathlib.Path | None = None
-        self._done = np.zeros(number, bool)
+        self._names = names
+        self._done = np.zeros(len(names), bool)
         self.metrics = {
-            name: np.zeros((number, *one.shape), one.dtype)
-            for name, one in like.items()
+            metric: np.zeros((len(names), *one.shape), one.dtype)
+            for metric, one in metric_types.items()
         }
         if path is None:
             return
         file, first = pathlib.Path(path), jax.process_index() == 0
-        kept = file.read_bytes() if first and file.exists() else b""
-        about = {"format": FORMAT, **header()}
-        good = self._restore(_from_first_process(kept), about, file.name)
+        about = {"format": FORMAT, **header(), "settings": settings()}
+        content = _from_first_process(_content(file) if first else b"")
+        begun = self._restore(content, about, file.name)
         if first:
             self._path = file
-            _start(file, _line(about), good)
+            if not begun:
+                self._append(about)
 
     @property
     def missing(self) -> Array:
@@ -70,60 +85,104 @@ class Journal:
 
     def add(self, runs: Array, rows: Mapping[str, Array]) -> None:
         """Adds the metrics of some runs, one row each."""
-        for name, value in rows.items():
-            self.metrics[name][runs] = value
+        for metric, value in rows.items():
+            self.metrics[metric][runs] = value
+        if self._path is not None:
+            encoded = {
+                metric: base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+                for metric, value in rows.items()
+            }
+            names = [self._names[run] for run in runs]
+            self._append({"runs": names, "metrics": encoded})
         self._done[runs] = True
-        if self._path is None:
-            return
-        encoded = {
-            name: base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-            for name, value in rows.items()
-        }
-        with self._path.open("ab", buffering=0) as file:
-            file.write(_line({"runs": runs.tolist(), "metrics": encoded}))
-            os.fsync(file.fileno())
 
-    def _restore(self, content: bytes, about: Mapping[str, Any], name: str) -> int:
-        """Fills in the runs that are in the file; returns how many bytes are good."""
-        start = _line(about)
-        if start.startswith(content) and content != start:  # nothing, or torn at once
-            return 0
-        first, *lines, _torn = content.split(b"\n") if b"\n" in content else [b"", b""]
-        _check_header(_parsed(first), about, name)
-        good = len(first) + 1
-        for number, line in enumerate(lines, start=2):
-            chunk = _parsed(line)
-            if chunk is None:
-                if number <= len(lines):
-                    raise ValueError(
-                        f"`sweep.run(path=...)`: line {number} of {name} is damaged. "
-                        "Delete that line to run its part again, or the file to start "
-                        "over."
-                    )
-                break
-            runs = np.array(chunk["runs"])
+    def _append(self, document: Mapping[str, Any]) -> None:
+        """Appends a line of its own, the whole of it, or raises."""
+        assert self._path is not None
+        try:
+            with self._path.open("ab+", buffering=0) as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                torn = file.read(1) not in (b"", b"\n")
+                rest = memoryview(b"\n" * torn + _line(document))
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.add_note(
+                f"`sweep.run(path=...)`: {self._path.name} keeps {self._done.sum()} of "
+                f"{len(self._done)} runs. When it can be written to again, the same "
+                "call does the others alone."
+            )
+            raise
+
+    def _restore(self, content: bytes, about: Mapping[str, Any], name: str) -> bool:
+        """Fills in the runs that the file has; returns whether it has a header."""
+        lines = content.split(b"\n")
+        documents = [document for line in lines for document in _documents(line)]
+        headers = [document for document in documents if "format" in document]
+        # Without one, the file is new, or torn where it began.
+        if not headers and not all(_line(about).startswith(line) for line in lines):
+            raise ValueError(
+                f"`sweep.run(path=...)` must be a file of this sweep, or none: {name} "
+                "is something else. Give another path."
+            )
+        grid: list[RunName] = []
+        for header in headers:
+            if header["format"] == NUMBERED:
+                impl, keys = header["keys"]
+                grid = [(level, *words) for level in header["levels"] for words in keys]
+                same = {"format": FORMAT, "key": impl, "settings": about["settings"]}
+                _check_header({**header, **same}, about, name)
+            else:
+                _check_header(header, about, name)
+        places = {run: place for place, run in enumerate(self._names)}
+        for chunk in documents:
+            if "runs" not in chunk:
+                continue
+            names = [grid[r] if isinstance(r, int) else tuple(r) for r in chunk["runs"]]
+            wanted = [run in places for run in names]
+            runs = [places[run] for run in names if run in places]
             for metric, values in self.metrics.items():
                 raw = base64.b64decode(chunk["metrics"][metric])
                 rows = np.frombuffer(raw, values.dtype)
-                values[runs] = rows.reshape(len(runs), *values.shape[1:])
+                values[runs] = rows.reshape(len(names), *values.shape[1:])[wanted]
             self._done[runs] = True
-            good += len(line) + 1
-        return good
+        begun = any(header["format"] == FORMAT for header in headers)
+        if grid and not begun:
+            warnings.warn(
+                f"`sweep.run(path=...)`: {name} does not say with which version and "
+                "settings of JAX it was begun, which are taken to be those of now.",
+                stacklevel=4,
+            )
+        return begun
+
+
+def settings() -> dict[str, str]:
+    """What changes numbers though the training is the same: JAX and its settings."""
+    found = {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
+    return {"jax": jax.__version__, **found}
 
 
 def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:
-    """Refuses the file of something else, and of another sweep."""
-    form = found.get("format") if isinstance(found, dict) else None
-    if form == BEFORE:
+    """Refuses the file of another sweep."""
+    if found["format"] != FORMAT:
+        earlier = "an earlier one, which may hold a sweep of other data"
         raise ValueError(
-            f"`sweep.run(path=...)` must be a file of this version, got {name} of an "
-            "earlier one, which may hold a sweep of other data. Give another path, or "
-            "delete the file to start over."
+            f"`sweep.run(path=...)` must be a file of this version, got {name} of "
+            f"{earlier if found['format'] == BEFORE else found['format']!r}. Give "
+            "another path, or delete the file to start over."
         )
-    if form != FORMAT:
+    were, now = found["settings"], about["settings"]
+    changed = [
+        f"{each} {were.get(each)} (now {now.get(each)})"
+        for each in sorted({*were, *now})
+        if were.get(each, "None") != now.get(each, "None")
+    ]
+    if changed:
         raise ValueError(
-            f"`sweep.run(path=...)` must be a file of this sweep, or none: {name} is "
-            "something else. Give another path."
+            f"`sweep.run(path=...)` must be a file of this sweep, got {name} of a "
+            f"sweep with {', '.join(changed)}, of which the numbers may differ. Set "
+            "that back to go on, give another path, or delete the file to start over."
         )
     for part, meaning in MEANING.items():
         if found.get(part) != about[part]:
@@ -134,19 +193,12 @@ def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:
             )
 
 
-def _start(path: pathlib.Path, first: bytes, good: int) -> None:
-    """Makes the file ready to append to: a header, and no torn line at the end."""
-    if good:
-        with path.open("r+b") as file:
-            file.truncate(good)
-            os.fsync(file.fileno())
-        return
-    scratch = path.with_name(f"{path.name}.new")
-    with scratch.open("wb") as file:
-        file.write(first)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+def _content(file: pathlib.Path) -> bytes:
+    """What is in a file, nothing where there is none."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _from_first_process(content: bytes) -> bytes:
@@ -165,9 +217,10 @@ def _line(document: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The document of a line, None if it is damaged."""
-    checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
-        return None
-    return json.loads(text)
+def _documents(line: bytes) -> Iterator[dict[str, Any]]:
+    """The document of a line, if it is whole, or has only a torn one in front."""
+    for found in DOCUMENT.finditer(line):
+        text = line[found.end() :]
+        if found[1] == b"%08x" % zlib.crc32(text):
+            yield json.loads(text)
+            return

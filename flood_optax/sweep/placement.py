@@ -1,5 +1,6 @@
 """Where and how the runs of a sweep are computed."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +35,11 @@ class Placement(NamedTuple):
         """The number of devices, that divides the runs of a call."""
         return 1 if self.mesh is None else self.mesh.size
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Where there is a mesh, no other: a run, of one device, has a part in none."""
+        no_mesh = Mesh(np.empty((), object), ())
+        return jax.set_mesh(no_mesh) if self.mesh else contextlib.nullcontext()
+
     def chunk(self, number: int, chunk_size: int | None, *, watched: bool) -> int:
         """The runs between two synchronisations, a multiple of the devices."""
         chunks, least = 10, 1
@@ -52,6 +58,14 @@ class Placement(NamedTuple):
         """
         if self.one_by_one and self.mesh is None:
             return traced.function
+        arrays = [x for x in traced.jaxpr.consts if isinstance(x, jax.Array)]
+        spread = max((len(x.devices()) for x in arrays), default=1)
+        if self.mesh is not None and spread > 1:
+            raise ValueError(
+                '`sweep.run(strategy="shard")` trains each run on one device, got a '
+                f"train that uses an array on {spread}. Let it use a copy on the host: "
+                "`np.asarray(array)`."
+            )
 
         def one(levels: jax.Array, words: jax.Array) -> Any:
             return jax.tree.map(lambda x: x[None], traced.call(levels[0], words[0]))
@@ -103,9 +117,10 @@ def _joined(join: Callable[..., Array], parts: list[dict[str, Array]]) -> Any:
 
 
 def placement(strategy: Any, mesh: Mesh | None) -> Placement:
-    """The placement that was asked for, or the faster one of a single device."""
+    """The placement that was asked for, or the fastest that trains no run twice."""
     if strategy is None:
-        strategy = "map" if jax.default_backend() == "cpu" else "vmap"
+        alone = "map" if jax.default_backend() == "cpu" else "vmap"
+        strategy = "shard" if jax.process_count() > 1 else alone
     one_of("sweep.run(strategy=...)", strategy, ("vmap", "map", "shard"))
     if strategy != "shard":
         if mesh is not None:

@@ -248,7 +248,9 @@ class Result:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 "`Result.from_json(text)` must be what `Result.to_json` returned, got "
-                f"something else ({error})."
+                f"something else ({error}). Of a file, pass the text, "
+                "`pathlib.Path(path).read_text()`; that of `sweep.run(path=...)` is "
+                "read by the same call of `sweep.run`."
             ) from error
         if found != FORMAT:
             raise ValueError(
@@ -367,6 +369,11 @@ class Result:
     def _scores(self, metric: str, mode: str, at: At, call: str) -> Array:
         """One number per run: [levels, keys], or [levels] without keys."""
         values = _numbers(self._metric(metric, call))
+        if values.dtype.kind == "c":
+            raise TypeError(
+                f"`Result.{call}({metric!r})` must be of real numbers, got "
+                f"{values.dtype}."
+            )
         one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
         if "step" not in self._names(values):
             if at is not None:
@@ -403,9 +410,9 @@ class Result:
 
 
 def _numbers(value: Array) -> Array:
-    """Integers as they are, since float64 has not all; any others in float64."""
+    """Integers as they are, since float64 has not all; other real ones in float64."""
     with np.errstate(invalid="ignore"):  # a signalling NaN warns of the cast
-        return value if value.dtype.kind in "iu" else value.astype(np.float64)
+        return value if value.dtype.kind in "iuc" else value.astype(np.float64)
 
 
 def _extreme(values: Array, mode: str, axis: int) -> Array:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # They call a function of Python, of which a jaxpr holds the address alone.
 CALLS_PYTHON = {"pure_callback", "io_callback", "custom_vmap_call", "debug_callback"}
@@ -44,8 +44,9 @@ def trace(function: Callable[..., Any], call: str, *args: Any) -> Traced:
         jax.errors.TracerIntegerConversionError,
     ) as error:
         error.add_note(
-            f"`{call}` is traced once for all levels, so it must not need their "
-            "numbers in Python: use `jnp.where` or `jax.lax.cond` instead of `if`."
+            f"`{call}` must be traceable: it is traced once for all levels, so it must "
+            "not need their numbers in Python. Use `jnp.where` or `jax.lax.cond` "
+            "instead of `if`, and the level as it is instead of `float(level)`."
         )
         raise
     return Traced(jitted, stage.jaxpr, stage.out_info)
@@ -86,9 +87,15 @@ def _digest(part: Any, hidden: set[str], known: dict[int, bytes]) -> bytes:
     digest = hashlib.sha256()
     if isinstance(part, ClosedJaxpr | Jaxpr):
         parts = list(part.consts) if isinstance(part, ClosedJaxpr) else []
-        for equation in part.eqns:
+        jaxpr = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+        operands = [*jaxpr.outvars]
+        for equation in jaxpr.eqns:
             hidden.update({equation.primitive.name} & CALLS_PYTHON)
             parts += jax.tree.leaves(equation.params)
+            operands += equation.invars
+        # Of a setting of JAX it depends whether arrays are constants or literals.
+        literals = [x.val for x in operands if isinstance(x, Literal)]
+        parts += [value for value in literals if np.ndim(value)]
         for inner in parts:
             digest.update(_digest(inner, hidden, known))
         known[id(part)] = digest.digest()

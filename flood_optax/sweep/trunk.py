@@ -16,7 +16,12 @@ from flood_optax.bend import compare_dtype
 from flood_optax.checks import scalar_loss
 from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
-from flood_optax.sweep.inputs import Levels, checked_levels, checked_metrics
+from flood_optax.sweep.inputs import (
+    Levels,
+    called,
+    checked_levels,
+    checked_metrics,
+)
 from flood_optax.sweep.result import Result
 from flood_optax.sweep.traced import Traced, fingerprint, trace
 
@@ -63,12 +68,14 @@ def forked(
         arrays with the raw loss, a scalar, under "loss". State keeps its structure,
         shapes and dtypes. Must be traceable.
       state: a tree of arrays: parameters, optimizer state, ...
-      batches: a tree of arrays with a leading axis [steps], one batch per step.
+      batches: a tree of arrays with a leading axis [steps], one batch per step. Batches
+        that are a list are stacked: `jax.tree.map(lambda *b: jnp.stack(b), *batches)`.
       levels: distinct numbers, shape [levels]; -inf is no flooding. Or a function of
         the metrics of the run without flooding, NumPy arrays [steps, ...], that returns
         a level or levels: that run, level -inf, is then the trunk, and comes first in
         the result if the function does not name it. Copies of the state at 64 steps
-        are kept until the branches are run.
+        are kept until the branches are run. What it raises, and what is raised because
+        it returns no levels, has those metrics as the attribute ``metrics``.
       progress: whether to show a tqdm bar that counts steps.
 
     Returns:
@@ -103,15 +110,17 @@ def forked(
       (2, 200) -inf
     """
     state = jax.tree.map(_strong, state)
-    batches = jax.tree.map(jnp.asarray, batches)
+    batches = _stacked(batches)
     number = _num_steps(batches)
     known = None if callable(levels) else checked_levels(levels, "sweep.forked(levels)")
     off = np.dtype(jnp.result_type(float)).type(-np.inf)
     lowest: Level = off if known is None else known.used.min()
     batch = jax.eval_shape(lambda batches: _batch(batches, 0), batches)
     like = jax.ShapeDtypeStruct((), lowest.dtype)
-    checked = _checked_step(step, state)
-    traced = trace(checked, "sweep.forked(step)", state, batch, like)
+    with called("sweep.forked(step)", step, "state", "batch", "level"):
+        checked = _checked_step(step, state)
+        _check_no_batch_alone(checked, batches, state, like)
+        traced = trace(checked, "sweep.forked(step)", state, batch, like)
     run = _Run(_program(traced), batches, number)
     with progress_bar(
         "sweep.forked(progress=True)",
@@ -121,7 +130,15 @@ def forked(
     ) as advance:
         others = None if known is None else known.used
         trunk = _trunk(run, state, lowest, others, advance)
-        known = known or _levels_of(levels, trunk.rows, off.dtype)
+        try:
+            known = known or _levels_of(levels, trunk.rows, off.dtype)
+        except Exception as error:
+            error.metrics = trunk.rows  # type: ignore[attr-defined]
+            error.add_note(
+                "The run without flooding is done: its metrics are the attribute "
+                "`metrics` of this error."
+            )
+            raise
         branches = [level for level in known.used if level != lowest]
         forks = [_fork(trunk.rows["loss"], level, lowest) for level in branches]
         begins = [run.origin(fork) for fork in forks]
@@ -324,6 +341,42 @@ def _strong(leaf: Any) -> jax.Array:
     return array.astype(array.dtype) if weak else array
 
 
+STACK = (
+    "Stack a list of batches, `jax.tree.map(lambda *b: jnp.stack(b), *batches)`; "
+    "arrays that make up one batch go in a tuple or a dict."
+)
+
+
+def _stacked(batches: Any) -> Any:
+    """The batches as arrays; a list is of batches, of which the axes are others."""
+    for leaf in jax.tree.leaves(batches, is_leaf=lambda part: isinstance(part, list)):
+        if isinstance(leaf, list):
+            raise TypeError(
+                "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
+                f"list of {len(leaf)}. {STACK}"
+            )
+    return jax.tree.map(jnp.asarray, batches)
+
+
+def _check_no_batch_alone(
+    step: Callable[..., Any], batches: Any, state: Any, level: jax.ShapeDtypeStruct
+) -> None:
+    """Refuses a tuple of batches: its parts are alike, and the step takes one alone."""
+    if not (type(batches) is tuple and batches):
+        return
+    first, *others = (jax.eval_shape(lambda x: x, part) for part in batches)
+    if any(other != first for other in others):
+        return
+    try:
+        jax.eval_shape(step, state, first, level)
+    except Exception:  # whatever a step raises that is given a part of its batch
+        return
+    raise TypeError(
+        "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a tuple of "
+        f"{len(batches)}, each of which the step takes as a batch. {STACK}"
+    )
+
+
 def _num_steps(batches: Any) -> int:
     """The length of the leading axis, the same in every leaf."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
@@ -331,7 +384,7 @@ def _num_steps(batches: Any) -> int:
     if len(lengths) != 1 or lengths & {(), (0,)}:
         raise ValueError(
             "`sweep.forked(batches)` must have one leading axis [steps] in all leaves, "
-            f"one step at least, got the shapes {sorted(shapes)}."
+            f"one step at least, got the shapes {sorted(shapes)}. {STACK}"
         )
     return lengths.pop()[0]
 

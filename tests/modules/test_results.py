@@ -2,15 +2,17 @@
 
 import inspect
 import json
+import pathlib
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from flood_optax import levels
+from flood_optax import levels, sweep
 from flood_optax.sweep import Result
 
 NAN = np.nan
@@ -302,6 +304,33 @@ def test_json_is_strict_and_keeps_what_forked_counts():
 def test_json_of_something_else_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Result.from_json(text)
+
+
+def test_json_is_the_text_itself(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(result().to_json())
+    for given in (path, str(path)):
+        with pytest.raises(ValueError, match=r"the text, `pathlib.Path\(path\)"):
+            Result.from_json(given)
+    again = Result.from_json(pathlib.Path(path).read_text())
+    np.testing.assert_array_equal(again.metrics["acc"], SCORES)
+
+
+def test_json_of_a_file_of_a_sweep_is_refused_and_the_same_call_reads_it(tmp_path):
+    path, keys = tmp_path / "sweep.jsonl", jax.random.split(jax.random.key(0))
+    made, again = (
+        sweep.run(lambda b, k: {"b": 2 * b}, [0.1, 0.2], keys, path=path)
+        for _ in range(2)
+    )
+    with pytest.raises(ValueError, match="is read by the same call of `sweep"):
+        Result.from_json(path.read_text())
+    np.testing.assert_array_equal(again.metrics["b"], made.metrics["b"])
+
+
+@pytest.mark.parametrize("call", ["best", "best_overall", "plot"])
+def test_best_of_complex_numbers_is_refused(call):
+    with pytest.raises(TypeError, match=rf"`Result.{call}\('z'\)` .* got complex64"):
+        getattr(result(z=np.ones((3, 2), np.complex64)), call)("z", "max")
 
 
 def test_xarray_names_the_axes():

@@ -1,5 +1,6 @@
 """Many levels and seeds in one program: against single runs, one by one."""
 
+import functools
 import inspect
 import logging
 import re
@@ -56,12 +57,20 @@ def one_by_one(levels, keys):
 # --- run: traces, compilations, layout ------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
-def test_run_without_a_strategy_maps_on_a_cpu_and_vmaps_elsewhere(monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "processes", "expected"),
+    [
+        *[("cpu", 1, "map"), ("gpu", 1, "vmap"), ("tpu", 1, "vmap")],
+        *[("cpu", 2, "shard"), ("tpu", 4, "shard")],
+    ],
+)
+def test_run_without_a_strategy_is_the_fastest_that_trains_no_run_twice(
+    monkeypatch, backend, processes, expected
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
     chosen = placement.placement(None, None)
-    expected = placement.placement("map" if backend == "cpu" else "vmap", None)
-    assert chosen == expected
+    assert chosen == placement.placement(expected, None)
     assert inspect.signature(sweep.run).parameters["strategy"].default is None
 
 
@@ -239,8 +248,8 @@ SHARDED = """
     levels, keys = [0.0, 0.1, 0.3, 0.5, 0.9], jax.random.split(jax.random.key(2), 2)
     expected = sweep.run(train, levels, keys, strategy="map").metrics
 
-    def check(**options):
-        metrics = sweep.run(train, levels, keys, strategy="shard", **options).metrics
+    def check(strategy="shard", **options):
+        metrics = sweep.run(train, levels, keys, strategy=strategy, **options).metrics
         assert metrics.keys() == expected.keys()
         for name, value in metrics.items():
             assert value.dtype == expected[name].dtype
@@ -258,6 +267,26 @@ def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
         + """
     check(mesh=jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b")))
     check(mesh=jax.sharding.Mesh(np.array(jax.devices()[:3]), ("a",)), chunk_size=2)
+    from jax.sharding import AxisType
+
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
+        check(mesh=mesh)
+        with jax.set_mesh(mesh):
+            for strategy in ("map", "vmap", "shard"):
+                check(strategy=strategy)
+            check(mesh=mesh, chunk_size=1)
+            spread = jax.device_put(data, jax.NamedSharding(mesh, jax.P()))
+        local = data
+        for data in (spread, np.asarray(spread)):
+            refused = isinstance(data, jax.Array)
+            try:
+                check()
+            except ValueError as error:
+                assert refused and "`np.asarray(array)`" in str(error), error
+            else:
+                assert not refused
+        data = local
     print("agree")
     """
     )
@@ -343,7 +372,42 @@ def test_run_branch_on_the_level_gets_a_note():
     with pytest.raises(error, match="Attempted boolean conversion") as caught:
         sweep.run(shaped_by_level, LEVELS, KEYS)
     notes = "".join(caught.value.__notes__)
-    assert "`sweep.run(train)` is traced once for all levels" in notes
+    assert "`sweep.run(train)` must be traceable: it is traced once" in notes
+
+
+CALL_ERRORS = {
+    "swapped": (lambda key, level: {}, r"called with \(level, key\), got .*key, level"),
+    "one": (lambda level: {}, r"called with \(level, key\), got one of \(level\)"),
+    "three": (lambda level, key, x: {}, r"\(level, key\), got one of \(level, key, x"),
+    "no function": (None, "must be callable, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", CALL_ERRORS)
+def test_run_train_of_other_arguments_is_refused(case):
+    function, message = CALL_ERRORS[case]
+    with pytest.raises(TypeError, match=r"`sweep.run\(train\)` .*" + message):
+        sweep.run(function, LEVELS, KEYS)
+
+
+@pytest.mark.parametrize(
+    ("function", "note"),
+    [
+        (lambda b, k: {"x": float(b)}, "must be traceable.*instead of `float.level.`"),
+        (lambda k, b: {"x": jax.random.uniform(k) * b}, r"called with \(level, key\)"),
+    ],
+    ids=["float", "swapped without names"],
+)
+def test_run_error_of_train_has_a_note_that_says_how_it_is_called(function, note):
+    with pytest.raises(Exception, match=r"concrete value|PRNG key") as caught:
+        sweep.run(function, LEVELS, KEYS)
+    assert re.search(note, " ".join(caught.value.__notes__))
+
+
+def test_run_train_may_have_more_arguments_that_need_not_be_given():
+    bound = functools.partial(train, steps=4)
+    for function in (train, bound, jax.jit(bound), lambda *runs: train(*runs)):
+        assert len(sweep.run(function, LEVELS, KEYS).metrics["losses"]) == 4
 
 
 LEVEL_ERRORS = {
@@ -378,7 +442,12 @@ KEY_ERRORS = {
     "one": (KEYS[0], ValueError, r"got shape \(\)"),
     "one raw": (jax.random.key_data(KEYS[0]), ValueError, r"got shape \(2,\)"),
     "none": (KEYS[:0], ValueError, r"got shape \(0,\)"),
-    "seeds": (np.arange(3), TypeError, r"jax.vmap\(jax.random.key\)"),
+    "seeds": (np.arange(3), TypeError, r"jax.vmap\(jax.random.key\)\(jnp.array"),
+    "listed seeds": (
+        [0, 1],
+        TypeError,
+        r"got list .*random.key\)\(jnp.array\(seeds\)\)",
+    ),
     "int": (0, TypeError, "got int of dtype None"),
 }
 
@@ -388,6 +457,14 @@ def test_run_keys_that_are_none_are_refused(case):
     keys, error, message = KEY_ERRORS[case]
     with pytest.raises(error, match=rf"`sweep.run\(keys\)` must .*{message}"):
         sweep.run(train, LEVELS, keys)
+
+
+@pytest.mark.parametrize("seeds", [[0, 1, 2], (3, 5), np.arange(2)], ids=str)
+def test_run_takes_the_keys_that_the_refusal_of_seeds_names(seeds):
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+    draws = sweep.run(lambda b, k: {"x": jax.random.uniform(k)}, [0.1], keys).metrics
+    alone = [jax.random.uniform(jax.random.key(int(seed))) for seed in seeds]
+    np.testing.assert_array_equal(draws["x"][0], np.stack(alone))
 
 
 OPTION_ERRORS = {
@@ -413,6 +490,11 @@ def test_run_options_that_are_wrong_are_refused(case):
 # --- forked: errors -------------------------------------------------------------------
 
 STEP_ERRORS = {
+    "two": (
+        lambda w, x: (w, {}),
+        r"is called with \(state, batch, level\), got one of",
+    ),
+    "swapped": (lambda state, level, batch: (state, {}), r"got one of \(state, level"),
     "no pair": (lambda w, x, b: w, "must return .state, metrics., got .*Tracer"),
     "no dict": (lambda w, x, b: (w, w), "as a dict of arrays"),
     "no loss": (lambda w, x, b: (w, {"cost": w}), "the metric 'loss', got 'cost'"),

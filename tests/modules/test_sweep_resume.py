@@ -1,6 +1,8 @@
 """Sweeps that are killed and started again: they do what is missing, and end equal."""
 
+import json
 import pathlib
+import re
 import shutil
 import signal
 import textwrap
@@ -15,6 +17,7 @@ import pytest
 
 from flood_optax import sweep
 from flood_optax.sweep import journal
+from flood_optax.sweep.traced import fingerprint
 from tests import processes
 
 # What is swept stands in a string, so that another process can sweep the same.
@@ -77,8 +80,8 @@ def computed(monkeypatch):
     return chunks
 
 
-def python(code):
-    return processes.start("-c", SWEPT + textwrap.dedent(code))
+def python(code, *arguments):
+    return processes.start("-c", SWEPT + textwrap.dedent(code), *arguments)
 
 
 KILLED = """
@@ -101,7 +104,7 @@ KILLED = """
 
 @pytest.mark.parametrize(
     ("torn", "missing"),
-    [(0, [2, 2, 2]), (1, [2, 2, 2, 2]), (100, [2, 2, 2, 2])],
+    [(0, [2, 2, 2]), (1, [2, 2, 2]), (100, [2, 2, 2, 2])],
     ids=["between chunks", "before the line end", "within a line"],
 )
 def test_killed_and_resumed_equals_uninterrupted(
@@ -181,22 +184,141 @@ def with_a_bit_flipped(path, line):
     damaged[40] ^= 1
     lines[line - 1] = bytes(damaged)
     path.write_bytes(b"".join(lines))
-    return b"".join(lines)
 
 
-@pytest.mark.parametrize("line", [2, 3, 6])  # of 7: a header and six chunks
-def test_damaged_line_in_the_middle_is_named(copy, line):
-    content = with_a_bit_flipped(copy, line)
-    with pytest.raises(ValueError, match=rf"line {line} of sweep\.jsonl is damaged"):
-        sweep.run(train, LEVELS, KEYS, path=copy)
-    assert copy.read_bytes() == content
+@pytest.mark.parametrize("line", [2, 3, 7])  # of 7: a header and six chunks
+def test_damaged_line_costs_its_own_chunk(copy, whole, computed, line):
+    with_a_bit_flipped(copy, line)
+    for _ in range(2):
+        resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
+        assert computed == [2]
+        chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
 
 
-def test_damaged_last_line_is_run_again(copy, whole, computed):
-    with_a_bit_flipped(copy, 7)
+def test_torn_line_with_the_next_one_glued_to_it_costs_its_own_chunk(
+    copy, whole, computed
+):
+    lines = copy.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:100]
+    copy.write_bytes(b"".join(lines))
     resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
     assert computed == [2]
     chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
+
+
+FULL_DISK = """
+    import resource, sys
+    limit = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        sweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)
+    except OSError as error:
+        print(error, *error.__notes__)
+"""
+
+
+@pytest.mark.parametrize("whole_lines", [0, 1, 3, 6])
+def test_full_disk_raises_and_the_file_goes_on_when_there_is_room(
+    tmp_path, finished, whole, computed, whole_lines
+):
+    kept = 2 * max(whole_lines - 1, 0)
+    path = tmp_path / "sweep.jsonl"
+    lines = finished.read_bytes().splitlines(keepends=True)
+    limit = len(b"".join(lines[:whole_lines])) + 60
+    for _ in range(2):  # the second finds it still full
+        code, out, err = processes.end(python(FULL_DISK, path, limit))
+        assert code == 0, err
+        if whole_lines:
+            assert f"keeps {kept} of 12 runs. When it can be written to again" in out
+    resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
+    assert sum(computed) == 12 - kept
+    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
+
+
+def test_path_may_be_a_symbolic_link(tmp_path, whole):
+    target, link = tmp_path / "data" / "sweep.jsonl", tmp_path / "link.jsonl"
+    target.parent.mkdir()
+    link.symlink_to(target)  # to a file that is not there yet
+    for _ in range(2):
+        result = sweep.run(train, LEVELS, KEYS, path=link, chunk_size=2)
+        chex.assert_trees_all_equal(result.metrics, whole.metrics)
+        assert link.is_symlink()
+        assert target.read_bytes().count(b"\n") == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "link.jsonl"]
+
+
+def test_two_processes_may_start_one_file_at_once(
+    tmp_path, whole, computed, monkeypatch
+):
+    path = tmp_path / "sweep.jsonl"
+    read_bytes = pathlib.Path.read_bytes
+
+    def absent(self):
+        raise FileNotFoundError(self)
+
+    lines = []
+    monkeypatch.setattr(pathlib.Path, "exists", lambda self: False)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", absent)
+    for levels in (LEVELS[:2], LEVELS[2:]):  # neither sees what the other wrote
+        sweep.run(train, levels, KEYS, path=path, chunk_size=2)
+        lines.append(read_bytes(path).count(b"\n"))
+    monkeypatch.undo()
+    assert lines == [4, 8]
+    again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
+    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    assert read_bytes(path).count(b"\n") == 8  # nothing was run again
+
+
+def test_processes_that_share_one_file_end_alike(tmp_path, whole):
+    path = tmp_path / "sweep.jsonl"
+    code = "sweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)"
+    for process in [python("import sys\n" + code, path) for _ in range(2)]:
+        code, _, err = processes.end(process)
+        assert code == 0, err
+    before = path.read_bytes()
+    assert 7 <= before.count(b"\n") <= 14
+    again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
+    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    assert path.read_bytes() == before
+
+
+# --- the same training at more levels, with more keys ---------------------------------
+
+MORE_LEVELS = [0.3, 0.0, -np.inf, 0.15, 0.2, 0.1]
+MORE_KEYS = jnp.stack([*jax.random.split(jax.random.key(8), 2), *KEYS[::-1]])
+
+
+def test_file_of_fewer_levels_and_keys_is_extended(copy, computed):
+    extended = sweep.run(train, MORE_LEVELS, MORE_KEYS, path=copy)
+    assert sum(computed) == 6 * 5 - 4 * 3
+    expected = sweep.run(train, MORE_LEVELS, MORE_KEYS)
+    chex.assert_trees_all_equal(extended.metrics, expected.metrics)
+    np.testing.assert_array_equal(extended.levels, MORE_LEVELS)
+    np.testing.assert_array_equal(extended.keys, jax.random.key_data(MORE_KEYS))
+    computed.clear()
+    part = sweep.run(train, MORE_LEVELS[1:4], MORE_KEYS[1:3], path=copy)
+    assert computed == []
+    cut = {name: x[1:4, 1:3] for name, x in expected.metrics.items()}
+    chex.assert_trees_all_equal(part.metrics, cut)
+
+
+@pytest.mark.parametrize("torn", [0, 100])
+def test_extension_that_is_killed_goes_on_where_it_was(copy, computed, torn):
+    killed = KILLED.format(path=str(copy), torn=torn).replace(
+        "LEVELS, KEYS", "[0.3, *LEVELS, 0.15], KEYS"
+    )
+    assert processes.end(python(killed))[0] == -signal.SIGKILL
+    extended = sweep.run(train, MORE_LEVELS, KEYS, path=copy, chunk_size=2)
+    assert sum(computed) == 0 if not torn else 2
+    expected = sweep.run(train, MORE_LEVELS, KEYS)
+    chex.assert_trees_all_equal(extended.metrics, expected.metrics)
+    again = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)  # the first call
+    chex.assert_trees_all_equal(
+        again.metrics, sweep.run(train, LEVELS, KEYS, chunk_size=2).metrics
+    )
+
+
+# --- files of another sweep -----------------------------------------------------------
 
 
 def other_metrics(level, key):
@@ -205,14 +327,7 @@ def other_metrics(level, key):
 
 OTHER_DATA = namespace["DATA"].at[7].add(0.001)
 OTHERS = {
-    "levels": ((train, [0.0, 0.1, 0.2, 0.3], KEYS), "other levels"),
-    "order of levels": ((train, LEVELS[::-1], KEYS), "other levels"),
-    "keys": (
-        (train, LEVELS, jax.random.split(jax.random.key(6), 3)),
-        "other keys",
-    ),
-    "number of keys": ((train, LEVELS, KEYS[:2]), "other keys"),
-    "raw keys": ((train, LEVELS, jax.random.key_data(KEYS)), "other keys"),
+    "raw keys": ((train, LEVELS, jax.random.key_data(KEYS)), "another kind of keys"),
     "metrics": ((other_metrics, LEVELS, KEYS), "other metrics"),
     "learning rate": (
         (lambda b, k: train(b, k, rate=0.2), LEVELS, KEYS),
@@ -380,6 +495,17 @@ def test_file_of_other_data_is_refused_wherever_they_hide(tmp_path, carrier):
         sweep.run(swept_with(make, other), [0.1], KEYS, path=path)
 
 
+@pytest.mark.parametrize("carrier", ["closure", "numpy", "jit in scan", "checkpoint"])
+def test_file_of_other_data_is_refused_where_constants_are_literals(tmp_path, carrier):
+    name = "jax_use_simplified_jaxpr_constants"
+    before = getattr(jax.config, name)
+    jax.config.update(name, not before)
+    try:
+        test_file_of_other_data_is_refused_wherever_they_hide(tmp_path, carrier)
+    finally:
+        jax.config.update(name, before)
+
+
 def hidden_callback(data):
     return lambda w: jax.pure_callback(
         lambda w: np.float32((w - data).sum()), jax.ShapeDtypeStruct((), jnp.float32), w
@@ -414,14 +540,113 @@ def test_fingerprint_is_the_same_in_another_process(copy, computed):
     assert copy.read_bytes() == before
 
 
+def with_another_header(path, **changed):
+    """The file as it would be with another header."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    header = json.loads(first.partition(b" ")[2]) | changed
+    text = json.dumps(header).encode()
+    path.write_bytes(b"%08x %s\n" % (zlib.crc32(text), text) + rest)
+
+
 def test_file_of_an_earlier_version_is_refused_and_kept(copy):
     # Its fingerprint did not see all data, so its numbers cannot be trusted.
-    first, _, rest = copy.read_bytes().partition(b"\n")
-    text = first.partition(b" ")[2].replace(
-        b"flood_optax.sweep/2", b"flood_optax.sweep/1"
-    )
-    before = b"%08x %s\n" % (zlib.crc32(text), text) + rest
-    copy.write_bytes(before)
+    with_another_header(copy, format="flood_optax.sweep/1")
+    before = copy.read_bytes()
     with pytest.raises(ValueError, match="must be a file of this version, got sweep"):
         sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
     assert copy.read_bytes() == before
+
+
+def test_file_of_the_version_before_is_read_and_extended(copy, whole, computed):
+    # Its header held the grid, of which the chunks gave numbers, and no settings.
+    lines = copy.read_bytes().splitlines()[:4]
+    header, *chunks = (json.loads(line.partition(b" ")[2]) for line in lines)
+    for number, chunk in enumerate(chunks):
+        chunk["runs"] = [2 * number, 2 * number + 1]
+    header |= {
+        "format": "flood_optax.sweep/2",
+        "levels": [repr(float(np.float32(b))) for b in LEVELS],
+    }
+    header["keys"] = [header.pop("key"), jax.random.key_data(KEYS).tolist()]
+    del header["settings"]
+    copy.write_bytes(b"".join(map(journal._line, [header, *chunks])))
+    with pytest.warns(
+        UserWarning, match="does not say with which version and settings"
+    ):
+        resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
+    assert computed == [2, 2, 2]
+    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
+    again = sweep.run(train, LEVELS, KEYS, path=copy)  # says so now
+    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    with (
+        jax.threefry_partitionable(False),
+        pytest.raises(ValueError, match="partition"),
+    ):
+        sweep.run(train, LEVELS, KEYS, path=copy)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (jax.threefry_partitionable, "jax_threefry_partitionable True .now False."),
+        (
+            jax.default_matmul_precision,
+            "jax_default_matmul_precision None .now highest.",
+        ),
+    ],
+    ids=["random numbers", "precision"],
+)
+def test_file_of_other_settings_that_change_numbers_is_refused_and_kept(
+    copy, whole, computed, context, message
+):
+    before = copy.read_bytes()
+    value = "highest" if context is jax.default_matmul_precision else False
+    with context(value), pytest.raises(ValueError, match=message):
+        sweep.run(train, LEVELS, KEYS, path=copy)
+    assert copy.read_bytes() == before
+    again = sweep.run(train, LEVELS, KEYS, path=copy)  # set back, as the error says
+    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    assert computed == []
+
+
+def test_file_of_another_version_of_jax_is_refused_and_kept(copy):
+    now = journal.settings()
+    with_another_header(copy, settings=now | {"jax": "0.7.0"})
+    before = copy.read_bytes()
+    message = rf"with jax 0.7.0 .now {re.escape(jax.__version__)}., .* Set that back"
+    with pytest.raises(ValueError, match=message):
+        sweep.run(train, LEVELS, KEYS, path=copy)
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.slow  # lowers a program for every setting of JAX
+def test_no_setting_changes_a_program_unseen():
+    def probe(level, key):
+        x = jax.random.normal(key, (4, 4))
+        y = jax.nn.softmax(x @ x) + jax.nn.sigmoid(x) / (1 + jax.random.gumbel(key))
+        return y * level, jax.random.permutation(key, 9), jnp.linalg.norm(x)
+
+    def both():
+        jax.clear_caches()
+        stage = jax.jit(lambda *a: probe(*a)).trace(jnp.float32(0.1), jax.random.key(0))
+        return fingerprint(stage.jaxpr).digest, stage.lower().as_text()
+
+    digest, text = both()
+    # That trace nothing, or talk.
+    others = ["no_execution", "no_tracing", "disable_jit", "scan3"]
+    others += ["log_", "debug", "pgle", "explain"]
+    unseen = set()
+    for name, value in jax.config.values.items():
+        if type(value) is not bool or any(word in name for word in others):
+            continue
+        jax.config.update(name, not value)
+        try:
+            now, lowered = both()
+        finally:
+            jax.config.update(name, value)
+        if (now == digest) and (lowered != text):
+            unseen.add(name)
+    # How constants, and what is partitioned, are written down changes no number.
+    written = {"jax_use_simplified_jaxpr_constants", "jax_use_shardy_partitioner"}
+    assert unseen - written <= {*journal.SETTINGS}
+    assert "jax_threefry_partitionable" in unseen
