@@ -48,14 +48,16 @@ def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> 
         raise ValueError(f"`{call}` must be {rule}, got {given}.")
 
 
-def integer(call: str, given: Any, *, least: int) -> int:
+def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
     """Demands a static int that is not below ``least``, and returns it."""
     try:
         if isinstance(given, bool):  # operator.index takes True for 1
             raise TypeError
         found = operator.index(given)
     except TypeError:
-        raise TypeError(f"`{call}` must be a static int, got {given!r}.") from None
+        raise TypeError(
+            f"`{call}` must be a static int, got {given!r}.{remedy}"
+        ) from None
     if found < least:
         raise ValueError(f"`{call}` must be at least {least}, got {found}.")
     return found

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flood_optax.bend import (
@@ -32,6 +31,7 @@ from flood_optax.checks import (
     number,
     scalar_loss,
 )
+from flood_optax.dispatch import one_dispatch
 from flood_optax.shape_rules import check_shape, check_turns_around, is_static
 from flood_optax.shapes import Shape, reflect
 
@@ -198,7 +198,8 @@ def comparison(
     if not callable(level):
         check_scalar_level(level, f"{call}(level=...)")
     has_band = _check_band(call, level, band, shape)
-    compiled = is_static(shape)
+    # A shape of traced numbers must not be kept with what is compiled for it.
+    run = _compared if is_static(shape) else _compare
 
     def compare(
         state: FloodState, loss: jax.Array, counts: jax.Array | None = None
@@ -208,11 +209,8 @@ def comparison(
             now = now(state.flood_step)
             check_scalar_level(now, f"{call}(level=...)")
             _check_ends(call, now, band)
-        given = state, loss, jnp.asarray(now), band if has_band else None, counts
-        # Eagerly one dispatch instead of forty, and no field that is an array of the
-        # caller's: the state may be donated.
-        eager = compiled and not _any_traced(given)
-        return (_compare_eagerly if eager else _compare)(*given, shape=shape)
+        width = band if has_band else None
+        return run(state, loss, jnp.asarray(now), width, counts, shape=shape)
 
     return compare
 
@@ -257,11 +255,7 @@ def _compare(
     return bent, after
 
 
-_compare_eagerly = jax.jit(_compare, static_argnames="shape")
-
-
-def _any_traced(tree: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+_compared = one_dispatch(_compare, static="shape")
 
 
 def _check_band(call: str, level: Level, band: ArrayLike | None, shape: Shape) -> bool:
@@ -399,14 +393,23 @@ def own_state(state: Any, kind: type, call: str) -> Any:
 
 def scaled(updates: optax.Updates, multiplier: jax.Array) -> optax.Updates:
     """Multiplies each leaf by m, in the dtype of the leaf."""
-    return jax.tree.map(functools.partial(_scaled_leaf, multiplier), updates)
+    leaves, tree = jax.tree.flatten(updates)
+    products = iter(_scaled([x for x in leaves if _is_inexact(x)], multiplier))
+    return tree.unflatten(next(products) if _is_inexact(x) else x for x in leaves)
 
 
-def _scaled_leaf(multiplier: jax.Array, update: Any) -> Any:
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)  # of keys, too
+
+
+@one_dispatch
+def _scaled(updates: list[Any], multiplier: jax.Array) -> list[jax.Array]:
+    return [_scaled_leaf(multiplier, x) for x in updates]
+
+
+def _scaled_leaf(multiplier: jax.Array, update: Any) -> jax.Array:
     """0 times inf is 0; 16-bit leaves are multiplied in float32 and rounded once."""
-    dtype = jax.dtypes.result_type(update)  # of keys, too
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return update
+    dtype = jnp.result_type(update)
     update = jnp.asarray(update)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         real, imag = jnp.real(update), jnp.imag(update)

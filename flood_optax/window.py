@@ -1,6 +1,5 @@
 """Accumulation: a window of micro-batches, whose means are those of one large batch."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
-from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.bend import compare_dtype
 from flood_optax.checks import integer
+from flood_optax.dispatch import one_dispatch
 
 EveryK = int | Callable[[jax.Array], ArrayLike]
 ShouldSkip = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
@@ -28,7 +27,7 @@ class FloodWindow(NamedTuple):
     Attributes:
       flood_mini_step: int32 scalar, micro-batches in it so far.
       flood_grad_mean: tree like params, the running mean of their gradients, float32
-        at least; leaves without gradient are masked.
+        at least or of ``accumulator_dtype``; leaves without gradient are masked.
       flood_value_mean: float scalar, the running mean of their raw losses.
       flood_skip_state: what should_skip_update_fn last returned beside its verdict.
       flood_weight: float scalar, the sum of their weights.
@@ -54,7 +53,8 @@ class Batch(NamedTuple):
     """What one micro-batch does to its window.
 
     Attributes:
-      emits: whether the window is complete, and holds anything to step by.
+      emits: whether the window is complete, and holds anything to step by; True where
+        each update is a step.
       means: gives the mean gradients and the mean loss of the window.
       closed: gives the window after a step.
       kept: gives the window after no step.
@@ -73,10 +73,19 @@ class Accumulation(NamedTuple):
     add: Callable[..., Batch]
 
 
-def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulation:
+def accumulation(
+    every_k: EveryK,
+    should_skip: ShouldSkip | None,
+    accumulator_dtype: DTypeLike | None,
+) -> Accumulation:
     """Windows of ``every_k`` micro-batches; no window where each is a step."""
+    dtype = _accumulator_dtype(accumulator_dtype)
     if not callable(every_k):
-        _check_every_k(every_k)
+        remedy = (
+            " Under `optax.inject_hyperparams` pass "
+            '`static_args="every_k"`; a schedule is legal too.'
+        )
+        integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
         if every_k == 1 and should_skip is None:
             return Accumulation(lambda params: (), _add_to_none)
 
@@ -85,7 +94,7 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
         _, skip_state = _verdict(should_skip, *zeros, params, jnp.zeros([]))
         return FloodWindow(
             flood_mini_step=jnp.zeros([], jnp.int32),
-            flood_grad_mean=jax.tree.map(_accumulator, params),
+            flood_grad_mean=jax.tree.map(lambda p: _accumulator(p, dtype), params),
             flood_value_mean=jnp.zeros([]),  # each an array of its own, to be donated
             flood_skip_state=skip_state,
             flood_weight=jnp.zeros([]),
@@ -93,6 +102,8 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
             flood_value_rest=jnp.zeros([]),
         )
 
+    # What is known before tracing (that nothing is skipped, that all weigh 1) stays a
+    # NumPy bool here, so that no select is made for it: one costs memory.
     def add(
         window: Any,
         updates: Any,
@@ -103,52 +114,44 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
         number: jax.Array,
         params: Any,
     ) -> Batch:
+        _check_flush(flush)
         window = _complete(window)
-        flushing, weighted = _flushes(flush), not isinstance(weight, int)
         skip, skip_state = _verdict(should_skip, updates, number, params, loss)
-        if weighted:
-            # A micro-batch that counts nothing is not skipped: it takes its place in
-            # the window, as the rows of padding that it stands for in a large batch.
-            skip &= weight != 0
-            skip_state = _pick(weight != 0, skip_state, window.flood_skip_state)
-        # Select only where something may not count: a select costs memory.
-        adds = should_skip is None and not weighted
-        adds = adds or jnp.logical_not(skip) & (weight != 0)
-        # The scalars here, the gradients in the branch that needs them: there they are
-        # added in place, or on their way into the inner optimizer.
+        # A micro-batch of weight 0 is not skipped: it takes its place in the window, as
+        # the rows of padding that it stands for in a large batch.
+        weighs = np.True_ if isinstance(weight, int) else weight != 0
+        skip &= weighs
+        skip_state = _pick(weighs, skip_state, window.flood_skip_state)
+        counts = ~skip & weighs
         before = window._replace(flood_grad_mean=(), flood_skip_state=())
-        grown, parts = _grown(before, loss, weight)
-        grown = _pick(adds, grown, before)
+        scalars, parts = _add_loss(before, loss, weight)
+        scalars = _pick(counts, scalars, before)
+        full = (window.flood_mini_step >= _size(every_k, number) - 1) & ~skip
+        full = full if flush is False else full | flush
 
-        def grads() -> Any:
+        # These are called in the branch that needs them, so that the gradients are
+        # added in place, or on their way into the inner optimizer.
+        def gradients() -> Any:
             old = window.flood_grad_mean
-            return _pick(adds, _grown_grads(old, updates, parts), old)
-
-        full = window.flood_mini_step >= _number(every_k, number) - 1
-        full &= jnp.logical_not(skip)
-        if flushing:
-            full |= flush
-        # A window can be empty at its end only in these cases; without them nothing is
-        # computed that unweighted accumulation would not.
-        empties = flushing or weighted
+            return _pick(counts, _add_gradients(old, updates, parts), old)
 
         def closed() -> FloodWindow:
-            zeros = optax.tree.zeros_like(window._replace(flood_skip_state=()))
+            zeros = _zeros(window._replace(flood_skip_state=()))
             return zeros._replace(flood_skip_state=skip_state)
 
         def kept() -> FloodWindow:
-            held = grown._replace(
-                flood_mini_step=jnp.where(
-                    skip, window.flood_mini_step, window.flood_mini_step + 1
-                ),
-                flood_grad_mean=grads(),
+            # A full window that does not emit holds nothing: all is zero but its step.
+            step = window.flood_mini_step
+            step = jnp.where(skip, step, step + 1)
+            return scalars._replace(
+                flood_mini_step=jnp.where(full, jnp.zeros_like(step), step),
+                flood_grad_mean=gradients(),
                 flood_skip_state=skip_state,
             )
-            return _pick(full, closed(), held) if empties else held
 
         return Batch(
-            emits=full & (grown.flood_weight != 0) if empties else full,
-            means=lambda: _means(grads(), updates, grown.flood_value_mean, loss),
+            emits=full & (scalars.flood_weight != 0),
+            means=lambda: _means(gradients(), updates, scalars.flood_value_mean, loss),
             closed=closed,
             kept=kept,
         )
@@ -156,19 +159,11 @@ def accumulation(every_k: EveryK, should_skip: ShouldSkip | None) -> Accumulatio
     return Accumulation(init, add)
 
 
-def _check_every_k(every_k: Any) -> None:
-    try:
-        integer("flood(every_k=...)", every_k, least=1)
-    except TypeError as error:
-        raise TypeError(
-            f"{error} Under `optax.inject_hyperparams` pass "
-            '`static_args="every_k"`; a schedule is legal too.'
-        ) from None
-
-
-def _number(every_k: EveryK, window: jax.Array) -> jax.Array:
-    """How many micro-batches this window takes."""
-    k = jnp.asarray(every_k(window) if callable(every_k) else every_k)
+def _size(every_k: EveryK, number: jax.Array) -> jax.Array | int:
+    """How many micro-batches the window of this number takes."""
+    if not callable(every_k):
+        return every_k
+    k = jnp.asarray(every_k(number))
     if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(
             "`flood(every_k=schedule)` must return an integer scalar, got shape "
@@ -188,7 +183,7 @@ def _add_to_none(
 ) -> Batch:
     """Without accumulation each update is a window of its own."""
     del others
-    _flushes(flush)
+    _check_flush(flush)
     if window != ():
         raise ValueError(
             "`flood(inner, level).update(state)` does not accumulate, got a state with "
@@ -199,13 +194,28 @@ def _add_to_none(
     return Batch(emits, lambda: (updates, loss), tuple, tuple)
 
 
-def _flushes(flush: ArrayLike) -> bool:
-    """Whether the window may have to be closed early."""
-    if (jnp.result_type(flush), jnp.shape(flush)) != (jnp.bool_, ()):
+def _check_flush(flush: Any) -> None:
+    dtype, shape = getattr(flush, "dtype", np.dtype(type(flush))), np.shape(flush)
+    if (dtype, shape) != (jnp.bool_, ()):
         raise TypeError(
-            f"`flood(inner).update(flush=...)` must be a boolean scalar, got {flush}."
+            f"`flood(inner).update(flush=...)` must be a boolean scalar, got {flush!r}."
         )
-    return isinstance(flush, Tracer) or bool(flush)
+
+
+def _accumulator_dtype(given: DTypeLike | None) -> np.dtype | None:
+    """The dtype of the mean gradients; None where it is float32 at least."""
+    if given is None:
+        return None
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(
+            "`flood(accumulator_dtype=...)` must be a real float dtype of 16 bits at "
+            f"least, or None for float32 at least, got {given!r}."
+        )
+    return dtype
 
 
 def _complete(window: Any) -> FloodWindow:
@@ -230,13 +240,13 @@ def _complete(window: Any) -> FloodWindow:
     return window
 
 
-def _accumulator(param: Any) -> Any:
+def _accumulator(param: Any, chosen: np.dtype | None) -> Any:
     """Zeros in float32 at least; a leaf that has no gradient has no accumulator."""
-    dtype = jnp.result_type(param)
+    dtype = jax.dtypes.result_type(param)  # of keys, too
     if not jnp.issubdtype(dtype, jnp.inexact):
         return optax.MaskedNode()
     if not jnp.issubdtype(dtype, jnp.complexfloating):
-        dtype = compare_dtype(np.dtype(dtype))
+        dtype = compare_dtype(np.dtype(dtype)) if chosen is None else chosen
     return jnp.zeros_like(param, dtype)
 
 
@@ -246,10 +256,10 @@ def _verdict(
     number: jax.Array,
     params: Any,
     loss: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """Whether to skip this micro-batch, and what the rule wants to keep."""
     if should_skip is None:
-        return jnp.zeros([], jnp.bool_), ()
+        return np.False_, ()
     skip, skip_state = should_skip(updates, number, params)
     if (jnp.result_type(skip), jnp.shape(skip)) != (jnp.bool_, ()):
         raise ValueError(
@@ -257,53 +267,61 @@ def _verdict(
             f"got shape {jnp.shape(skip)} of dtype {jnp.result_type(skip)}."
         )
     if should_skip is optax.skip_not_finite:
-        skip = skip | jnp.logical_not(jnp.isfinite(loss))
-    return skip, skip_state
+        skip = skip | ~jnp.isfinite(loss)
+    return jnp.asarray(skip), skip_state
 
 
-def _grown(
+@one_dispatch
+def _add_loss(
     window: FloodWindow, loss: jax.Array, weight: jax.Array | int
 ) -> tuple[FloodWindow, jax.Array]:
     """Its scalars with one more micro-batch, and of how many parts this one is one."""
-    value, lost = window.flood_value_mean, window.flood_value_rest
-    more = jnp.asarray(weight, value.dtype)
-    total, lost_weight = _added(window.flood_weight, window.flood_weight_rest, more)
-    parts = total / more
+    mean, rest = window.flood_value_mean, window.flood_value_rest
+    weight = jnp.asarray(weight, mean.dtype)
+    total, weight_rest = _two_sum(window.flood_weight, window.flood_weight_rest, weight)
+    # What weighs 0 is not taken: it only must not divide 0 by 0 here.
+    parts = jnp.where(weight == 0, 1, total / jnp.where(weight == 0, 1, weight))
     # An infinite loss stays in the mean, where inf - inf would make a NaN of it.
-    finite = jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
-    step = (loss.astype(value.dtype) - finite - lost) / parts
-    value, lost = _added(value, lost, step)
-    grown = window._replace(
-        flood_value_mean=value,
+    finite = jnp.where(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
+    step = (loss.astype(mean.dtype) - finite - rest) / parts
+    mean, rest = _two_sum(mean, rest, step)
+    more = window._replace(
+        flood_value_mean=mean,
         flood_weight=total,
-        flood_weight_rest=lost_weight,
-        flood_value_rest=lost,
+        flood_weight_rest=weight_rest,
+        flood_value_rest=rest,
     )
-    return grown, parts
+    return more, parts
 
 
-def _grown_grads(means: Any, updates: Any, parts: jax.Array) -> Any:
+@one_dispatch
+def _add_gradients(means: Any, updates: Any, parts: jax.Array) -> Any:
     """The mean gradients with those of one more micro-batch."""
 
     def mean(new: Any, old: Any) -> Any:
         if isinstance(old, optax.MaskedNode):
             return old
-        return old + (jnp.asarray(new, old.dtype) - old) / parts.astype(old.dtype)
+        dtype = old.dtype  # a narrow mean is taken in float32 and rounded once
+        if not jnp.issubdtype(dtype, jnp.complexfloating):
+            dtype = compare_dtype(dtype)
+        wide = old.astype(dtype)
+        step = (jnp.asarray(new, dtype) - wide) / parts.astype(dtype)
+        return (wide + step).astype(old.dtype)
 
     return jax.tree.map(mean, updates, means)
 
 
-def _added(
-    total: jax.Array, lost: jax.Array, more: jax.Array
+def _two_sum(
+    total: jax.Array, rest: jax.Array, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The rounded sum, and what rounding took: a thousand small parts are not lost."""
-    more = more + lost
-    rounded = total + more
+    x = x + rest
+    rounded = total + x
     # Where the sum is infinite, inf - inf would leave a NaN for what rounding took.
     finite = jnp.isfinite(rounded)
-    r, t, m = (jnp.where(finite, x, jnp.zeros_like(x)) for x in (rounded, total, more))
+    r, t, x = (jnp.where(finite, y, jnp.zeros_like(y)) for y in (rounded, total, x))
     back = r - t
-    return rounded, (t - (r - back)) + (m - back)
+    return rounded, (t - (r - back)) + (x - back)
 
 
 def _means(
@@ -319,7 +337,15 @@ def _means(
     return jax.tree.map(merged, updates, grads), value.astype(loss.dtype)
 
 
-def _pick(condition: jax.Array | bool, yes: Any, no: Any) -> Any:
-    if condition is True:
-        return yes
-    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+_zeros = one_dispatch(optax.tree.zeros_like)
+
+
+@one_dispatch
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+
+
+def _pick(condition: Any, yes: Any, no: Any) -> Any:
+    if isinstance(condition, np.bool_):
+        return yes if condition else no
+    return _select(condition, yes, no)

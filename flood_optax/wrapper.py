@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import export, lax
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.bend import AxisName
 from flood_optax.search import check_search, flooded_search, forgetting
@@ -24,7 +24,7 @@ from flood_optax.transform import (
     own_state,
     scaled,
 )
-from flood_optax.window import Batch, EveryK, FloodWindow, ShouldSkip, accumulation
+from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
 
 __all__ = ["FloodWindow", "FloodWrapperState", "flood"]
 
@@ -57,6 +57,7 @@ def flood(
     shape: Shape = reflect(),
     axis_name: AxisName | None = None,
     should_skip_update_fn: ShouldSkip | None = None,
+    accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it minimises the flooded objective.
 
@@ -73,7 +74,8 @@ def flood(
     is then the mean loss of the micro-batch; micro-batches of unequal size need
     ``weight``. Between the ends of windows updates are zero. A NaN or inf spoils its
     own window only. ``inner``, the level schedule, ``flood_step``, ``flood_below``
-    count windows.
+    count windows; a schedule under `optax.inject_hyperparams` counts calls of update,
+    micro-batches, unless ``level`` is named in ``static_args`` too.
 
     Args:
       inner: the optimizer; one that floods or accumulates itself is refused at init.
@@ -89,6 +91,9 @@ def flood(
       should_skip_update_fn: (gradients, window, params) -> (skip, state) as in
         `optax.MultiSteps`; a skipped micro-batch leaves no trace. With
         `optax.skip_not_finite` a value that is not finite skips too.
+      accumulator_dtype: a real float dtype for the mean gradients; None is float32 at
+        least. bfloat16 halves their memory, and rounds every mean once. Complex
+        gradients keep theirs.
 
     Returns:
       A transformation whose state holds a FloodState, which `optax.tree.get` finds by
@@ -136,7 +141,7 @@ def flood(
     """
     inner = _optimizer(inner)
     compare = comparison("flood", level, band, shape)
-    windows = accumulation(every_k, should_skip_update_fn)
+    windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
@@ -183,44 +188,39 @@ def flood(
 
         if batch.emits is True:
             return step()
-        return _step_or_wait(step, before, batch, updates)
+
+        def emit() -> tuple[Any, FloodWrapperState]:
+            stepped, after = step()
+            # An inner state may come back in another dtype, as a bf16 moment in
+            # float32, which no branch of a cond, and no loop around it, would take.
+            inner_state = jax.tree.map(
+                _cast_like, after.flood_inner_state, before.flood_inner_state
+            )
+            return stepped, after._replace(flood_inner_state=inner_state)
+
+        def wait() -> tuple[Any, FloodWrapperState]:
+            zeros = jax.tree.map(_no_update, updates, jax.eval_shape(emit)[0])
+            return zeros, before._replace(flood_window=batch.kept())
+
+        if isinstance(batch.emits, Tracer):
+            return lax.cond(batch.emits, emit, wait)
+        return emit() if batch.emits else wait()  # a cond would compile at every step
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _step_or_wait(
-    step: Callable[[], tuple[Any, FloodWrapperState]],
-    before: FloodWrapperState,
-    batch: Batch,
-    updates: Any,
-) -> tuple[Any, FloodWrapperState]:
-    """Takes the step where the window emits, else keeps all but the window."""
-
-    def emit() -> tuple[Any, FloodWrapperState]:
-        stepped, after = step()
-        # An inner state may come back in another dtype, as a bf16 moment in float32,
-        # which no branch of a cond, and no loop around it, would take.
-        inner_state = optax.tree.cast_like(
-            after.flood_inner_state, before.flood_inner_state
-        )
-        return stepped, after._replace(flood_inner_state=inner_state)
-
-    stepped_like = jax.eval_shape(emit)[0]
-
-    def wait() -> tuple[Any, FloodWrapperState]:
-        zeros = jax.tree.map(_zeros, updates, stepped_like)
-        return zeros, before._replace(flood_window=batch.kept())
-
-    if isinstance(batch.emits, Tracer):
-        return lax.cond(batch.emits, emit, wait)
-    return emit() if batch.emits else wait()  # eagerly a cond compiles at every step
+def _cast_like(new: Any, old: Any) -> Any:
+    # astype knows no key, which needs none
+    dtype = jax.dtypes.result_type(old)
+    same = jax.dtypes.result_type(new) == dtype
+    return new if same else jnp.asarray(new).astype(dtype)
 
 
-def _zeros(update: Any, like: Any) -> Any:
-    """No update, of the dtype that the inner optimizer would give."""
-    if like.dtype == jax.dtypes.float0:
-        return update
-    return jnp.zeros_like(update, like.dtype)
+def _no_update(update: Any, stepped: Any) -> Any:
+    """Zeros of the dtype that the inner optimizer would give."""
+    if jnp.issubdtype(stepped.dtype, np.number):
+        return jnp.zeros_like(update, stepped.dtype)
+    return update  # of float0, or a key
 
 
 def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:

@@ -218,6 +218,27 @@ CASES = {
         TypeError,
         "`flood(inner).update(flush=...)` must be a boolean scalar, got 1.",
     ),
+    "flush_text": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5), flush="yes"),
+        TypeError,
+        "`flood(inner).update(flush=...)` must be a boolean scalar, got 'yes'.",
+    ),
+    "flush_none": (
+        lambda: update(0.3, flood(optax.sgd(0.1), 0.5, every_k=2), flush=None),
+        TypeError,
+        "`flood(inner).update(flush=...)` must be a boolean scalar, got None.",
+    ),
+    "accumulator_integer": (
+        lambda: flood(optax.sgd(0.1), 0.5, every_k=2, accumulator_dtype=jnp.int32),
+        TypeError,
+        "`flood(accumulator_dtype=...)` must be a real float dtype of 16 bits at "
+        "least, or None for float32 at least, got ",
+    ),
+    "accumulator_text": (
+        lambda: flood(optax.sgd(0.1), 0.5, accumulator_dtype="half a float"),
+        TypeError,
+        "least, or None for float32 at least, got 'half a float'.",
+    ),
     "flush_vector": (
         lambda: update(0.3, flood(optax.sgd(0.1), 0.5), flush=jnp.array([True])),
         TypeError,

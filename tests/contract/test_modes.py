@@ -407,6 +407,28 @@ def check_metrics_of_no_step_and_of_windows(mode):
     close(after, [0.3, 0.5, 2 / 3, 3], np.float32)
 
 
+def check_windows_of_weight_zero(mode):
+    """Levels of each kind of parts that weigh nothing: 0/0 nowhere, eagerly too."""
+    weights = np.asarray([0, 0, 0, 2, 2, 0], np.float32)
+
+    def windows(values, grads, weights):
+        optimizer = flood(optax.identity(), 0.5, every_k=2)
+        state, seen = optimizer.init(grads[0]), []
+        for value, grad, weight in zip(values, grads, weights, strict=True):
+            update, state = optimizer.update(
+                grad, state, grads[0], value=value, weight=weight
+            )
+            seen.append(update)
+        return jnp.stack(seen), state.flood_state.flood_step.astype(jnp.float32)
+
+    for dtype in mode.floats:
+        values = np.asarray([0.25, 0.75, 0.25, 0.75, 0.25, 0.75], dtype)
+        grads = np.arange(6, dtype=dtype) + 1
+        updates, steps = in_mode(mode, windows, values, grads, weights)
+        same_bits(updates, np.asarray([0, 0, 0, 4, 0, -5], dtype))
+        assert steps == 2
+
+
 def check_the_scaled_loss_is_not_the_loss(mode):
     # loss scaling by hand: unscale the gradient, hand over the raw loss
     scale = np.float32(2.0**12)

@@ -24,7 +24,7 @@ SIGNATURES = {
     "flooded": "(loss_fn, level, *, has_aux, axis_name, shape, return_info, raw_value)",
     "scale_by_flood": "(level, *, band, shape, axis_name)",
     "flood": "(inner, level, *, band, every_k, shape, axis_name, "
-    "should_skip_update_fn)",
+    "should_skip_update_fn, accumulator_dtype)",
     "average_params": "(decay)",
     "averaged": "(state, params)",
     "metrics": "(state)",

@@ -1,8 +1,11 @@
 """flood(inner): what the inner optimizer sees, windows, line searches."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -251,3 +254,149 @@ def test_flood_inner_state_that_comes_back_wider_keeps_its_dtype(jit):
         updates, state = step(grads, state, value=0.75)
         np.testing.assert_array_equal(updates, expected * np.array([1.0, -2.0]))
         assert jax.tree.map(jax.typeof, state) == kinds
+
+
+class Record(NamedTuple):
+    """What a line search keeps, by the names of its fields."""
+
+    value: jax.Array
+    grad: Any
+
+
+class Running(NamedTuple):
+    """A state that happens to have a value."""
+
+    value: jax.Array
+
+
+def keeper(kind):
+    """Keeps the value it was handed, and the gradient."""
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        kept = {"value": value, "grad": updates}
+        return updates, kind(**{name: kept[name] for name in kind._fields})
+
+    fields = {"value": jnp.float32(0), "grad": GRADS}
+    init = lambda _: kind(**{name: fields[name] for name in kind._fields})
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@pytest.mark.parametrize(
+    ("kind", "search", "kept"),
+    [(Record, True, np.inf), (Record, False, 0.75), (Running, True, 0.75)],
+)
+def test_flood_forgets_only_what_a_search_keeps(kind, search, kept):
+    optimizer = flood(keeper(kind), 0.5)
+    given = {"value_fn": lambda p: jnp.sum(p["w"])} if search else {}
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(GRADS, state, PARAMS, value=0.25, **given)
+    assert state.flood_inner_state.value == kept
+
+
+def test_flood_search_may_be_weighed_where_there_is_but_one_device():
+    seen = []
+    optimizer = flood(spy(seen), 0.5)
+    given = {"value": 0.25, "value_fn": lambda p: jnp.sum(p["w"]), "weight": 7.0}
+    optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, **given)
+    assert seen[0]["value"] == 0.75
+
+
+@pytest.mark.parametrize("static", ["every_k", ("every_k", "level")], ids=str)
+def test_injected_schedule_counts_calls_and_a_static_one_windows(static):
+    make = optax.inject_hyperparams(flood, static_args=static)
+    optimizer = make(optax.identity(), level=lambda step: step / 8, every_k=2)
+    state, seen = optimizer.init(PARAMS), []
+    for _ in range(6):
+        _, state = optimizer.update(GRADS, state, PARAMS, value=0.25)
+        seen.append(float(optax.tree.get(state, "flood_level")))
+    calls, windows = [1, 3, 5], [0, 1, 2]
+    wanted = calls if static == "every_k" else windows
+    assert seen[1::2] == [step / 8 for step in wanted]
+
+
+@pytest.mark.parametrize("options", [{"every_k": 2}, {}], ids=["window", "weight"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_flood_takes_an_inner_state_and_updates_with_typed_keys(options, jit):
+    inner = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(1)), optax.sgd(1.0))
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, -2.0, 0.5])}
+    optimizer = flood(inner, 0.3, **options)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    state = optimizer.init(params)
+    for weight in (2.0, 2.0):
+        updates, state = update(grads, state, params, value=0.25, weight=weight)
+    plain = inner.init(params)
+    for _ in range(1 if options else 2):
+        flipped = jax.tree.map(jnp.negative, grads)
+        wanted, plain = inner.update(flipped, plain, params)
+    chex.assert_trees_all_close(updates, wanted, rtol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(raw, state[1]), jax.tree.map(raw, plain))
+
+
+def raw(leaf):
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if key else leaf
+
+
+@pytest.mark.parametrize("options", [{"every_k": 2}, {}], ids=["window", "weight"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_flood_key_leaves_of_updates_pass_through(options, jit):
+    grads = {"w": jnp.array(2.0), "key": jax.random.key(3)}
+    optimizer = flood(optax.identity(), 0.3, **options)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    state, seen = optimizer.init(grads), []
+    for weight in (0.0, 1.0):
+        updates, state = update(grads, state, grads, value=0.25, weight=weight)
+        assert updates["key"] == grads["key"]
+        seen.append(float(updates["w"]))
+    assert seen == [0, -2]
+
+
+def bf16_mean(grads):
+    """The running mean that is rounded to bfloat16 after each, in NumPy."""
+    mean = np.zeros_like(grads[0], ml_dtypes.bfloat16)
+    for n, grad in enumerate(grads, 1):
+        wide = mean.astype(np.float32)
+        mean = (wide + (grad - wide) / np.float32(n)).astype(ml_dtypes.bfloat16)
+    return mean
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("given", [jnp.bfloat16, "bfloat16", jnp.dtype(jnp.bfloat16)])
+def test_accumulator_dtype_is_that_of_the_means_and_of_nothing_else(given, jit):
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(3, 5)).astype(np.float32)
+    optimizer = flood(optax.identity(), 0.3, every_k=3, accumulator_dtype=given)
+    params = {"w": jnp.zeros(5), "z": jnp.zeros(2, jnp.complex64), "i": jnp.arange(2)}
+    state = first = optimizer.init(params)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    for grad in grads:
+        updates, state = update({**params, "w": grad}, state, params, value=0.25)
+        assert updates["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(updates["w"], -bf16_mean(grads).astype(np.float32))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, state)
+    means = state.flood_window.flood_grad_mean
+    assert (means["w"].dtype, means["z"].dtype) == (jnp.bfloat16, jnp.complex64)
+    assert state.flood_window.flood_value_mean.dtype == jnp.float32
+
+
+def test_accumulator_dtype_of_none_is_float32_at_least():
+    params = {"w": jnp.zeros(5, jnp.bfloat16)}
+    for chosen in ({}, {"accumulator_dtype": None}):
+        state = flood(optax.identity(), 0.3, every_k=3, **chosen).init(params)
+        assert state.flood_window.flood_grad_mean["w"].dtype == jnp.float32
+
+
+def test_window_of_weight_zero_emits_nothing_and_the_next_one_is_whole():
+    optimizer = flood(optax.identity(), 0.3, every_k=2)
+    params = jnp.array(0.0)
+    state, seen, steps = optimizer.init(params), [], []
+    for grad, weight in [(jnp.nan, 0), (jnp.nan, 0), (1.0, 3), (5.0, 1), (7.0, 1)]:
+        value = 0.25 if weight else jnp.nan
+        updates, state = optimizer.update(
+            jnp.array(grad), state, params, value=value, weight=weight
+        )
+        seen.append(float(updates))
+        steps.append(int(state.flood_window.flood_mini_step))
+    assert seen == [0, 0, 0, -2, 0]
+    assert steps == [1, 0, 1, 0, 1]
+    assert state.flood_state.flood_step == 1
