@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.scipy.special import xlog1py
 from jax.typing import ArrayLike
 
 from flood_optax.bend import wide
@@ -107,9 +106,11 @@ def noise_floor(
     c = integer("noise_floor(num_classes=...)", num_classes, least=2)
     number("noise_floor(noise=...)", noise, "in [0, 1]", lambda rate: 0 <= rate <= 1)
     rate = jax.lax.stop_gradient(wide(noise))
-    # A processor may take the smallest numbers for zero, of which log is infinite.
-    log_rate = jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).tiny))
-    return rate * (np.log(c - 1) - log_rate) - xlog1py(1 - rate, -rate)
+    # Neither log is infinite at the ends, where it is multiplied by 0.
+    info = jnp.finfo(rate.dtype)
+    log_rate = jnp.log(jnp.maximum(rate, info.tiny))
+    log_rest = jnp.log1p(-jnp.minimum(rate, 1 - float(info.eps) / 2))
+    return rate * (np.log(c - 1) - log_rate) - (1 - rate) * log_rest
 
 
 def _true_frequencies(matrix: jax.Array, label_frequencies: ArrayLike) -> jax.Array:
@@ -169,7 +170,7 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
             f"{p.shape} and {y.shape}."
         )
     c, y = p.shape[1], y.astype(jnp.int32)
-    given = y[:, None] == jnp.arange(c, dtype=jnp.int32)
+    given = y[:, None] == jnp.arange(c, dtype=jnp.int32)[None]
     # Sums of a masked [n, c], which XLA adds in a tree: a scatter adds one by one, and
     # drifts in float32.
     number_of = given.sum(axis=0)
@@ -180,7 +181,8 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     confident = p >= threshold[None]
     true = jnp.where(confident, p, -1).argmax(axis=-1)
     counts = jnp.zeros((c, c), jnp.int32)  # exact to 2^31, float32 to 2^24
-    counts = counts.at[y, true].add(confident.any(axis=-1), out_sharding=whole(true, y))
+    one = confident.any(axis=-1).astype(jnp.int32)
+    counts = counts.at[y, true].add(one, out_sharding=whole(true, y))
     eye = jnp.eye(c, dtype=p.dtype)
     counts = jnp.where(counts.any(axis=1, keepdims=True), counts.astype(p.dtype), eye)
     number_of = number_of.astype(p.dtype)[:, None]

@@ -24,10 +24,10 @@ from flood_optax import (
     flood_loss,
     flood_mean,
     flooded,
+    levels,
     metrics,
     scale_by_flood,
 )
-from flood_optax.levels import warmup
 from tests import forms, oracles, processes
 
 HALVES = (np.float16, ml_dtypes.bfloat16)
@@ -197,13 +197,13 @@ def check_mixed_dtypes_of_loss_level_and_updates(mode):
         for offset in (0.0, -0.5, 1e-3)
     ]
     numbers, bounds = np.array(pairs).T
-    levels = [bounds.astype(dtype) for dtype in mode.levels]
+    typed = [bounds.astype(dtype) for dtype in mode.levels]
     for loss_dtype in mode.floats:
         loss = numbers.astype(loss_dtype)
-        run = lambda loss, levels: [jax.vmap(both)(loss, level) for level in levels]
+        run = lambda loss, bounds: [jax.vmap(both)(loss, level) for level in bounds]
         with mode.context():
-            results = jax.jit(run)(*jax.device_put((loss, levels)))
-        for got, level in zip(results, levels, strict=True):
+            results = jax.jit(run)(*jax.device_put((loss, typed)))
+        for got, level in zip(results, typed, strict=True):
             multiplier, value = oracle(loss, level)
             wanted = times(multiplier, updates)
             slope = multiplier.astype(loss_dtype)
@@ -447,8 +447,48 @@ def check_the_scaled_loss_is_not_the_loss(mode):
     close(in_mode(mode, step, np.float32(1.5)), 3.0, np.float32)
 
 
+def check_levels_from_data(mode):
+    # Zeros among the probabilities: 0 log 0 = 0, without a NaN on the way.
+    rng = np.random.default_rng(0)
+    probs = np.float32([[1, 0, 0], [0.25, 0.75, 0], [0, 0.5, 0.5], [0, 0, 1]])
+    labels, losses = np.int32([0, 1, 1, 2]), np.float32([2, 0.5, 0.25, 0])
+    matrix = np.float32([[0.75, 0.25, 0], [0, 1, 0], [0.5, 0, 0.5]])
+    entropy = lambda p: -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+    true = np.array([0.25, 0.5, 0.25])
+
+    def floors(probs, matrix, frequencies, rate):
+        return (
+            levels.entropy_floor(probs),
+            levels.noise_floor(matrix),
+            levels.noise_floor(matrix, label_frequencies=frequencies),
+            levels.noise_floor(rate, 3),
+            levels.noise_floor(1 - rate, 3),
+        )
+
+    given = probs, matrix, (true @ matrix).astype("f4"), np.float32(1)
+    each = entropy(matrix)
+    wanted = entropy(probs), each, each @ true, np.log(2), 0.0
+    for got, exact in zip(in_mode(mode, floors, *given), wanted, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-7)
+    # Class 0 reaches its threshold 1 once; class 1, .625, once, and class 2 twice.
+    counted = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    same_bits(in_mode(mode, levels.noise_matrix, probs, labels), counted)
+    best = functools.partial(levels.at_best, mode="min", window=2)
+    assert in_mode(mode, best, losses, np.int32([9, 4, 3, 8])) == np.float32(0.5)
+    assert in_mode(mode, best, losses, np.float32([9, 4, 3, 8])) == np.float32(0.5)
+    a, b = (rng.normal(size=(2, 3)).astype("f4") for _ in range(2))
+    cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+    close(in_mode(mode, levels.gradient_accordance, a, b), cosine, np.float32, ulps=8)
+    zero = in_mode(mode, levels.gradient_accordance, a, 0 * b)
+    close(zero, 0.0, np.float32)
+    adapted = in_mode(mode, lambda a: levels.adaflood(a, 0.5), losses)
+    close(adapted, -np.log(0.5 * np.exp(-losses) + 0.5), np.float32, ulps=8)
+    bound = in_mode(mode, levels.wavebound, losses, np.float32(0.125))
+    close(bound, losses - np.float32(0.125), np.float32)
+
+
 def check_schedules(mode):
-    schedule = warmup(0.5, 2)
+    schedule = levels.warmup(0.5, 2)
     transform = optax.chain(scale_by_flood(schedule), optax.sgd(1.0))
 
     def train(values):
@@ -468,9 +508,9 @@ def check_vmap_over_level_and_value(mode):
         one = jnp.ones((), jnp.float32)
         return transform.update(one, transform.init(one), value=value)[0]
 
-    levels = np.asarray([0.1, 0.5, -np.inf, 0.3], np.float32)
+    bounds = np.asarray([0.1, 0.5, -np.inf, 0.3], np.float32)
     values = np.asarray([0.3, 0.3, 0.3, 0.3], np.float32)
-    got = in_mode(mode, jax.vmap(signs), levels, values)
+    got = in_mode(mode, jax.vmap(signs), bounds, values)
     same_bits(got, np.asarray([1, -1, 1, 1], np.float32))
 
 

@@ -1,0 +1,143 @@
+"""The levels of arrays that are split over devices: those of the whole arrays."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+
+from flood_optax import levels
+from tests.sharded import Checks, mapped, mesh_of, put
+
+CHECKS = Checks()
+N, C = 16, 4
+RNG = np.random.default_rng(5)
+PROBS = RNG.dirichlet(np.ones(C), N).astype(np.float32)
+LABELS = RNG.integers(0, C, N).astype(np.int32)
+LOSSES = RNG.gamma(2.0, 0.5, N).astype(np.float32)
+MATRIX = RNG.dirichlet(np.ones(C), C).astype(np.float32) * 0.3 + 0.7 * np.eye(C, C)
+MATRIX = MATRIX.astype(np.float32)
+FREQUENCIES = MATRIX.T @ np.float32([0.4, 0.3, 0.2, 0.1])
+GRADS = {"w": RNG.normal(size=(N, C)).astype("f4"), "b": np.ones(C, "f4")}
+OTHER = {"w": GRADS["w"] + 1, "b": np.arange(C, dtype="f4")}
+HELD = {"num_folds": 4, "key": jax.random.key(0), "stratify": LABELS % 2}
+
+
+def left_out_by(rows):
+    """Held-out sums, answered in parts that are split as the rows are."""
+    placed = jax.typeof(rows).sharding
+
+    def evaluate(total, indices):
+        found = total + indices.astype(jnp.float32)
+        if any(placed.spec):  # 4 held out on 4 devices
+            found = jax.sharding.reshard(found, placed)
+        return found
+
+    total = rows.sum()
+    return levels.held_out(lambda i, key: total, evaluate, N, **HELD)
+
+
+# a function, its arrays, and the axes by which each of them may be split
+PER_EXAMPLE = {
+    "adaflood": (lambda a: levels.adaflood(a, 0.1), [LOSSES]),
+    "entropy_floor": (levels.entropy_floor, [PROBS]),
+    "wavebound": (lambda a: levels.wavebound(a, 0.1), [LOSSES]),
+    "wavebound, own": (levels.wavebound, [LOSSES, LOSSES / 9]),
+}
+WHOLE = {
+    "at_best": (lambda a, b: levels.at_best(a, b, mode="max", window=3), [LOSSES] * 2),
+    "at_best, integers": (
+        lambda a, b: levels.at_best(a, b, mode="max"),
+        [LOSSES, LABELS],
+    ),
+    "gradient_accordance": (levels.gradient_accordance, [GRADS, OTHER]),
+    "noise_floor": (
+        lambda m, f: levels.noise_floor(m, label_frequencies=f),
+        [MATRIX, FREQUENCIES],
+    ),
+    "noise_matrix": (levels.noise_matrix, [PROBS, LABELS]),
+    "noise_matrix, labels of one host": (
+        lambda p: levels.noise_matrix(p, LABELS),
+        [PROBS],
+    ),
+    "held_out": (left_out_by, [LOSSES]),
+}
+SPLITS = {"rows": ("data", None), "classes": (None, "model"), "both": ("data", "model")}
+
+
+def placed(mesh, tree, split):
+    """Leading axes are rows, second ones classes; what does not divide stays whole."""
+
+    def put_one(array):
+        axes = [
+            name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+            for name, size in zip(split, array.shape, strict=False)
+        ]
+        return put(mesh, jnp.asarray(array), P(*axes))
+
+    return jax.tree.map(put_one, tree)
+
+
+def split_equals_whole(kind, split):
+    mesh = mesh_of("data", "model", kind=kind)
+    for name, (function, arrays) in (PER_EXAMPLE | WHOLE).items():
+        expected = function(*jax.tree.map(jnp.asarray, arrays))
+        with jax.set_mesh(mesh):
+            given = placed(mesh, arrays, SPLITS[split])
+            for run in (jax.jit(function), function):
+                got = run(*given)
+                message = f"{name}, {split}"
+                np.testing.assert_allclose(
+                    got, expected, rtol=1e-5, atol=1e-6, err_msg=message
+                )
+
+
+for each, by in itertools.product((AxisType.Explicit, AxisType.Auto), SPLITS):
+    check = functools.partial(split_equals_whole, each, by)
+    check.__name__ = f"levels_of_{by}_split_by_{each.name}_axes"
+    CHECKS.once(check)
+
+
+@CHECKS.once
+def levels_of_examples_need_no_collective():
+    mesh = mesh_of("data", kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        for function, arrays in PER_EXAMPLE.values():
+            given = placed(mesh, arrays, SPLITS["rows"])
+            text = jax.jit(function).lower(*given).compile().as_text()
+            assert not {"all-reduce", "all-gather"} & {*text.replace("(", " ").split()}
+
+
+@CHECKS.once
+def levels_inside_shard_map_are_those_of_the_whole():
+    mesh = mesh_of("data")
+    for function, arrays in PER_EXAMPLE.values():
+        expected = function(*map(jnp.asarray, arrays))
+        for check_vma in (True, False):
+            step = jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=P("data"),
+                out_specs=P("data"),
+                check_vma=check_vma,
+            )
+            got = jax.jit(step)(*arrays)
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for name in ("at_best", "gradient_accordance", "noise_floor", "noise_matrix"):
+        function, arrays = WHOLE[name]
+        expected = function(*jax.tree.map(jnp.asarray, arrays))
+        for check_vma in (True, False):
+            specs = jax.tree.map(lambda _: P(), tuple(arrays))
+            step = mapped(function, mesh, specs, check_vma=check_vma)
+            np.testing.assert_allclose(step(*arrays), expected, rtol=1e-5)
+
+
+@CHECKS.parametrize()
+def test_levels_of_split_arrays(name, devices):
+    CHECKS.assert_held(name, __file__, devices)
+
+
+if __name__ == "__main__":
+    CHECKS.report()
