@@ -12,7 +12,8 @@ import pytest
 import flood_optax
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 INDEX = (ROOT / "docs" / "api" / "index.md").read_text()
 MODULES = ("objective", "shapes", "levels", "sweep", "penalty", "sharpness", "flax")
 
@@ -21,6 +22,23 @@ def test_version_is_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text()
     (cited,) = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
     assert flood_optax.__version__ == PROJECT["version"] == cited
+    assert f'repository-code: "{PROJECT["urls"]["Source"]}"' in citation
+
+
+def test_readme_of_the_package_links_to_files_of_the_tag():
+    """By the rules of pyproject.toml; `.ci/package` looks at the built one."""
+    text, source = (ROOT / "README.md").read_text(), PROJECT["urls"]["Source"]
+    relative = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    readme = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for each in readme["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    raw = source.replace("//github.com", "//raw.githubusercontent.com") + "/v"
+    blob = f"{source}/blob/v"
+    files = re.findall(rf"\]\((?:{raw}|{blob})\$HFPR_VERSION/([^)#]+)", text)
+    assert files == relative
+    assert len(files) > 9
+    assert not re.search(r"\]\((?!https?:|#)", text)
+    assert re.findall(r"!\[[^\]]*\]\((.*?/v)\$", text) == [raw]
 
 
 def test_install_page_names_the_floors_of_the_package():
@@ -28,7 +46,9 @@ def test_install_page_names_the_floors_of_the_package():
     floors = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|$", page, re.MULTILINE))
     needed = [PROJECT["requires-python"].replace(">=", "Python>=")]
     assert floors == dict(x.split(">=") for x in needed + PROJECT["dependencies"])
-    for extra in re.findall(r"flood_optax\[(\w+)\]", page):
+    extras = re.findall(r"pip install (?:-e )?'\.\[(\w+)\]'", page)
+    assert len(extras) == 4
+    for extra in extras:
         assert extra in PROJECT["optional-dependencies"]
 
 
@@ -83,7 +103,7 @@ def test_no_public_name_has_two_lines():
 
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SETUP = re.compile(r"pip install (uv|build twine|-e '\.\[dev\]')")
+SETUP = re.compile(r"pip install (uv|build (pypiserver )?uv|-e '\.\[dev\]')")
 SCRIPT = re.compile(r"(?:python )?(\.ci/[\w.]+)\b|\.venv/bin/python -m pytest")
 
 
@@ -117,10 +137,25 @@ def test_workflow_runs_scripts_and_holds_no_logic(path):
 
 
 def test_scripts_of_the_workflows_are_run_here_too():
+    """Those of the release are run by `.ci/rehearse`, which reads the workflow."""
     own = (ROOT / ".ci" / "run").read_text()
-    text = "".join(path.read_text() for path in WORKFLOWS)
-    for script in set(re.findall(r"\.ci/[\w.]+", text)) - {".ci/release.py"}:
+    text = "".join(path.read_text() for path in WORKFLOWS if path.stem != "release")
+    scripts = set(re.findall(r"\.ci/[\w.]+", text))
+    assert ".ci/rehearse" in scripts
+    for script in scripts:
         assert script in own, script
+
+
+def test_check_before_the_upload_is_that_of_the_upload():
+    """A new version of the action asks for a look at what it uploads with."""
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    (version,) = re.findall(r"gh-action-pypi-publish@\w+ # (\S+)", workflow)
+    pins = (ROOT / ".ci" / "upload.txt").read_text()
+    assert f"gh-action-pypi-publish {version} " in pins
+    assert dict(re.findall(r"^(\w+)==([\d.]+)$", pins, re.MULTILINE)).keys() == {
+        "packaging",
+        "twine",
+    }
 
 
 def test_pythons_of_the_classifiers_are_those_of_the_workflow():
@@ -132,9 +167,10 @@ def test_pythons_of_the_classifiers_are_those_of_the_workflow():
 
 
 RELEASE = {
-    "pyproject.toml": '[project]\nversion = "0.2.0"\n',
+    "pyproject.toml": '[project]\nversion = "0.2.0"\n'
+    '[project.urls]\nSource = "https://github.com/a/b"\n',
     "flood_optax/__init__.py": '__version__ = "0.2.0"\n',
-    "CITATION.cff": "title: x\nversion: 0.2.0\n",
+    "CITATION.cff": 'title: x\nversion: 0.2.0\ndate-released: "2030-01-31"\n',
     "CHANGELOG.md": "# Changelog\n\n## [0.2.0] - 2030-01-31\n",
 }
 
@@ -146,7 +182,18 @@ RELEASE = {
         ("0.2.0", None, "", "the tag 0.2.0 is not v0.2.0"),
         ("v0.2.1", None, "", "the tag v0.2.1 is not v0.2.0"),
         ("v0.2.0", "flood_optax/__init__.py", '__version__ = "0.1.0"\n', "__version__"),
-        ("v0.2.0", "CITATION.cff", "title: x\nversion: 0.2.0rc1\n", "CITATION"),
+        (
+            "v0.2.0",
+            "CITATION.cff",
+            'version: x\nversion: 0.2.0rc1\ndate-released: "2030-01-31"\n',
+            "CITATION.cff differs",
+        ),
+        (
+            "v0.2.0",
+            "CITATION.cff",
+            "x\nversion: 0.2.0\n",
+            "CITATION.cff has another date",
+        ),
         ("v0.2.0", "CHANGELOG.md", "## [Unreleased]\n\n- 0.2.0\n", "no dated section"),
         ("v0.2.0", "CHANGELOG.md", "## [0.2.0]\n", "no dated section"),
     ],
@@ -161,5 +208,7 @@ def test_release_is_refused_unless_tag_and_texts_agree(
     spec = importlib.util.spec_from_file_location("release", path)
     release = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(release)
-    found = release.faults(tag, tmp_path)
+    found = release.faults(tag, tmp_path, "a/b")
     assert (fault in found[0] and len(found) == 1) if fault else found == []
+    elsewhere = release.faults(tag, tmp_path, "a/c")
+    assert elsewhere == [*found, "https://github.com/a/b is not a/c"]
