@@ -27,6 +27,7 @@ LONGEST = {
     "strokes",
     "sweep",
     "synthetic",
+    "unlearning",
 }
 
 
