@@ -65,12 +65,12 @@ def average_params(
       average_params(0.99)), 5))``: a skipped step is no step. Behind
       `optax.apply_if_finite` it would count the same parameters twice.
 
-    Parameters that are NaN make the average NaN, for ever, as the run itself. It costs
-    a read and a write of the parameters, and no communication.
+    Updates of NaN make the parameters NaN, and so the average, for ever. It costs a
+    read and a write of the average, a read of the parameters, and no communication.
 
     It does not know of batch statistics, which averaged weights need of their own
-    (docs/strokes.md). Where a learning-rate schedule ends at 0 the last weights are the
-    better ones: the average lags behind them by about 1 / (1 - decay) updates.
+    (docs/strokes.md). A learning-rate schedule that ends at 0 leaves nothing to
+    average: the weights come to rest, and the average lags behind them.
 
     Args:
       decay: a real scalar in [0, 1). 0 keeps the last parameters. In

@@ -16,8 +16,9 @@ import optax
 import pytest
 from flax import nnx
 
-from flood_optax import scale_by_flood
-from tests import processes
+from flood_optax import average_params, averaged, flood, scale_by_flood
+from flood_optax.flax import TrainState
+from tests import oracles, processes
 from tests.claims.test_docs import blocks
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -25,7 +26,124 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "strokes.md"
 
 
-# The recipes
+# The recommended lines, in every loop, against NumPy
+
+B, RATE, STEPS = 0.3, 0.05, 40
+START = np.float32([0.5, -1.0, 0.25])
+
+
+def rows(step):
+    rng = np.random.default_rng(step)
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    noise = 0.4 * rng.normal(size=16)
+    return x, np.float32(x @ [1.0, -2.0, 0.5] + noise)
+
+
+def by_hand():
+    """Flooding in a band, Adam and the mean of the weights, in float64."""
+    w, rises, visited, ends = START.astype(float), False, [], []
+    moment = square = np.zeros(3)
+    for step in range(1, STEPS + 1):
+        x, y = (a.astype(float) for a in rows(step))
+        residual = x @ w - y
+        ends.append(B + B / 5 if rises else B - B / 5)
+        rises = np.mean(residual**2) < ends[-1]
+        gradient = (-1 if rises else 1) * 2 * x.T @ residual / len(y)
+        moment = 0.9 * moment + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        unbiased = np.sqrt(square / (1 - 0.999**step))
+        w = w - RATE * moment / (1 - 0.9**step) / (unbiased + 1e-8)
+        visited.append(w)
+    assert 1 < np.count_nonzero(np.diff(ends)) < STEPS / 2, "some strokes of some steps"
+    return w, oracles.average(visited, 0.9)
+
+
+def optimizer():
+    return optax.chain(
+        scale_by_flood(B, band=B / 5), optax.adam(RATE), average_params(0.9)
+    )
+
+
+def loss_fn(params, x, y):
+    return jnp.mean((x @ params["w"] - y) ** 2)
+
+
+def plain_loop():
+    params, tx = {"w": jnp.asarray(START)}, optimizer()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x, y):
+        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(STEPS):
+        params, state = step(params, state, *rows(i + 1))
+    return params["w"], averaged(state, params)["w"]
+
+
+def accumulation():
+    inner = optax.chain(optax.adam(RATE), average_params(0.9))
+    tx = flood(inner, B, band=B / 5, every_k=2)
+    params = {"w": jnp.asarray(START)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x, y):
+        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(STEPS):
+        x, y = rows(i + 1)
+        for half in (slice(8), slice(8, 16)):
+            params, state = step(params, state, x[half], y[half])
+    return params["w"], averaged(state, params)["w"]
+
+
+def train_state():
+    params = {"w": jnp.asarray(START)}
+    state = TrainState.create(apply_fn=None, params=params, tx=optimizer())
+
+    @jax.jit
+    def step(state, x, y):
+        value, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
+        return state.apply_gradients(grads=grads, value=value)
+
+    for i in range(STEPS):
+        state = step(state, *rows(i + 1))
+    return state.params["w"], averaged(state.opt_state, state.params)["w"]
+
+
+def nnx_loop():
+    model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel[...] = START[:, None]
+    trainer = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, trainer, x, y):
+        def loss_fn(model):
+            return jnp.mean((model(x)[:, 0] - y) ** 2)
+
+        value, grads = nnx.value_and_grad(loss_fn)(model)
+        trainer.update(model, grads, value=value)
+
+    for i in range(STEPS):
+        step(model, trainer, *rows(i + 1))
+    average = averaged(trainer.opt_state, nnx.state(model, nnx.Param))
+    return model.kernel[:, 0], average.kernel[:, 0]
+
+
+@pytest.mark.parametrize("loop", [plain_loop, accumulation, train_state, nnx_loop])
+def test_recommended_lines_equal_numpy_in(loop):
+    last, average = by_hand()
+    got_last, got_average = loop()
+    np.testing.assert_allclose(got_last, last, rtol=2e-5)
+    np.testing.assert_allclose(got_average, average, rtol=2e-5)
+
+
+# The recipes of the page
 
 
 @functools.cache
@@ -38,18 +156,6 @@ def page():
     return types.SimpleNamespace(**names)
 
 
-def expected_average(visited, decay):
-    """The average by its definition, in float64; `visited` begins with the first."""
-    total = jax.tree.map(lambda p: np.asarray(p, np.float64), visited[0])
-    for params in visited[1:]:
-        total = jax.tree.map(
-            lambda a, p: decay * a + (1 - decay) * np.asarray(p, np.float64),
-            total,
-            params,
-        )
-    return total
-
-
 def assert_close(got, expected, atol=1e-6):
     got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
     for ours, theirs in zip(got, expected, strict=True):
@@ -60,92 +166,94 @@ def batches(count):
     return list(page().epoch(0))[:count]
 
 
-def test_average_is_that_of_the_weights_after_each_step():
-    state = page().start(1)
-    visited = [state["params"]]
-    for batch in batches(8):
-        state = page().train_step(state, *batch)
-        visited.append(state["params"])
-    assert_close(state["average"], expected_average(visited, 0.99))
+def trained(step, optimizer, batches):
+    """The parameters after each update, and the state."""
+    params = page().init(jax.random.key(1))
+    state, visited = optimizer.init(params), []
+    for batch in batches:
+        params, state = step(params, state, *batch)
+        visited.append(params)
+    return state, visited
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_an_average_that_is_the_first_weights_cannot_be_donated(copied):
-    state, (batch,) = page().start(0), batches(1)
-    step = jax.jit(page().train_step, donate_argnums=0)
-    if copied:
-        assert jnp.isfinite(step(state, *batch)["average"][0]).all()
-        return
-    with pytest.raises(ValueError, match="donate the same buffer twice"):
-        step(state | {"average": state["params"]}, *batch)
+def mean_of(visited):
+    return jax.tree.map(lambda *each: oracles.average(each, 0.99), *visited)
+
+
+def test_average_of_the_page_is_that_of_the_weights_after_each_step():
+    state, visited = trained(page().train_step, page().optimizer, batches(8))
+    assert_close(averaged(state, visited[-1]), mean_of(visited))
 
 
 def test_average_over_windows_is_that_over_large_batches():
-    large, small = page().start(0), page().start(0)
-    small["opt_state"] = page().windows.init(small["params"])
-    each_micro_step, micro_batches = small["average"], batches(9)
-    for i in range(0, 9, 3):
-        whole = [np.concatenate(c) for c in zip(*micro_batches[i : i + 3], strict=True)]
-        large = page().train_step(large, *whole)
-        for batch in micro_batches[i : i + 3]:
-            small = page().micro_step(small, *batch)
-            each_micro_step = optax.incremental_update(
-                small["params"], each_micro_step, 1 - page().DECAY
-            )
-    assert_close(small["average"], large["average"], atol=1e-5)
-    # what is wrong with the other one: it has moved three times as far
-    start = page().start(0)["average"]
-    moved = [a[0] - start[0] for a in (each_micro_step, small["average"])]
-    ratio = optax.tree.norm(moved[0]) / optax.tree.norm(moved[1])
-    assert 1.5 < ratio < 3.0
+    ours, micro_batches = page(), batches(9)
+    large = [
+        [np.concatenate(part) for part in zip(*micro_batches[i : i + 3], strict=True)]
+        for i in range(0, 9, 3)
+    ]
+    state, visited = trained(ours.train_step, ours.optimizer, large)
+    small, seen = trained(ours.micro_step, ours.windows, micro_batches)
+    assert_close(averaged(small, seen[-1]), mean_of(visited), atol=1e-5)
+    assert_close(averaged(small, seen[-1]), averaged(state, visited[-1]), atol=1e-5)
 
 
-def test_average_moves_where_a_window_emits_and_nowhere_else():
-    """At a flush it does; at the end of a window that counts nothing it does not."""
-    windows, params = page().windows, page().init(jax.random.key(0))
-    grads = jax.tree.map(jnp.ones_like, params)
-    for weight, flush, emits in [(1.0, False, 0), (0.0, False, 0), (1.0, True, 1)]:
-        state = windows.init(params)
-        for _ in range(1 if flush else 2):
-            _, state = windows.update(
-                grads, state, params, value=2.0, weight=weight, flush=flush
-            )
-        assert optax.tree.get(state, "flood_step") == emits
-    _, state = windows.update(
-        grads, windows.init(params), params, value=1.0, weight=0.0
+def test_average_is_that_of_the_recipes_by_hand():
+    """A share of the new weights at each step; in windows at their ends alone."""
+    ours, decay = page(), 0.6
+    inner = optax.chain(optax.adam(2e-3), average_params(decay))
+    every = {1: optax.chain(scale_by_flood(ours.level), inner)}
+    every[3] = flood(inner, ours.level, every_k=3)
+    for k, optimizer in every.items():
+
+        @jax.jit
+        def step(run, batch, optimizer=optimizer):
+            params, state, average = run
+            value, grads = jax.value_and_grad(ours.loss_fn)(params, *batch)
+            before = optax.tree.get(state, "flood_step")
+            updates, state = optimizer.update(grads, state, params, value=value)
+            params = optax.apply_updates(params, updates)
+            after = optax.tree.get(state, "flood_step")
+            share = 1 / jnp.minimum(after.astype(jnp.float32), 1 / (1 - decay))
+            share = jnp.where(after > before, share, 0.0)
+            return params, state, optax.incremental_update(params, average, share)
+
+        params = ours.init(jax.random.key(1))
+        run = params, optimizer.init(params), params
+        for batch in batches(10) + list(ours.epoch(1)):
+            run = step(run, batch)
+        params, state, average = run
+        assert optax.tree.get(state, "flood_average_step") == 20 // k
+        pairs = zip(averaged(state, params), average, strict=True)
+        assert max(jnp.abs(a - b).max() for a, b in pairs) < 1e-7
+
+
+def test_a_run_without_an_average_goes_on_with_one():
+    ours, many = page(), batches(6)
+    without = optax.chain(
+        scale_by_flood(ours.level, band=ours.level / 5), optax.adam(2e-3)
     )
-    for _ in range(2):
-        _, state = windows.update(grads, state, params, value=1.0, weight=0.0)
-    assert optax.tree.get(state, "flood_step") == 0
+    params, state = ours.init(jax.random.key(1)), None
+    state = without.init(params)
+    for x, y in many[:3]:
+        value, grads = jax.value_and_grad(ours.loss_fn)(params, x, y)
+        updates, state = without.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    state, visited = (*state, average_params(0.99).init(params)), []
+    for batch in many[3:]:
+        params, state = ours.train_step(params, state, *batch)
+        visited.append(params)
+    assert_close(averaged(state, params), mean_of(visited))
+    assert_close(params, trained(ours.train_step, ours.optimizer, many)[1][-1])
 
 
 def average_on_four_devices_is_that_on_one():
-    ours = page()
-    alone, spread = ours.start(0), ours.start(0)
-    spread["opt_state"] = ours.spread.init(spread["params"])
-    step = ours.on(jax.devices()[:4])
-    for start in (0, 32, 64):
-        rows = slice(start, start + 32)
-        alone = ours.train_step(alone, ours.x[rows], ours.y[rows])
-        spread = step(spread, ours.x[rows], ours.y[rows])
-    assert all(leaf.sharding.is_fully_replicated for leaf in spread["average"])
-    assert_close(spread["average"], alone["average"], atol=1e-5)
-
-
-def test_average_of_the_varying_copy_is_refused():
-    ours = page()
-
-    def wrong_step(state, x, y):
-        stepped = ours.device_step(state, x, y)
-        local = jax.lax.pcast(stepped["params"], "data", to="varying")
-        average = optax.incremental_update(local, state["average"], 0.01)
-        return stepped | {"average": average}
-
-    names = vars(ours) | {"device_step": wrong_step}
-    on = types.FunctionType(ours.on.__code__, names)
-    state = ours.start(0) | {"opt_state": ours.spread.init(ours.start(0)["params"])}
-    with pytest.raises(ValueError, match="which require replication"):
-        on(jax.devices()[:1])(state, ours.x[:32], ours.y[:32])
+    ours, parts = page(), [slice(start, start + 32) for start in (0, 32, 64)]
+    rows = [(ours.x[part], ours.y[part]) for part in parts]
+    alone, visited = trained(ours.train_step, ours.optimizer, rows)
+    state, seen = trained(ours.on(jax.devices()[:4]), ours.spread, rows)
+    average = averaged(state, seen[-1])
+    assert all(leaf.sharding.is_fully_replicated for leaf in average)
+    assert_close(average, averaged(alone, visited[-1]), atol=1e-5)
 
 
 def test_average_on_several_devices():
@@ -153,43 +261,17 @@ def test_average_on_several_devices():
     processes.assert_held(name, __file__, devices=4)
 
 
-def test_train_state_of_the_page_gives_the_same_average():
-    ours = page()
-    state = ours.start(0)
-    params = state["params"]
-    other = ours.AveragedState.create(
-        apply_fn=ours.logits,
-        params=params,
-        tx=ours.optimizer,
-        average=jax.tree.map(jnp.copy, params),
-    )
-    for batch in batches(4):
-        state = ours.train_step(state, *batch)
-        value, grads = jax.value_and_grad(ours.loss_fn)(other.params, *batch)
-        other = other.apply_gradients(grads=grads, value=value)
-    assert isinstance(other, ours.AveragedState)
-    assert other.step == 4
-    assert_close(other.average, state["average"], atol=1e-5)
-
-
-def test_average_of_an_nnx_model_is_that_of_its_weights():
+def test_model_of_the_averaged_weights_leaves_the_trained_one_alone():
     ours = page()
     model = nnx.clone(ours.model)
     trainer = nnx.Optimizer(model, ours.optimizer, wrt=nnx.Param)
-    average = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-    visited = [nnx.to_pure_dict(average)]
-    kept = nnx.EMA(model, 0.99, only=nnx.Param) if hasattr(nnx, "EMA") else None
+    visited = []
     for batch in batches(4):
-        average = ours.nnx_step(model, trainer, average, *batch)
+        ours.nnx_step(model, trainer, *batch)
         visited.append(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-        if kept is not None:
-            kept.update(model)
-    expected = expected_average(visited, 0.99)
-    assert_close(nnx.to_pure_dict(average), expected)
-    if kept is not None:
-        assert_close(nnx.state(kept.apply_to(model), nnx.Param), average)
-        everything = nnx.EMA(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), 0.99)
-        assert {"mean", "var"} < set(nnx.to_pure_dict(everything.params))
+    average = ours.averaged_model(model, trainer)
+    assert_close(nnx.to_pure_dict(nnx.state(average, nnx.Param)), mean_of(visited))
+    assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), visited[-1])
 
 
 # Batch statistics

@@ -11,7 +11,7 @@ import pytest
 from sklearn import datasets
 
 from benchmarks import data
-from flood_optax import levels, scale_by_flood
+from flood_optax import average_params, averaged, levels, scale_by_flood
 
 ADAM = optax.adam(1e-3)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -110,8 +110,8 @@ def runs(setting, seeds, decays, inner):
     @jax.vmap
     def run(level, band, sets, seed):
         x, y, test_x, test_y = sets
-        optimizer = optax.chain(scale_by_flood(level, band=band), inner)
-        averages = tuple(optax.ema(decay) for decay in decays)
+        averages = [average_params(decay) for decay in decays]
+        optimizer = optax.chain(scale_by_flood(level, band=band), inner, *averages)
         first, orders = jax.random.split(jax.random.key(seed))
         sizes = x.shape[1], setting.width, setting.width, setting.classes
         params = init(first, *sizes)
@@ -120,24 +120,20 @@ def runs(setting, seeds, decays, inner):
             return 100 * (logits(params, test_x).argmax(-1) == test_y).mean()
 
         def step(carry, rows):
-            params, state, kept, _ = carry
+            params, state = carry
             value, grads = jax.value_and_grad(loss_fn)(params, x[rows], y[rows])
             updates, state = optimizer.update(grads, state, params, value=value)
-            params = optax.apply_updates(params, updates)
-            pairs = [a.update(params, k) for a, k in zip(averages, kept, strict=True)]
-            means, kept = zip(*pairs, strict=True)
-            return (params, state, kept, means), None
+            return (optax.apply_updates(params, updates), state), None
 
         def epoch(carry, key):
             rows = jax.random.permutation(key, setting.train)
             carry, _ = jax.lax.scan(step, carry, rows.reshape(-1, setting.batch))
             return carry, accuracy(carry[0])
 
-        kept = tuple(average.init(params) for average in averages)
-        start = params, optimizer.init(params), kept, (params,) * len(decays)
+        start = params, optimizer.init(params)
         keys = jax.random.split(orders, setting.epochs)
-        (params, _, _, means), seen = jax.lax.scan(epoch, start, keys)
-        ends = jnp.stack([accuracy(mean) for mean in means])
+        (params, state), seen = jax.lax.scan(epoch, start, keys)
+        ends = jnp.stack([accuracy(averaged(part, params)) for part in state[2:]])
         return Ends(accuracy(params), ends, seen.max())
 
     sets, compiled = drawn(setting, seeds), jax.jit(run)
@@ -198,6 +194,19 @@ def test_a_band_gives_nothing_where_momentum_meets_a_large_step():
     assert not surely_above(banded.averaged[:, 0], flooded.averaged[:, 0])
     assert surely_above(flooded.averaged[:, 1], banded.averaged[:, 1]), "a long one"
     assert surely_above(flooded.averaged[:, 0], flooded.last), "averaging does help"
+
+
+@pytest.mark.slow
+def test_a_schedule_that_ends_at_zero_leaves_nothing_to_average():
+    steps = DIGITS.epochs * DIGITS.train // DIGITS.batch
+    schedule = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+    constant, ends = three(DIGITS)[2], three(DIGITS, inner=schedule)[2]
+    gain, error = paired(ends.averaged[:, 0], ends.last)
+    assert abs(gain) + 2 * error < 0.5
+    assert surely_above(ends.last, constant.last), "the schedule does the same work"
+    for name, end in (("constant", constant), ("cosine", ends)):
+        cells = [(kind.mean(), kind.std(ddof=1) / 12**0.5) for kind in end[:2]]
+        print(name, *(f"{mean:.1f} ± {error:.1f}" for mean, error in cells))  # noqa: T201
 
 
 @pytest.mark.slow

@@ -145,6 +145,34 @@ def test_average_over_updates_of_nan_is_nan_for_ever():
     np.testing.assert_array_equal(np.isnan(averaged(state, params)), [False, True])
 
 
+RATES = {"constant": (optax.constant_schedule(0.5), 110), "cosine": (None, 184)}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_average_lags_more_where_the_learning_rate_ends_at_zero(name):
+    """Its loss is that of the weights so many steps before the end: the page's numbers.
+
+    Least squares without noise, 1,000 steps of gradient descent, a decay of .99.
+    """
+    rate, lag = RATES[name]
+    rate = rate or optax.cosine_decay_schedule(1.0, 1000)
+    optimizer = optax.chain(optax.sgd(rate), average_params(0.99))
+    slopes = 1 / jnp.arange(1.0, 21.0) ** 2
+
+    def loss(w):
+        return jnp.sum(slopes * w**2) / 2
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = optimizer.update(slopes * w, state, w)
+        return (optax.apply_updates(w, updates), state), loss(w)
+
+    w = jnp.ones(20)
+    (w, state), curve = jax.lax.scan(step, (w, optimizer.init(w)), length=1000)
+    nearest = np.abs(np.asarray(curve) - loss(averaged(state, w))).argmin()
+    assert abs(1000 - nearest - lag) <= 1
+
+
 # ---- dtypes ----
 
 
