@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from benchmarks import programs
 from benchmarks.compilers import hlo
 from benchmarks.compilers.targets import TARGETS
-from flood_optax.sweep.placement import placement
+from flood_optax.sweep import placement
 from flood_optax.sweep.traced import trace
 
 RUNS = 64
@@ -45,17 +45,18 @@ def lowered_sweep(form: str, mesh: Mesh) -> Any:
         return train(level, jax.random.wrap_key_data(words, impl=kind))
 
     one = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((2,), np.uint32)
+    traced = trace(run, "sweep.run(train)", *one)
     if form == "sweep, shard":
-        place = placement("shard", mesh)
+        program = placement.sharded(traced, mesh)
         sharding: Any = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     else:
-        place = placement("vmap", None)
+        program = placement.vmapped(traced)
         sharding = SingleDeviceSharding(cast(Any, mesh.devices).flat[0])
-    program: Any = place.program(trace(run, "sweep.run(train)", *one))
+    shapes = (RUNS, 1), (RUNS, *one[1].shape)
     return program.lower(
         *(
-            jax.ShapeDtypeStruct((RUNS, *like.shape), like.dtype, sharding=sharding)
-            for like in one
+            jax.ShapeDtypeStruct(shape, like.dtype, sharding=sharding)
+            for shape, like in zip(shapes, one, strict=True)
         )
     )
 

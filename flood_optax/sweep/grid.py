@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from flood_optax.checks import integer
@@ -17,7 +16,7 @@ from flood_optax.sweep.inputs import (
     checked_metrics,
 )
 from flood_optax.sweep.journal import Journal
-from flood_optax.sweep.placement import Strategy, placement
+from flood_optax.sweep.placement import Runs, Strategy, placement
 from flood_optax.sweep.result import Result
 from flood_optax.sweep.traced import fingerprint, trace
 
@@ -38,7 +37,8 @@ def run(
     ``train`` is traced once and the program compiled once, whatever the numbers of
     levels and keys. The strategies agree to rounding; they differ in speed and memory:
 
-    * "vmap" trains the runs of a chunk together: for accelerators.
+    * "vmap" trains the runs of a chunk together, and computes once for all levels what
+      depends on the key alone: for accelerators.
     * "map" trains one after another, on a CPU one on each core: for CPUs, or where
       memory is short: how many levels there are makes no difference to what it holds.
       With ``chunk_size=1`` it trains one at a time.
@@ -46,8 +46,9 @@ def run(
       `jax.distributed.initialize`, over the processes; every process calls `run`
       alike and gets the whole result. CPU devices map their share, others vmap it.
 
-    The number of devices need not divide that of runs: a call is filled up by repeating
-    a run. Progress and files cost one synchronisation a chunk, nothing inside it.
+    Chunks are equal, and the number of devices need not divide that of runs: a call is
+    filled up by repeating a run. Progress and files cost one synchronisation a chunk,
+    nothing inside it.
 
     Args:
       train: (level, key) -> dict of metrics, arrays of real numbers whose shapes do not
@@ -59,8 +60,9 @@ def run(
       strategy: "vmap", "map" or "shard"; None is "shard" where there are several
         processes, else "map" on a CPU, else "vmap".
       progress: whether to show a tqdm bar that advances with every chunk.
-      chunk_size: runs per chunk and device. By default all, and with ``progress`` or
-        ``path`` a tenth of them ("map": a hundredth, but one for each core at least).
+      chunk_size: runs per chunk and device, at most. By default all, and with
+        ``progress`` or ``path`` a tenth of them ("map": a hundredth, but one for each
+        core at least).
       path: a file to keep the runs in as they come, each by its level and key. If the
         process is killed, the same call again computes only what is missing and returns
         the same result (a changed strategy or chunk_size: to rounding). So does a call
@@ -100,7 +102,7 @@ def run(
       >>> print(result.metrics["curve"].shape, result.best("regret", mode="min"))
       (3, 2, 100) [0.3 0.3]
     """
-    place = placement(strategy, mesh)
+    train_runs, context = placement(strategy, mesh)
     if chunk_size is not None:
         integer("sweep.run(chunk_size=...)", chunk_size, least=1)
     given, used = checked_levels(levels, "sweep.run(levels)")
@@ -111,7 +113,7 @@ def run(
     def one(level: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
         return checked_metrics(train(level, seeds.unwrap(words)), "sweep.run(train)")
 
-    with called("sweep.run(train)", train, "level", "key"), place.context():
+    with called("sweep.run(train)", train, "level", "key"), context():
         traced = trace(
             one,
             "sweep.run(train)",
@@ -133,31 +135,24 @@ def run(
             "train": digest,
         }
 
-    grid = (len(used), len(seeds.data))
-    every_level = np.repeat(used, grid[1])
-    every_key = np.tile(seeds.data, (grid[0], 1))
     words = seeds.data.tolist()
     names = [(repr(float(level)), *word) for level in used for word in words]
     journal = Journal(path, traced.shape, names, header)
-    missing = journal.missing
+    runs = Runs(journal.missing, used, seeds.data)
     watched = progress or path is not None
-    size = place.chunk(len(every_level), chunk_size, watched=watched)
-    program = place.program(traced)
-    with (
-        place.context(),
-        progress_bar(
-            "sweep.run(progress=True)",
-            shown=progress and jax.process_index() == 0,
-            total=len(every_level),
-            done=len(every_level) - len(missing),
-            unit="run",
-        ) as advance,
-    ):
-        for begin in range(0, len(missing), size):
-            runs = missing[begin : begin + size]
-            rows = place.train(program, every_level[runs], every_key[runs], size)
-            journal.add(runs, rows)
-            advance(len(runs))
+    bar = progress_bar(
+        "sweep.run(progress=True)",
+        shown=progress and jax.process_index() == 0,
+        total=len(names),
+        done=len(names) - len(runs.numbers),
+        unit="run",
+    )
+    with context(), bar as advance:
+        if len(runs.numbers):
+            for done, rows in train_runs(traced, runs, chunk_size, watched):
+                journal.add(done, rows)
+                advance(len(done))
 
+    grid = (len(used), len(words))
     metrics = {n: x.reshape(*grid, *x.shape[1:]) for n, x in journal.metrics.items()}
     return Result(given, metrics, ("level", "key"), seeds.data)

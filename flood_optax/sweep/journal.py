@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
 from jax.experimental import multihost_utils
 
-Array = npt.NDArray[Any]
+from flood_optax.checks import FloodWarning
+from flood_optax.sweep.inputs import Array
+
 RunName = tuple[Any, ...]  # the level's digits and the numbers of the key
 FORMAT = "flood_optax.sweep/3"
 NUMBERED = "flood_optax.sweep/2"  # its chunks name a run by the number in a grid
@@ -152,6 +153,7 @@ class Journal:
             warnings.warn(
                 f"`sweep.run(path=...)`: {name} does not say with which version and "
                 "settings of JAX it was begun, which are taken to be those of now.",
+                FloodWarning,
                 stacklevel=4,
             )
         return begun

@@ -1,133 +1,237 @@
-"""Where and how the runs of a sweep are computed."""
+"""Where the runs of a sweep are computed: one by one, together, or over devices."""
 
 import contextlib
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import numpy.typing as npt
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flood_optax.checks import one_of
 from flood_optax.sweep.cores import number_of_cores, over_cores
+from flood_optax.sweep.inputs import Array
 from flood_optax.sweep.traced import Traced
 
-Array = npt.NDArray[Any]
 Strategy = Literal["vmap", "map", "shard"]
+Rows = dict[str, Array]
 
 
-class Placement(NamedTuple):
-    """Where and how the runs are computed.
+class Runs(NamedTuple):
+    """The runs to do, of the grid of all levels and keys.
 
     Attributes:
-      one_by_one: whether a call runs one on a device (on a CPU as many calls at once as
-        there are cores), or all of it together.
-      mesh: the devices, where there are several.
+      numbers: which of the grid, level by level: level times keys, plus key.
+      levels: of the grid.
+      words: the numbers of the keys of the grid.
     """
 
-    one_by_one: bool
-    mesh: Mesh | None
+    numbers: Array
+    levels: Array
+    words: Array
 
-    @property
-    def devices(self) -> int:
-        """The number of devices, that divides the runs of a call."""
-        return 1 if self.mesh is None else self.mesh.size
+    def of(self, numbers: Array) -> tuple[Array, Array]:
+        """The level and the key's numbers of each."""
+        level, key = np.divmod(numbers, len(self.words))
+        return self.levels[level], self.words[key]
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Where there is a mesh, no other: a run, of one device, has a part in none."""
-        no_mesh = Mesh(np.empty((), object), ())
-        return jax.set_mesh(no_mesh) if self.mesh else contextlib.nullcontext()
 
-    def chunk(self, number: int, chunk_size: int | None, *, watched: bool) -> int:
-        """The runs between two synchronisations, a multiple of the devices."""
-        chunks, least = 10, 1
-        if self.one_by_one and self.mesh is None:
-            chunks, least = 100, number_of_cores()
-        if not watched:
-            chunks = 1
-        size = chunk_size or max(-(-number // (chunks * self.devices)), least)
-        return min(size, -(-number // self.devices)) * self.devices
+# Of a traced training, the runs, the size of a chunk (None is the default) and whether
+# somebody waits for chunks: the numbers and the rows of one chunk after another.
+Trainer = Callable[[Traced, Runs, int | None, bool], Iterator[tuple[Array, Rows]]]
 
-    def program(self, traced: Traced) -> Callable[[Any, Any], Any]:
-        """The program of a call: of one run for each device, or of many together.
 
-        On a CPU a loop around the program is faster than one in it: XLA runs a training
-        loop within another loop slower by up to a tenth.
-        """
-        if self.one_by_one and self.mesh is None:
-            return traced.function
-        arrays = [x for x in traced.jaxpr.consts if isinstance(x, jax.Array)]
-        spread = max((len(x.devices()) for x in arrays), default=1)
-        if self.mesh is not None and spread > 1:
-            raise ValueError(
-                '`sweep.run(strategy="shard")` trains each run on one device, got a '
-                f"train that uses an array on {spread}. Let it use a copy on the host: "
-                "`np.asarray(array)`."
-            )
+def one_by_one(
+    traced: Traced, runs: Runs, chunk_size: int | None, watched: bool
+) -> Iterator[tuple[Array, Rows]]:
+    """Trains one run after another, on a CPU as many at a time as it has cores.
 
-        def one(levels: jax.Array, words: jax.Array) -> Any:
-            return jax.tree.map(lambda x: x[None], traced.call(levels[0], words[0]))
+    On a CPU a loop around the program is faster than one in it: XLA runs a training
+    loop within another loop slower by up to a tenth.
+    """
+    number = len(runs.numbers)
+    size = chunk_size or max(parts(number, 100 if watched else 1), number_of_cores())
+    for some in in_chunks(runs.numbers, size):
+        arguments = list(zip(*runs.of(some), strict=True))
+        yield some, _joined(np.stack, [*over_cores(traced.function, arguments, dict)])
 
-        program = one if self.one_by_one else jax.vmap(traced.call)
-        if self.mesh is None:
-            return jax.jit(program)
-        # Runs do not talk to one another, and what varies over the mesh is all.
-        spec = PartitionSpec(self.mesh.axis_names)
-        return jax.jit(
-            jax.shard_map(
-                program, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
-            )
-        )
 
-    def train(
-        self, program: Callable[..., Any], levels: Array, words: Array, chunk: int
-    ) -> dict[str, Array]:
-        """The rows of at most a chunk of runs."""
-        if self.one_by_one and self.mesh is None:
-            runs = list(zip(levels, words, strict=True))
-            return _joined(np.stack, [*over_cores(program, runs, dict)])
-        width = self.devices if self.one_by_one else chunk
-        # The last call is filled up by repeating a run.
-        runs = np.arange(-(-len(levels) // width) * width).clip(max=len(levels) - 1)
-        calls = [
-            program(self._put(levels[some]), self._put(words[some]))
-            for some in runs.reshape(-1, width)
-        ]
-        joined = _joined(np.concatenate, self._fetch(calls))
-        return {name: rows[: len(levels)] for name, rows in joined.items()}
+def together(
+    traced: Traced, runs: Runs, chunk_size: int | None, watched: bool
+) -> Iterator[tuple[Array, Rows]]:
+    """Trains a chunk of runs at once."""
+    program = vmapped(traced)
+    for table in tables(runs, chunk_size, watched=watched):
+        levels, words = runs.of(table)
+        yield _once(table, jax.device_get(program(levels, words[:, 0])))
 
-    def _put(self, rows: Array) -> jax.Array:
-        """The rows on the devices; every process holds them all and gives its part."""
-        if self.mesh is None:
-            return jax.device_put(rows)
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+
+def over_devices(
+    traced: Traced,
+    runs: Runs,
+    chunk_size: int | None,
+    watched: bool,
+    *,
+    mesh: Mesh,
+) -> Iterator[tuple[Array, Rows]]:
+    """Trains a share of the runs on each device: on a CPU one by one, else together."""
+    program = sharded(traced, mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def put(rows: Array) -> jax.Array:  # every process has all, and gives its part
         return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
-    def _fetch(self, rows: list[dict[str, jax.Array]]) -> list[dict[str, Array]]:
-        """The rows of all devices of all processes, in every process."""
-        if all(value.is_fully_addressable for value in jax.tree.leaves(rows)):
-            return jax.device_get(rows)
-        return multihost_utils.process_allgather(rows, tiled=True)
+    if on_cpu:
+        chunk = chunk_size or parts(
+            len(runs.numbers), mesh.size * (10 if watched else 1)
+        )
+        chunks = [
+            [table[:, None] for table in in_equal(some, mesh.size)]
+            for some in in_chunks(runs.numbers, chunk * mesh.size)
+        ]
+    else:
+        chunks = [
+            [t] for t in tables(runs, chunk_size, watched=watched, devices=mesh.size)
+        ]
+    for calls in chunks:
+        given = [(levels, words[:, 0]) for levels, words in map(runs.of, calls)]
+        rows = [program(put(levels), put(words)) for levels, words in given]
+        yield _once(np.concatenate(calls), _joined(np.concatenate, _fetched(rows)))
 
 
-def _joined(join: Callable[..., Array], parts: list[dict[str, Array]]) -> Any:
-    return {name: join([rows[name] for rows in parts]) for name in parts[0]}
+def vmapped(traced: Traced) -> Any:
+    """The program of levels [keys, levels] and the numbers of keys [keys, words].
+
+    Levels are batched within keys, so that what depends on the key alone, such as its
+    batches and where it starts, is computed once for all of them.
+    """
+    return jax.jit(_nested(traced))
 
 
-def placement(strategy: Any, mesh: Mesh | None) -> Placement:
-    """The placement that was asked for, or the fastest that trains no run twice."""
+def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
+    of_key = jax.vmap(traced.call, in_axes=(0, None))
+
+    def of_keys(levels: jax.Array, words: jax.Array) -> Any:
+        if len(words) > 1:
+            return jax.vmap(of_key)(levels, words)
+        # A batch of one key costs more than none.
+        return jax.tree.map(lambda x: x[None], of_key(levels[0], words[0]))
+
+    return of_keys
+
+
+def sharded(traced: Traced, mesh: Mesh) -> Any:
+    """The program of `vmapped` on each device, of one run on each if that is a CPU."""
+    arrays = [x for x in traced.jaxpr.consts if isinstance(x, jax.Array)]
+    spread = max((len(x.devices()) for x in arrays), default=1)
+    if spread > 1:
+        raise ValueError(
+            '`sweep.run(strategy="shard")` trains each run on one device, got a train '
+            f"that uses an array on {spread}. Let it use a copy on the host: "
+            "`np.asarray(array)`."
+        )
+
+    def alone(levels: jax.Array, words: jax.Array) -> Any:
+        rows = traced.call(levels[0, 0], words[0])
+        return jax.tree.map(lambda x: x[None, None], rows)
+
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    program = alone if on_cpu else _nested(traced)
+    spec = PartitionSpec(mesh.axis_names)
+    # Runs do not talk to one another, and what varies over the mesh is all.
+    return jax.jit(
+        jax.shard_map(
+            program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+    )
+
+
+def tables(
+    runs: Runs, chunk_size: int | None, *, watched: bool, devices: int = 1
+) -> list[Array]:
+    """The runs in tables of one shape, [keys, levels], that are trained at once.
+
+    A row has levels of one key. Its last run is repeated where a row is not full, and
+    the last row where a table is not.
+    """
+    share = parts(len(runs.numbers), devices)
+    chunk = min(chunk_size or parts(share, 10 if watched else 1), share)
+    keys = runs.numbers % len(runs.words)
+    of_key = [runs.numbers[keys == key] for key in np.unique(keys)]
+    width = equal_size(max(map(len, of_key)), chunk)
+    rows = [row for numbers in of_key for row in in_equal(numbers, width)]
+    # Whoever waits for nothing, and limits nothing, gets all in one call.
+    most = max(chunk // width, 1) if chunk_size or watched else len(rows)
+    height = equal_size(parts(len(rows), devices), most)
+    return [np.stack([*part]) for part in in_equal(np.array(rows), height * devices)]
+
+
+def in_chunks(numbers: Array, size: int) -> list[Array]:
+    """Equal chunks of ``size`` at most, the last one maybe shorter."""
+    size = equal_size(len(numbers), size)
+    return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+
+
+def in_equal(rows: Array, size: int) -> list[Array]:
+    """Chunks of ``size``, the last one filled up by repeating the last row."""
+    filled = np.arange(parts(len(rows), size) * size).clip(max=len(rows) - 1)
+    return [*rows[filled].reshape(-1, size, *rows.shape[1:])]
+
+
+def equal_size(number: int, most: int) -> int:
+    """The size of as few equal parts as can be, of ``most`` things at most."""
+    return parts(number, parts(number, most))
+
+
+def parts(number: int, size: int) -> int:
+    """How many parts of a size hold a number of things."""
+    return math.ceil(number / size)
+
+
+def _once(table: Array, rows: Rows) -> tuple[Array, Rows]:
+    """The runs of a table and their rows [keys, levels, ...], none of them twice."""
+    numbers, first = np.unique(table, return_index=True)
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+    return numbers, {name: x[first] for name, x in flat.items()}
+
+
+def _fetched(calls: list[dict[str, jax.Array]]) -> list[Rows]:
+    """The rows of all devices of all processes, in every process."""
+    if all(value.is_fully_addressable for value in jax.tree.leaves(calls)):
+        return jax.device_get(calls)
+    return multihost_utils.process_allgather(calls, tiled=True)
+
+
+def _joined(join: Callable[..., Array], calls: list[Rows]) -> Rows:
+    return {name: join([rows[name] for rows in calls]) for name in calls[0]}
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """For runs of one device each, which have a part in no mesh that is set."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
+
+
+def placement(
+    strategy: Any, mesh: Mesh | None
+) -> tuple[Trainer, Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """How to train, and in what context to trace and train.
+
+    Without a strategy it is the fastest that trains no run twice.
+    """
     if strategy is None:
         alone = "map" if jax.default_backend() == "cpu" else "vmap"
         strategy = "shard" if jax.process_count() > 1 else alone
     one_of("sweep.run(strategy=...)", strategy, ("vmap", "map", "shard"))
-    if strategy != "shard":
-        if mesh is not None:
-            raise ValueError(
-                '`sweep.run(mesh=...)` needs strategy="shard", got a mesh with '
-                f"strategy={strategy!r}."
-            )
-        return Placement(strategy == "map", None)
-    mesh = mesh or Mesh(np.array(jax.devices()), ("runs",))
-    return Placement(mesh.devices.flat[0].platform == "cpu", mesh)
+    if strategy == "shard":
+        mesh = mesh or Mesh(np.array(jax.devices()), ("runs",))
+        return functools.partial(over_devices, mesh=mesh), no_mesh
+    if mesh is not None:
+        raise ValueError(
+            '`sweep.run(mesh=...)` needs strategy="shard", got a mesh with '
+            f"strategy={strategy!r}."
+        )
+    return together if strategy == "vmap" else one_by_one, contextlib.nullcontext

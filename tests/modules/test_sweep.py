@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 import textwrap
-from typing import Any
 
 import chex
 import jax
@@ -17,7 +16,7 @@ import pytest
 
 import flood_optax
 from flood_optax import sweep
-from flood_optax.sweep import placement
+from flood_optax.sweep import journal, placement
 from tests import processes
 
 LEVELS = (0.0, 0.2, -np.inf, 0.7)
@@ -69,8 +68,10 @@ def test_run_without_a_strategy_is_the_fastest_that_trains_no_run_twice(
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    chosen = placement.placement(None, None)
-    assert chosen == placement.placement(expected, None)
+    trainer, context = placement.placement(None, None)
+    due, same_context = placement.placement(expected, None)
+    assert getattr(trainer, "func", trainer) == getattr(due, "func", due)
+    assert context is same_context
     assert inspect.signature(sweep.run).parameters["strategy"].default is None
 
 
@@ -158,44 +159,128 @@ def test_run_levels_of_float64_stay_float64():
     assert seen == [np.float64]
 
 
-def programs_of(monkeypatch):
-    """The programs that `sweep.run` calls from now on, with what it gives them."""
+@pytest.fixture
+def programs(monkeypatch):
+    """The programs that `sweep.run` calls, each with what it gives them."""
     calls = []
-    program = placement.Placement.program
 
-    def spied(self, traced):
-        jitted: Any = program(self, traced)
+    def spied(program):
+        def call(*arguments):
+            calls.append((program, *arguments))
+            return program(*arguments)
 
-        class Spy:
-            def __call__(self, *runs):
-                calls.append((jitted, *runs))
-                return jitted(*runs)
+        return call
 
-            def trace(self, *runs):  # what a loop over the cores begins with
-                calls.append((jitted, *runs))
-                return jitted.trace(*runs)
+    vmapped, over_cores = placement.vmapped, placement.over_cores
 
-        return Spy()
+    def first_of_the_runs(program, runs, keep):
+        calls.append((program, *runs[0]))
+        return over_cores(program, runs, keep)
 
-    monkeypatch.setattr(placement.Placement, "program", spied)
+    monkeypatch.setattr(placement, "vmapped", lambda traced: spied(vmapped(traced)))
+    monkeypatch.setattr(placement, "over_cores", first_of_the_runs)
     return calls
 
 
-def test_map_memory_does_not_grow_with_the_number_of_levels(monkeypatch):
+def compiled(program, *arguments):
+    return program.lower(*arguments).compile()
+
+
+def test_map_memory_does_not_grow_with_the_number_of_levels(programs):
     def train(level, key):
         big = jax.random.normal(key, (200, 200)) * level
         return {"trace": jnp.trace(big @ big @ big)}
 
-    calls = programs_of(monkeypatch)
-
     def temporary_bytes(strategy, number):
         levels = jnp.linspace(0, 1, number)
         sweep.run(train, levels, KEYS[:1], strategy=strategy)
-        program, *runs = calls[-1]
-        return program.lower(*runs).compile().memory_analysis().temp_size_in_bytes
+        return compiled(*programs[-1]).memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("map", 64) == temporary_bytes("map", 4)
     assert temporary_bytes("vmap", 64) > 8 * temporary_bytes("vmap", 4)
+
+
+def draws_much(level, key):
+    """Half of its work, its batches, depends on the key alone."""
+
+    def step(w, key):
+        x = jax.random.normal(key, (8, 8))
+        w = w - 0.1 * jax.grad(flood_optax.flooded(loss_of, level))(w, x @ x)
+        return w, loss_of(w, x)
+
+    def loss_of(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    w, losses = jax.lax.scan(step, jnp.ones(8), jax.random.split(key, 4))
+    return {"w": w, "losses": losses}
+
+
+@pytest.mark.parametrize("num_keys", [1, 3])
+def test_vmap_computes_what_depends_on_a_key_once_for_all_levels(programs, num_keys):
+    levels, keys = jnp.linspace(0, 1, 16), KEYS[:num_keys]
+    result = sweep.run(draws_much, levels, keys, strategy="vmap")
+    ((program, *given),) = programs
+    flops = compiled(program, *given).cost_analysis()["flops"]
+    by_hand = jax.jit(jax.vmap(draws_much, (0, None)))
+    assert (
+        flops <= num_keys * compiled(by_hand, levels, keys[0]).cost_analysis()["flops"]
+    )
+    every_run = jax.jit(jax.vmap(draws_much))  # draws for every level
+    apart = compiled(every_run, levels, jnp.stack([keys[0]] * 16))
+    assert flops < 0.6 * num_keys * apart.cost_analysis()["flops"]
+    for j, key in enumerate(keys):
+        alone = {name: x[:, j] for name, x in result.metrics.items()}
+        chex.assert_trees_all_close(alone, by_hand(levels, key), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "num_keys", "chunk_size", "devices", "shapes"),
+    [
+        (33, 1, 32, 1, [(1, 17)] * 2),  # 34 runs for 33, not 64
+        (16, 4, None, 1, [(4, 16)]),
+        (16, 4, 32, 1, [(2, 16)] * 2),
+        (16, 4, 47, 1, [(2, 16)] * 2),
+        (16, 5, 48, 1, [(3, 16)] * 2),
+        (10, 2, 7, 1, [(1, 5)] * 4),
+        (64, 1, None, 8, [(8, 8)]),  # a part of the levels on each device
+        (16, 4, None, 8, [(8, 8)]),
+        (5, 8, 5, 4, [(4, 5)] * 2),
+        (3, 1, 99, 4, [(4, 1)]),
+    ],
+)
+def test_chunks_are_balanced_and_hold_every_run(
+    num_levels, num_keys, chunk_size, devices, shapes
+):
+    number = num_levels * num_keys
+    levels, words = np.arange(num_levels), np.arange(num_keys)[:, None]
+    runs = placement.Runs(np.arange(number), levels, words)
+    tables = placement.tables(runs, chunk_size, watched=False, devices=devices)
+    assert [table.shape for table in tables] == shapes
+    np.testing.assert_array_equal(np.unique(tables), np.arange(number))
+    for table in tables:  # a row is of one key
+        np.testing.assert_array_equal(runs.of(table)[1][..., 0], (table % num_keys))
+        assert (table % num_keys == table[:, :1] % num_keys).all()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+def test_chunks_of_missing_runs_are_balanced(strategy, monkeypatch, tmp_path):
+    monkeypatch.setattr(placement, "number_of_cores", lambda: 1)
+    path, sizes = tmp_path / "sweep.jsonl", []
+    sweep.run(train, LEVELS[:1], KEYS[:1], path=path)
+    add = journal.Journal.add
+
+    def spied(self, runs, rows):
+        sizes.append(len(runs))
+        add(self, runs, rows)
+
+    monkeypatch.setattr(journal.Journal, "add", spied)
+    options = {"strategy": strategy, "chunk_size": 8, "path": path}
+    result = sweep.run(train, LEVELS, KEYS, **options)
+    assert sizes == ([7, 4] if strategy == "vmap" else [6, 5])
+    expected = one_by_one(LEVELS, KEYS)
+    chex.assert_trees_all_close(
+        result.metrics["losses"], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_run_progress_advances_once_a_chunk(monkeypatch):
@@ -209,14 +294,12 @@ def test_run_progress_advances_once_a_chunk(monkeypatch):
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
-    assert seen == [(5, 12), (5, 12), (2, 12)]
+    assert seen == [(4, 12)] * 3
 
 
-def test_run_progress_puts_no_callback_into_the_program(monkeypatch):
-    calls = programs_of(monkeypatch)
+def test_run_progress_puts_no_callback_into_the_program(programs):
     sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
-    program, *run = calls[0]
-    text = program.lower(*run).compile().as_text()
+    text = compiled(*programs[0]).as_text()
     assert not re.search(r"custom_call_target=\S*callback", text)
     assert "while" in text  # it is the program that was looked at
 
