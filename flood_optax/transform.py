@@ -172,7 +172,8 @@ def scale_by_flood(
         read = batch_loss("scale_by_flood()", extra_args, axis_name, updates, params)
         counts = None if isinstance(read.weight, int) else read.weight != 0
         bent, after = compare(before, read.loss, counts)
-        return scaled(updates, bent.multiplier), after
+        may_be_zero = shape != reflect() or counts is not None
+        return scaled(updates, bent.multiplier, may_be_zero=may_be_zero), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -391,10 +392,13 @@ def own_state(state: Any, kind: type, call: str) -> Any:
     return state
 
 
-def scaled(updates: optax.Updates, multiplier: jax.Array) -> optax.Updates:
-    """Multiplies each leaf by m, in the dtype of the leaf."""
+def scaled(
+    updates: optax.Updates, multiplier: jax.Array, *, may_be_zero: bool = True
+) -> optax.Updates:
+    """Multiplies each leaf by m, in the dtype of the leaf; 0 times inf is 0."""
     leaves, tree = jax.tree.flatten(updates)
-    products = iter(_scaled([x for x in leaves if _is_inexact(x)], multiplier))
+    real = [x for x in leaves if _is_inexact(x)]
+    products = iter(_scaled_at_once(real, multiplier, may_be_zero=may_be_zero))
     return tree.unflatten(next(products) if _is_inexact(x) else x for x in leaves)
 
 
@@ -402,20 +406,26 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)  # of keys, too
 
 
-@one_dispatch
-def _scaled(updates: list[Any], multiplier: jax.Array) -> list[jax.Array]:
-    return [_scaled_leaf(multiplier, x) for x in updates]
+def _scaled(
+    updates: list[Any], multiplier: jax.Array, *, may_be_zero: bool
+) -> list[jax.Array]:
+    zero = multiplier == 0 if may_be_zero else None
+    return [_scaled_leaf(jnp.asarray(x), multiplier, zero) for x in updates]
 
 
-def _scaled_leaf(multiplier: jax.Array, update: Any) -> jax.Array:
-    """0 times inf is 0; 16-bit leaves are multiplied in float32 and rounded once."""
-    dtype = jnp.result_type(update)
-    update = jnp.asarray(update)
+_scaled_at_once = one_dispatch(_scaled, static="may_be_zero")
+
+
+def _scaled_leaf(
+    update: jax.Array, multiplier: jax.Array, zero: jax.Array | None
+) -> jax.Array:
+    dtype = update.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
         real, imag = jnp.real(update), jnp.imag(update)
         return lax.complex(
-            _scaled_leaf(multiplier, real), _scaled_leaf(multiplier, imag)
+            _scaled_leaf(real, multiplier, zero), _scaled_leaf(imag, multiplier, zero)
         )
-    work = compare_dtype(np.dtype(dtype))
+    work = compare_dtype(dtype)  # 16-bit leaves are rounded once
     product = (update.astype(work) * multiplier.astype(work)).astype(dtype)
-    return jnp.where(multiplier == 0, jnp.zeros_like(update), product)
+    # costs an operation per entry, and memory where XLA does not fuse it
+    return product if zero is None else jnp.where(zero, jnp.zeros_like(update), product)

@@ -124,7 +124,7 @@ def accumulation(
         skip_state = _pick(weighs, skip_state, window.flood_skip_state)
         counts = ~skip & weighs
         before = window._replace(flood_grad_mean=(), flood_skip_state=())
-        scalars, parts = _add_loss(before, loss, weight)
+        scalars, share = _add_loss(before, loss, weight)
         scalars = _pick(counts, scalars, before)
         full = (window.flood_mini_step >= _size(every_k, number) - 1) & ~skip
         full = full if flush is False else full | flush
@@ -133,7 +133,7 @@ def accumulation(
         # added in place, or on their way into the inner optimizer.
         def gradients() -> Any:
             old = window.flood_grad_mean
-            return _pick(counts, _add_gradients(old, updates, parts), old)
+            return _pick(counts, _add_gradients(old, updates, share), old)
 
         def closed() -> FloodWindow:
             zeros = _zeros(window._replace(flood_skip_state=()))
@@ -275,7 +275,7 @@ def _verdict(
 def _add_loss(
     window: FloodWindow, loss: jax.Array, weight: jax.Array | int
 ) -> tuple[FloodWindow, jax.Array]:
-    """Its scalars with one more micro-batch, and of how many parts this one is one."""
+    """Its scalars with one more micro-batch, and the share of that in the window."""
     mean, rest = window.flood_value_mean, window.flood_value_rest
     weight = jnp.asarray(weight, mean.dtype)
     total, weight_rest = _two_sum(window.flood_weight, window.flood_weight_rest, weight)
@@ -291,11 +291,12 @@ def _add_loss(
         flood_weight_rest=weight_rest,
         flood_value_rest=rest,
     )
-    return more, parts
+    # XLA divides by a scalar so, too, but would read the mean gradients twice
+    return more, 1 / parts
 
 
 @one_dispatch
-def _add_gradients(means: Any, updates: Any, parts: jax.Array) -> Any:
+def _add_gradients(means: Any, updates: Any, share: jax.Array) -> Any:
     """The mean gradients with those of one more micro-batch."""
 
     def mean(new: Any, old: Any) -> Any:
@@ -305,7 +306,7 @@ def _add_gradients(means: Any, updates: Any, parts: jax.Array) -> Any:
         if not jnp.issubdtype(dtype, jnp.complexfloating):
             dtype = compare_dtype(dtype)
         wide = old.astype(dtype)
-        step = (jnp.asarray(new, dtype) - wide) / parts.astype(dtype)
+        step = (jnp.asarray(new, dtype) - wide) * share.astype(dtype)
         return (wide + step).astype(old.dtype)
 
     return jax.tree.map(mean, updates, means)

@@ -176,7 +176,7 @@ def flood(
             means, mean_loss = batch.means()
             bent, flood_state = compare(before.flood_state, mean_loss)
             stepped, inner_state = inner.update(
-                scaled(means, bent.multiplier),
+                scaled(means, bent.multiplier, may_be_zero=shape != reflect()),
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
