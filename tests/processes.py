@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import traceback
@@ -44,6 +45,13 @@ def end(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str,
         out, err = process.communicate()
         err += f"\nIt was killed after {timeout} s."
     return process.returncode, out, err
+
+
+def free_address() -> str:
+    """An address of this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def report(checks: Mapping[str, Callable[[], object]]) -> None:

@@ -4,7 +4,6 @@ import functools
 import inspect
 import logging
 import re
-import socket
 import sys
 import textwrap
 
@@ -380,9 +379,6 @@ def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
 
 @pytest.mark.slow
 def test_shard_agrees_over_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     start = """
     import sys, jax
     rank, address, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -396,7 +392,7 @@ def test_shard_agrees_over_two_processes(tmp_path):
     print("agree")
     """
     code = textwrap.dedent(start + SHARDED + end)
-    address, path = f"127.0.0.1:{port}", tmp_path / "sweep.jsonl"
+    address, path = processes.free_address(), tmp_path / "sweep.jsonl"
     ranks = [
         processes.start("-c", code, rank, address, path, devices=2) for rank in range(2)
     ]

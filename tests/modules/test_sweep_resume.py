@@ -1,5 +1,6 @@
 """Sweeps that are killed and started again: they do what is missing, and end equal."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -280,6 +281,64 @@ def test_processes_that_share_one_file_end_alike(tmp_path, whole):
     again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
     chex.assert_trees_all_equal(again.metrics, whole.metrics)
     assert path.read_bytes() == before
+
+
+JOIN = """
+import hashlib, os, signal, sys, jax
+rank, number, address, path, dies = sys.argv[1:]
+jax.distributed.initialize(address, int(number), int(rank))
+"""
+TOGETHER = """
+from flood_optax.sweep.journal import Journal
+add, chunks = Journal.add, []
+
+def counted(self, runs, rows):
+    add(self, runs, rows)
+    chunks.append(len(runs))
+    if rank == dies and len(chunks) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.add = counted
+found = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=1).metrics
+content = b"".join(found[name].tobytes() for name in sorted(found))
+print(sum(chunks), hashlib.sha256(content).hexdigest())
+"""
+
+
+def started_together(number, path, dies="nobody"):
+    code, given = JOIN + SWEPT + TOGETHER, (processes.free_address(), path, dies)
+    return [
+        processes.start("-c", code, rank, number, *given, devices=1)
+        for rank in range(number)
+    ]
+
+
+def ended(ranks):
+    try:
+        return [processes.end(rank) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.slow  # starts eight processes
+@pytest.mark.parametrize("dies", [0, 1])
+def test_sweep_of_two_processes_of_which_one_is_killed_goes_on_in_any_number(
+    tmp_path, whole, dies
+):
+    path = tmp_path / "sweep.jsonl"
+    ranks = started_together(2, path, dies)
+    ranks[dies].wait(timeout=300)
+    ranks[1 - dies].kill()  # as a cluster does, once one of them has failed
+    codes = [code for code, *_ in ended(ranks)]
+    assert codes == [-signal.SIGKILL] * 2
+    content = b"".join(whole.metrics[name].tobytes() for name in sorted(whole.metrics))
+    digest = hashlib.sha256(content).hexdigest()
+    for number in (3 - dies, 1):
+        copied = shutil.copy(path, tmp_path / f"{number}.jsonl")
+        for code, out, err in ended(started_together(number, copied)):
+            assert code == 0, err
+            assert out.split()[-2:] == ["8", digest]  # 4 of 12 runs were there
 
 
 # --- the same training at more levels, with more keys ---------------------------------
