@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from flood_optax.checks import FloodWarning
 from flood_optax.sweep.inputs import Array
+from flood_optax.sweep.traced import settings
 
 RunName = tuple[Any, ...]  # the level's digits and the numbers of the key
 FORMAT = "flood_optax.sweep/3"
@@ -32,13 +33,6 @@ MEANING = {
     "metrics": "other metrics",
     "train": "another train function (or the data it uses)",
 }
-# They change numbers, but not the jaxpr that a training is recognised by.
-SETTINGS = (
-    "jax_threefry_partitionable",
-    "jax_default_matmul_precision",
-    "jax_accurate_erf_inv",
-    "jax_use_hlo_logistic_lowering",
-)
 # A checksum and what follows it: also within a line, behind a torn one.
 DOCUMENT = re.compile(rb"([0-9a-f]{8}) (?=\{)")
 
@@ -157,12 +151,6 @@ class Journal:
                 stacklevel=4,
             )
         return begun
-
-
-def settings() -> dict[str, str]:
-    """What changes numbers though the training is the same: JAX and its settings."""
-    found = {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
-    return {"jax": jax.__version__, **found}
 
 
 def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:

@@ -1,21 +1,17 @@
 """What a sweep found: metrics with named axes, and which level to choose."""
 
 import dataclasses
-import json
-import math
 import warnings
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from flood_optax.checks import one_of
-from flood_optax.sweep.extras import optional
+from flood_optax.checks import FloodWarning, one_of
+from flood_optax.sweep import export
+from flood_optax.sweep.inputs import Array
 
-Array = npt.NDArray[Any]
 Mode = Literal["max", "min"]
 At = int | Literal["best"] | None
-FORMAT = "flood_optax.sweep.Result/1"
 
 
 class Choice(NamedTuple):
@@ -92,7 +88,7 @@ class Result:
           The levels, shape [keys]; for a result without keys, a scalar array.
         """
         scores = self._scores(metric, mode, at, "best")
-        self._report_nan(metric, scores)
+        self._warn_of_nan(metric, scores)
         ascending = np.argsort(self.levels, kind="stable")
         best = scores[ascending] == _extreme(scores, mode, axis=0)
         chosen = self.levels[ascending][np.argmax(best, axis=0)]
@@ -127,7 +123,7 @@ class Result:
           Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
         """
         scores = self._scores(metric, mode, at, "best_overall")
-        self._report_nan(metric, scores)
+        self._warn_of_nan(metric, scores)
         scores = scores.reshape(len(self.levels), -1)
         number = scores.shape[1]
         means, errors = _mean_and_deviation(scores.T)
@@ -202,32 +198,12 @@ class Result:
         Returns:
           The dataset.
         """
-        xarray = optional("xarray", "Result.to_xarray()")
-        lengths: dict[str, set[int]] = {"level": {len(self.levels)}}
-        for value in self.metrics.values():
-            for axis, length in zip(self._names(value), value.shape, strict=True):
-                lengths.setdefault(axis, set()).add(length)
-        variables: dict[str, Any] = {}
-        for name, value in self.metrics.items():
-            axes = [
-                axis if len(lengths[axis]) == 1 else f"{axis}_{name}"
-                for axis in self._names(value)
-            ]
-            variables[f"{name}_" if name in lengths else name] = (axes, value)
-        return xarray.Dataset(variables, coords={"level": self.levels})
+        named = {name: (self._names(x), x) for name, x in self.metrics.items()}
+        return export.to_xarray(self.levels, named)
 
     def to_json(self) -> str:
         """Returns the result as strict JSON; `from_json` gives it back bit for bit."""
-        document = {
-            "format": FORMAT,
-            "axes": list(self.axes),
-            "levels": _encoded(self.levels),
-            "keys": None if self.keys is None else _encoded(self.keys),
-            "steps_run": self.steps_run,
-            "steps_separate": self.steps_separate,
-            "metrics": {name: _encoded(value) for name, value in self.metrics.items()},
-        }
-        return json.dumps(document, allow_nan=False)
+        return export.to_json(vars(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
@@ -242,30 +218,7 @@ class Result:
         Raises:
           ValueError: if the text is not such a document.
         """
-        try:
-            document: Any = json.loads(text)
-            found = document["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                "`Result.from_json(text)` must be what `Result.to_json` returned, got "
-                f"something else ({error}). Of a file, pass the text, "
-                "`pathlib.Path(path).read_text()`; that of `sweep.run(path=...)` is "
-                "read by the same call of `sweep.run`."
-            ) from error
-        if found != FORMAT:
-            raise ValueError(
-                "`Result.from_json(text)` must be what `Result.to_json` returned, got "
-                f"the format {found!r} where {FORMAT!r} is due."
-            )
-        keys = document["keys"]
-        return cls(
-            levels=_decoded(document["levels"]),
-            metrics={n: _decoded(value) for n, value in document["metrics"].items()},
-            axes=(document["axes"][0], document["axes"][1]),
-            keys=None if keys is None else _decoded(keys),
-            steps_run=document["steps_run"],
-            steps_separate=document["steps_separate"],
-        )
+        return cls(**export.from_json(text))
 
     def plot(
         self,
@@ -295,11 +248,11 @@ class Result:
             )
         scores = self._scores(metric, mode or "max", at, "plot")
         scores = scores.reshape(len(self.levels), -1)
-        ax = _axes(ax, "Result.plot()")
+        ax = export.axes_for(ax, "Result.plot()")
         order = np.argsort(self.levels)
         order = order[np.isfinite(self.levels[order])]
         levels, finite = self.levels[order], scores[order]
-        line = _mean_with_band(ax, levels, finite.T, "mean")
+        line = export.draw_band(ax, levels, *_mean_and_deviation(finite.T), "mean")
         if scores.shape[1] > 1:
             ax.plot(levels, finite, ".", color=line.get_color(), alpha=0.4)
         for plain in scores[~np.isfinite(self.levels)]:
@@ -321,10 +274,10 @@ class Result:
         """
         self._check_curve(metric, "plot_curves")
         curves = np.atleast_2d(self.curves(metric, level).astype(np.float64))
-        ax = _axes(ax, "Result.plot_curves()")
+        ax = export.axes_for(ax, "Result.plot_curves()")
         steps = np.arange(curves.shape[1], dtype=np.float64)
         name = f"level {level:g}" if np.ndim(level) == 0 else "level per key"
-        _mean_with_band(ax, steps, curves, name)
+        export.draw_band(ax, steps, *_mean_and_deviation(curves), name)
         ax.set(xlabel="step", ylabel=metric)
         ax.legend()
         return ax
@@ -399,12 +352,13 @@ class Result:
             )
         return values[..., at]
 
-    def _report_nan(self, metric: str, scores: Array) -> None:
+    def _warn_of_nan(self, metric: str, scores: Array) -> None:
         number = int(np.isnan(scores).sum())
         if number:
             warnings.warn(
                 f"{metric!r} is NaN in {number} of {scores.size} runs, which are not "
                 f"chosen; `Result.nan_runs({metric!r})` lists them.",
+                FloodWarning,
                 stacklevel=3,
             )
 
@@ -420,20 +374,6 @@ def _extreme(values: Array, mode: str, axis: int) -> Array:
     return (np.fmax if mode == "max" else np.fmin).reduce(values, axis=axis)
 
 
-def _axes(ax: Any, call: str) -> Any:
-    return optional("matplotlib.pyplot", call).subplots()[1] if ax is None else ax
-
-
-def _mean_with_band(ax: Any, x: Array, runs: Array, label: str) -> Any:
-    """The line of the mean of the runs, [runs, x], and one deviation around it."""
-    mean, spread = _mean_and_deviation(runs)
-    (line,) = ax.plot(x, mean, label=label)
-    if len(runs) > 1:
-        band = mean - spread, mean + spread
-        ax.fill_between(x, *band, color=line.get_color(), alpha=0.2, lw=0)
-    return line
-
-
 def _mean_and_deviation(runs: Array) -> tuple[Array, Array]:
     """Of [runs, ...] over the runs; one run, or an infinite one, deviates by NaN."""
     # Infinite metrics are results like others: inf - inf is no reason for a warning.
@@ -442,32 +382,3 @@ def _mean_and_deviation(runs: Array) -> tuple[Array, Array]:
         if len(runs) < 2:
             return mean, np.full_like(mean, np.nan)
         return mean, runs.std(axis=0, ddof=1)
-
-
-def _encoded(value: Array) -> dict[str, Any]:
-    """Shape, dtype and numbers; what JSON has no number for is a string.
-
-    Infinities are "inf" and "-inf", a NaN is its bits, of which there are many.
-    """
-    flat = value.ravel()
-    if flat.dtype.kind in "biu":
-        numbers = flat.tolist()
-    else:
-        bits = flat.view(f"u{flat.itemsize}").tolist()
-        numbers = [
-            x if math.isfinite(x) else hex(b) if math.isnan(x) else str(x)
-            for x, b in zip(_numbers(flat).tolist(), bits, strict=True)
-        ]
-    return {"dtype": str(value.dtype), "shape": list(value.shape), "values": numbers}
-
-
-def _decoded(document: dict[str, Any]) -> Array:
-    # JAX's own dtypes, such as bfloat16, are known by name once jax is imported.
-    dtype, values = np.dtype(document["dtype"]), document["values"]
-    if dtype.kind in "biu":
-        return np.array(values, dtype).reshape(document["shape"])
-    nan_bits = {i: int(x, 16) for i, x in enumerate(values) if str(x).startswith("0x")}
-    numbers = [0.0 if i in nan_bits else float(x) for i, x in enumerate(values)]
-    flat = np.array(numbers).astype(dtype)
-    flat.view(f"u{dtype.itemsize}")[list(nan_bits)] = list(nan_bits.values())
-    return flat.reshape(document["shape"])

@@ -12,6 +12,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # They call a function of Python, of which a jaxpr holds the address alone.
 CALLS_PYTHON = {"pure_callback", "io_callback", "custom_vmap_call", "debug_callback"}
+# They change numbers, but not the jaxpr that a training is recognised by.
+SETTINGS = (
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+    "jax_accurate_erf_inv",
+    "jax_use_hlo_logistic_lowering",
+)
 
 
 class Traced(NamedTuple):
@@ -72,7 +79,7 @@ def fingerprint(jaxpr: ClosedJaxpr) -> Fingerprint:
     # The text has names, shapes, parameters and all digits of single numbers. Of
     # functions it has an address, which is another in each process, and of arrays no
     # more than some numbers, so they follow.
-    text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+    text = re.sub(r"(?<= at )0x[0-9a-f]+", "", str(jaxpr))
     hidden: set[str] = set()
     numbers = _digest(jaxpr, hidden, {})
     digest = hashlib.sha256(text.encode() + numbers).hexdigest()
@@ -105,3 +112,9 @@ def _digest(part: Any, hidden: set[str], known: dict[int, bytes]) -> bytes:
         digest.update(f"{part.dtype}{part.shape}".encode())
         digest.update(np.ascontiguousarray(numbers).tobytes())
     return digest.digest()
+
+
+def settings() -> dict[str, str]:
+    """What changes numbers though the training is the same: JAX and its settings."""
+    found = {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
+    return {"jax": jax.__version__, **found}

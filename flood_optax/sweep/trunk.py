@@ -1,15 +1,12 @@
 """Many levels on one sequence of batches: a shared trunk, and a branch per level."""
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax import lax
 
 from flood_optax.bend import compare_dtype
@@ -17,18 +14,20 @@ from flood_optax.checks import scalar_loss
 from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import (
+    Array,
     Levels,
     called,
     checked_levels,
     checked_metrics,
 )
 from flood_optax.sweep.result import Result
-from flood_optax.sweep.traced import Traced, fingerprint, trace
+from flood_optax.sweep.traced import Traced, fingerprint, settings, trace
 
-Array = npt.NDArray[Any]
 Level = np.floating[Any]
 Rows = dict[str, Array]
 Step = Callable[[Any, Any, jax.Array], tuple[Any, Mapping[str, Any]]]
+Program = Callable[..., tuple[Any, dict[str, jax.Array]]]
+PROGRAMS: dict[Any, Program] = {}  # the last that were made or taken, at the end
 SEGMENTS = 64  # at most, at whose begins the state of the trunk can be taken up
 
 
@@ -116,12 +115,12 @@ def forked(
     off = np.dtype(jnp.result_type(float)).type(-np.inf)
     lowest: Level = off if known is None else known.used.min()
     batch = jax.eval_shape(lambda batches: _batch(batches, 0), batches)
-    like = jax.ShapeDtypeStruct((), lowest.dtype)
+    level_type = jax.ShapeDtypeStruct((), lowest.dtype)
     with called("sweep.forked(step)", step, "state", "batch", "level"):
         checked = _checked_step(step, state)
-        _check_no_batch_alone(checked, batches, state, like)
-        traced = trace(checked, "sweep.forked(step)", state, batch, like)
-    run = _Run(_program(traced), batches, number)
+        _check_no_batch_alone(checked, batches, state, level_type)
+        traced = trace(checked, "sweep.forked(step)", state, batch, level_type)
+    program = _program(traced)
     with progress_bar(
         "sweep.forked(progress=True)",
         shown=progress,
@@ -129,7 +128,9 @@ def forked(
         unit="step",
     ) as advance:
         others = None if known is None else known.used
-        trunk = _trunk(run, state, lowest, others, advance)
+        trunk = _trunk(
+            program, state, batches, lowest=lowest, others=others, advance=advance
+        )
         try:
             known = known or _levels_of(levels, trunk.rows, off.dtype)
         except Exception as error:
@@ -141,8 +142,12 @@ def forked(
             raise
         branches = [level for level in known.used if level != lowest]
         forks = [_fork(trunk.rows["loss"], level, lowest) for level in branches]
-        begins = [run.origin(fork) for fork in forks]
-        own = run.to_end([trunk.origins[begin] for begin in begins], branches, begins)
+        begins = [_origin(fork, number) for fork in forks]
+        runs = [
+            (trunk.origins[begin], batches, np.asarray(level), *_steps(begin, number))
+            for level, begin in zip(branches, begins, strict=True)
+        ]
+        own = over_cores(program, runs, lambda result: result[1])
         found = {lowest: trunk.rows}
         for level, fork, begin, rows in zip(branches, forks, begins, own, strict=True):
             found[level] = _branch(trunk.rows, rows, begin, fork, level)
@@ -157,49 +162,24 @@ def forked(
     )
 
 
-class _Run(NamedTuple):
-    """A program on given batches.
+def _steps(begin: int, end: int) -> tuple[Any, Any]:
+    """As arguments of a program, which is compiled once for all of them."""
+    return np.int32(begin), np.int32(end)
 
-    Attributes:
-      program: what `_program` compiles.
-      batches: a tree of arrays [steps, ...].
-      number: that of steps.
+
+def _segment(number: int) -> int:
+    """The steps of a segment, of so many in all."""
+    return math.ceil(number / SEGMENTS)
+
+
+def _origin(fork: int, number: int) -> int:
+    """The step to run a branch from, the begin of a segment.
+
+    The loss after an update of the trunk is compared before the branch leaves: the
+    update of the step before the fork, or of the last but one where there is no fork.
     """
-
-    program: Callable[..., tuple[Any, dict[str, jax.Array]]]
-    batches: Any
-    number: int
-
-    def __call__(
-        self, state: Any, level: Level, begin: int, end: int
-    ) -> tuple[Any, Rows]:
-        """The state after the steps, and rows of which theirs are filled in."""
-        steps = np.int32(begin), np.int32(end)
-        state, rows = self.program(state, self.batches, np.asarray(level), *steps)
-        return state, {name: np.asarray(x) for name, x in rows.items()}
-
-    def to_end(
-        self, states: list[Any], levels: Sequence[Level], begins: list[int]
-    ) -> Iterable[Rows]:
-        """The rows of several runs to the last step, from a state and a step each."""
-        last = np.int32(self.number)
-        runs = [
-            (state, self.batches, np.asarray(level), np.int32(begin), last)
-            for state, level, begin in zip(states, levels, begins, strict=True)
-        ]
-        return over_cores(self.program, runs, lambda result: result[1])
-
-    @property
-    def length(self) -> int:
-        """The steps of a segment."""
-        return math.ceil(self.number / SEGMENTS)
-
-    def origin(self, fork: int) -> int:
-        """The step to run a branch from, so that the loss after an update is compared.
-
-        It shows at the fork, or at the last step of a run that has none.
-        """
-        return max(min(fork, self.number - 1) - 1, 0) // self.length * self.length
+    compared = max(min(fork, number - 1) - 1, 0)
+    return compared // _segment(number) * _segment(number)
 
 
 class _Trunk(NamedTuple):
@@ -215,28 +195,33 @@ class _Trunk(NamedTuple):
 
 
 def _trunk(
-    run: _Run,
+    program: Program,
     state: Any,
+    batches: Any,
+    *,
     lowest: Level,
     others: Array | None,
     advance: Callable[[int], Any],
 ) -> _Trunk:
     """Runs the lowest level in segments; keeps a state where a branch will begin."""
+    number = _num_steps(batches)
+    length = _segment(number)
     origins: dict[int, Any] = {}
     pieces: list[Rows] = []
     wanted: dict[float, int] = {}
-    for begin in range(0, run.number, run.length):
-        end = min(begin + run.length, run.number)
+    for begin in range(0, number, length):
+        end = min(begin + length, number)
         origins[begin] = state
-        state, rows = run(state, lowest, begin, end)
-        pieces.append({name: x[begin:end] for name, x in rows.items()})
+        given = np.asarray(lowest), *_steps(begin, end)
+        state, rows = program(state, batches, *given)
+        pieces.append({name: np.asarray(x)[begin:end] for name, x in rows.items()})
         # Of levels that are not known yet, any segment may be the one to branch from.
         if others is not None:
             for level in others:
                 fork = begin + _fork(pieces[-1]["loss"], level, lowest)
                 if fork < end:
-                    wanted.setdefault(float(level), run.origin(fork))
-            kept = {*wanted.values(), begin, begin - run.length}
+                    wanted.setdefault(float(level), _origin(fork, number))
+            kept = {*wanted.values(), begin, begin - length}
             origins = {at: origins[at] for at in origins if at in kept}
         advance(end - begin)
     rows = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
@@ -262,24 +247,21 @@ def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Level) -> Rows
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """A traced step, equal to another that computes the same."""
-
-    digest: str
-    tree: Any
-    traced: Traced = dataclasses.field(compare=False)
-
-
-def _program(traced: Traced) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """The program of a step; where Python hides in it, it may be another each time."""
+def _program(traced: Traced) -> Program:
+    """The program of a step, made once for all steps that compute the same."""
     digest, hidden = fingerprint(traced.jaxpr)
-    compile_ = _compiled.__wrapped__ if hidden else _compiled
-    return compile_(_Known(digest, jax.tree.structure(traced.shape), traced))
+    if hidden:  # a function of Python, which may be another each time
+        return _compiled(traced)
+    # A traced step has in it the settings under which it was traced.
+    name = digest, jax.tree.structure(traced.shape), *settings().values()
+    program = PROGRAMS.pop(name, None) or _compiled(traced)
+    PROGRAMS[name] = program
+    for oldest in [*PROGRAMS][:-4]:  # a program keeps the arrays that its step uses
+        PROGRAMS.pop(oldest, None)
+    return program
 
 
-@functools.lru_cache(maxsize=4)  # a program keeps the arrays that its step closes over
-def _compiled(known: _Known) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+def _compiled(traced: Traced) -> Program:
     """Steps from one number to another, one program for trunk, branches and seeds."""
 
     @jax.jit
@@ -287,13 +269,13 @@ def _compiled(known: _Known) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
         state: Any, batches: Any, level: jax.Array, begin: jax.Array, end: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         rows = {
-            name: jnp.zeros((_num_steps(batches), *like.shape), like.dtype)
-            for name, like in known.traced.shape[1].items()
+            name: jnp.zeros((_num_steps(batches), *metric.shape), metric.dtype)
+            for name, metric in traced.shape[1].items()
         }
 
         def body(i: jax.Array, carry: Any) -> Any:
             state, rows = carry
-            state, metrics = known.traced.call(state, _batch(batches, i), level)
+            state, metrics = traced.call(state, _batch(batches, i), level)
             put = lax.dynamic_update_index_in_dim
             return state, {n: put(x, metrics[n], i, 0) for n, x in rows.items()}
 

@@ -374,6 +374,25 @@ def test_forked_sees_that_what_a_step_closes_over_has_changed(caplog):
     assert [len(each) for each in calls] == [7, 7]
 
 
+def test_forked_sees_that_a_setting_has_changed_under_which_a_step_is_traced():
+    def step(key, x, level):
+        key, now = jax.random.split(key)
+        return key, {"loss": x + jax.random.normal(now, (3,)).sum()}
+
+    def draws():
+        levels = [-np.inf]
+        return sweep.forked(step, jax.random.key(0), toy_batches(3), levels).metrics
+
+    (wide,) = draws()["loss"]
+    with jax.threefry_partitionable(False):
+        (narrow,) = draws()["loss"]
+        key = jax.random.key(0)
+        for x, found in zip(toy_batches(3), narrow, strict=True):
+            key, expected = jax.jit(step)(key, x, 0.0)
+            np.testing.assert_allclose(found, expected["loss"], rtol=1e-6)
+    assert (wide != narrow).all()
+
+
 def test_forked_metrics_keep_their_names_when_they_change_places():
     def run(first, second):
         def step(w, x, level):

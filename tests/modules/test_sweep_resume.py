@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from flood_optax import sweep
-from flood_optax.sweep import journal
-from flood_optax.sweep.traced import fingerprint
+from flood_optax.sweep import journal, traced
 from tests import processes
 
 # What is swept stands in a string, so that another process can sweep the same.
@@ -669,7 +668,7 @@ def test_file_of_other_settings_that_change_numbers_is_refused_and_kept(
 
 
 def test_file_of_another_version_of_jax_is_refused_and_kept(copy):
-    now = journal.settings()
+    now = traced.settings()
     with_another_header(copy, settings=now | {"jax": "0.7.0"})
     before = copy.read_bytes()
     message = rf"with jax 0.7.0 .now {re.escape(jax.__version__)}., .* Set that back"
@@ -688,7 +687,7 @@ def test_no_setting_changes_a_program_unseen():
     def both():
         jax.clear_caches()
         stage = jax.jit(lambda *a: probe(*a)).trace(jnp.float32(0.1), jax.random.key(0))
-        return fingerprint(stage.jaxpr).digest, stage.lower().as_text()
+        return traced.fingerprint(stage.jaxpr).digest, stage.lower().as_text()
 
     digest, text = both()
     # That trace nothing, or talk.
@@ -707,5 +706,5 @@ def test_no_setting_changes_a_program_unseen():
             unseen.add(name)
     # How constants, and what is partitioned, are written down changes no number.
     written = {"jax_use_simplified_jaxpr_constants", "jax_use_shardy_partitioner"}
-    assert unseen - written <= {*journal.SETTINGS}
+    assert unseen - written <= {*traced.SETTINGS}
     assert "jax_threefry_partitionable" in unseen
