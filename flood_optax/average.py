@@ -12,8 +12,8 @@ import optax
 from jax import export, lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import compare_dtype
 from flood_optax.checks import number
+from flood_optax.precision import compare_dtype
 
 
 class AverageState(NamedTuple):

@@ -1,17 +1,14 @@
 """One loss meets its level: where every form of flooding comes together."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
+from flood_optax.devices import AxisName, global_mean, split_like, varying_like
+from flood_optax.precision import compare_dtype, rounded
 from flood_optax.shapes import Shape
-
-AxisName = str | tuple[str, ...]
 
 
 class Bent(NamedTuple):
@@ -26,14 +23,16 @@ class Bent(NamedTuple):
 def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     """Bends a real loss at the level, into which no gradient flows."""
     dtype = compare_dtype(loss.dtype)
-    loss = _rounded(loss).astype(dtype)
-    level = lax.stop_gradient(level).astype(dtype)
+    loss = rounded(loss).astype(dtype)
+    level = split_like(lax.stop_gradient(level).astype(dtype), loss)
     off = level == -jnp.inf
     bound = jnp.where(off, jnp.zeros_like(level), level)  # -inf would make a NaN below
     residual = loss - bound
     # XLA may fuse a mean's product into this subtraction, unrounded, so that a tie is
     # none; the compare sees the rounded loss.
-    residual -= lax.stop_gradient(jnp.where(loss == bound, residual, 0))
+    residual -= lax.stop_gradient(
+        jnp.where(loss == bound, residual, jnp.zeros_like(residual))
+    )
     phi = shape.value(residual)
     multiplier = shape.multiplier(residual).astype(dtype)
     # Above the level (loss - level) + level would round: take the loss as it is. But
@@ -45,16 +44,23 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     return Bent(loss, level, value, multiplier)
 
 
-def flood_share(
-    share: jax.Array, level: jax.Array, shape: Shape, axis_name: AxisName | None = None
+def flood_value(
+    loss: jax.Array, level: jax.Array, shape: Shape, axis_name: AxisName | None = None
 ) -> tuple[jax.Array, Bent]:
-    """Floods the mean of all shares; its gradient is that of this device's share."""
-    whole = global_mean(share, axis_name)
-    bent = bend(whole, level, shape)
-    value, slope = bent.value.astype(share.dtype), bent.multiplier.astype(share.dtype)
-    if axis_name is not None:
-        value, slope = like(value, share), like(slope, share)
-    return with_slope(share, value, slope), bent
+    """Floods the mean over the devices; the gradient is that of this device's loss."""
+    bent = bend(global_mean(loss, axis_name), level, shape)
+    value, slope = bent.value.astype(loss.dtype), bent.multiplier.astype(loss.dtype)
+    if axis_name:
+        value, slope = varying_like(value, loss), varying_like(slope, loss)
+    return with_slope(loss, value, slope), bent
+
+
+def shared_mean(share: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The mean over the devices; its gradient is that of this device's share."""
+    if not axis_name:
+        return share
+    whole = varying_like(global_mean(share, axis_name), share)
+    return with_slope(share, whole, jnp.ones_like(share))
 
 
 @jax.custom_jvp
@@ -67,39 +73,11 @@ def with_slope(loss: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array
     return value
 
 
-def _slope_times(tangent: jax.Array, out: jax.Array, *primals: jax.Array) -> jax.Array:
-    del out
-    return primals[2] * tangent
+with_slope.defjvps(lambda tangent, out, loss, value, slope: slope * tangent, None, None)
 
 
-with_slope.defjvps(_slope_times, None, None)
-
-
-def like(x: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns x, typed as varying over the mapped axes over which `share` varies."""
-    # A select, since jax names the varying axes of a type otherwise in each version.
-    return jnp.where(lax.stop_gradient(share) > 0, x, x)
-
-
-def global_mean(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The mean over the mapped axes, float32 at least inside; x itself without axes."""
-    return x if axis_name is None else lax.pmean(wide(x), axis_name).astype(x.dtype)
-
-
-def wide(x: ArrayLike) -> jax.Array:
-    """Real floats in float32 at least."""
-    array = jnp.asarray(x)
-    return array.astype(compare_dtype(array.dtype))
-
-
-def compare_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype in which a loss is compared with its level: float32 at least."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _rounded(loss: jax.Array) -> jax.Array:
-    """Rounds a 16-bit loss to its dtype, which XLA may otherwise skip."""
-    if loss.dtype.itemsize > 2:
-        return loss
-    info = cast(Callable[[Any], Any], jnp.finfo)(loss.dtype)
-    return lax.reduce_precision(loss, info.nexp, info.nmant)
+def nan_where(bad: jax.Array, value: jax.Array) -> jax.Array:
+    """The value, and NaN where it is bad."""
+    # 0 / 0, and no select: `jax_debug_nans` sees a NaN in a branch not taken.
+    good = jnp.where(bad, jnp.zeros_like(value), jnp.ones_like(value))
+    return value * (good / good)

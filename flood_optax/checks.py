@@ -1,5 +1,6 @@
 """What a loss and a level may be: the rules every entry point enforces."""
 
+import functools
 import numbers
 import operator
 from collections.abc import Callable
@@ -17,6 +18,7 @@ DROPS_VALUE = (
     "`TrainState.apply_gradients` drop extra arguments; where the loss cannot be "
     "passed, flood the loss instead: `flood_optax.flooded(loss_fn, level)`."
 )
+FLOODED = "__flooded__"  # what `flooded` returns has this attribute, True
 NUMBERS = numbers.Real | np.generic | np.ndarray | jax.Array
 
 
@@ -100,6 +102,37 @@ def function(call: str, given: Any, remedy: str = "") -> None:
         raise TypeError(f"`{call}` must be callable, got {got}{remedy}.")
 
 
+def check_raw(call: str, loss_fn: Any) -> None:
+    """Demands a function, and none that `flooded` made: two floods cancel."""
+    function(call, loss_fn, ": flood a number with `flood_loss` or `flood_mean`")
+    seen: Any = loss_fn
+    while seen is not None:
+        if getattr(seen, FLOODED, False) is True:
+            raise ValueError(
+                f"`{call}` is flooded already, got {name_of(loss_fn)}: two floods "
+                "cancel each other. Give the original function, which "
+                "`inspect.unwrap` finds; to change the level, wrap the original "
+                "function."
+            )
+        is_partial = isinstance(seen, functools.partial)
+        seen = seen.func if is_partial else getattr(seen, "__wrapped__", None)
+
+
+def name_of(function: Any) -> str:
+    """What a function is called, or its type."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_key(call: str, key: Any) -> None:
+    """Demands one random key, typed or raw."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed or dtype == np.uint32):
+        raise TypeError(
+            f"`{call}` must be a random key, got {key!r}: `jax.random.key(0)` is one."
+        )
+
+
 def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
     """Demands one of these words."""
     if not (isinstance(given, str) and given in words):
@@ -137,11 +170,15 @@ def check_level(level: Any, call: str) -> None:
             f"`{call}` must be a number or an array of numbers, got None. "
             "To switch flooding off, use -inf: the loss is never below it."
         )
+    if callable(level):
+        raise TypeError(
+            f"`{call}` must be a number or an array, got a schedule: call it with the "
+            "step and pass the result."
+        )
     if isinstance(level, bool) or not isinstance(level, NUMBERS):
         raise TypeError(
             f"`{call}` must be a number or an array of numbers, "
             f"got {level!r} of type {type(level).__name__}.{_unwrapping(level)}"
-            f"{' Call a schedule with the step.' if callable(level) else ''}"
         )
     dtype = jnp.result_type(level)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -261,23 +298,23 @@ def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.
 
 
 def loss_mask(
-    where: ArrayLike | None, shape: tuple[int, ...], *, split: bool
+    call: str, where: ArrayLike | None, shape: tuple[int, ...], *, split: bool
 ) -> jax.Array | None:
-    """The mask of `flood_mean`; a batch split over devices may be empty on one."""
+    """The mask of the losses; a batch split over devices may be empty on one."""
     if 0 in shape:
         raise ValueError(
-            f"`flood_mean(losses)` must not be empty, got shape {shape}: "
+            f"`{call}(losses)` must not be empty, got shape {shape}: "
             "the mean of no losses is not defined."
         )
     if where is None:
         return None
     mask = jnp.asarray(where)
     if mask.dtype != jnp.bool_:
-        raise TypeError(f"`flood_mean(where=...)` must be boolean, got {mask.dtype}.")
-    one_per_loss("flood_mean(where=...)", mask, shape)
+        raise TypeError(f"`{call}(where=...)` must be boolean, got {mask.dtype}.")
+    one_per_loss(f"{call}(where=...)", mask, shape)
     if isinstance(where, np.ndarray) and not where.any() and not split:
         raise ValueError(
-            "`flood_mean(where=...)` must leave at least one loss, got a mask that "
+            f"`{call}(where=...)` must leave at least one loss, got a mask that "
             "is False everywhere."
         )
     return mask

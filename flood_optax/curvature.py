@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
-from flood_optax.bend import wide
-from flood_optax.checks import function, loss_and_aux, scalar_loss
+from flood_optax.checks import check_raw, loss_and_aux, scalar_loss
+from flood_optax.devices import split_like
+from flood_optax.precision import wide
 
 LossOfParams = Callable[[optax.Params], tuple[jax.Array, Any]]
 
@@ -25,7 +26,7 @@ def loss_of_params(
     kwargs: dict[str, Any],
 ) -> LossOfParams:
     """The function params -> (loss, aux), its other arguments bound and all checked."""
-    function(f"{call}(loss_fn)", loss_fn)
+    check_raw(f"{call}(loss_fn)", loss_fn)
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
@@ -49,24 +50,47 @@ def gradient_of(loss: LossOfParams, params: optax.Params) -> optax.Updates:
     return jax.grad(loss, has_aux=True)(params)[0]
 
 
-def flat_hessian(
+def hessian_products(
     call: str, loss: LossOfParams, params: optax.Params
-) -> tuple[Callable[[jax.Array], jax.Array], jax.Array, Callable[[jax.Array], Any]]:
-    """Hessian-vector products and the parameters as one vector, and the way back."""
-    flat, unravel = ravel_pytree(jax.tree.map(wide, params))
-    if not flat.size:
+) -> tuple[Callable[[optax.Updates], optax.Updates], optax.Params]:
+    """Hessian-vector products, and the parameters in the dtype that all vectors have.
+
+    Vectors are trees like the parameters, each leaf split over devices as they are.
+    """
+    leaves = [wide(leaf) for leaf in jax.tree.leaves(params)]
+    if not sum(leaf.size for leaf in leaves):
         raise ValueError(f"`{call}(params)` must hold at least one number, got none.")
+    dtype = jnp.result_type(*leaves)
+    start = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), params)
 
-    def narrow(flat: jax.Array) -> Any:
-        return optax.tree.cast_like(unravel(flat), params)
+    def loss_of(point: optax.Params) -> jax.Array:
+        return loss(optax.tree.cast_like(point, params))[0]
 
-    def loss_of(flat: jax.Array) -> jax.Array:
-        return loss(narrow(flat))[0]
+    def product(vector: optax.Updates) -> optax.Updates:
+        return jax.jvp(jax.grad(loss_of), (start,), (vector,))[1]
 
-    def product(v: jax.Array) -> jax.Array:
-        return jax.jvp(jax.grad(loss_of), (flat,), (v,))[1]
+    return product, start
 
-    return product, flat, narrow
+
+def random_like(
+    sample: Callable[..., jax.Array], key: jax.Array, tree: optax.Params
+) -> optax.Updates:
+    """A random vector, whose numbers do not depend on how the tree is cut up."""
+    leaves, structure = jax.tree.flatten(tree)
+    ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
+    flat = sample(key, (ends[-1],), jnp.result_type(*leaves))
+    drawn = [
+        split_like(flat[end - leaf.size : end].reshape(leaf.shape), leaf)
+        for leaf, end in zip(leaves, ends, strict=True)
+    ]
+    return structure.unflatten(drawn)
+
+
+def dot(a: optax.Updates, b: optax.Updates) -> jax.Array:
+    """The inner product of two trees, float32 at least."""
+    # no vdot: it wants the leaves flat, and explicit axes cannot always be merged
+    products = jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b)
+    return jnp.asarray(optax.tree.sum(products))
 
 
 def norm(tree: optax.Updates) -> jax.Array:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import AxisName, flood_share, like, with_slope
+from flood_optax.bend import flood_value, with_slope
 from flood_optax.checks import (
+    FLOODED,
     broadcast_level,
     check_level,
+    check_raw,
     check_scalar_level,
-    function,
     loss_and_aux,
     real_array,
     scalar_loss,
 )
+from flood_optax.devices import AxisName, check_axes, varying_like
 from flood_optax.mean import flood_mean
 from flood_optax.relax import relax_loss
 from flood_optax.shape_rules import check_shape
@@ -29,7 +32,11 @@ from flood_optax.shapes import Shape, reflect
 __all__ = ["FloodInfo", "flood_loss", "flood_mean", "flooded", "relax_loss"]
 
 
-class FloodInfo(NamedTuple):
+P = ParamSpec("P")
+Aux = TypeVar("Aux")
+
+
+class FloodInfo(NamedTuple, Generic[Aux]):
     """What happened at the level: what to log beside the flooded loss.
 
     Attributes:
@@ -43,7 +50,7 @@ class FloodInfo(NamedTuple):
     loss: jax.Array
     level: jax.Array
     multiplier: jax.Array
-    aux: Any
+    aux: Aux
 
 
 def flood_loss(
@@ -82,9 +89,64 @@ def flood_loss(
     check_level(level, "flood_loss(level=...)")
     check_shape(shape, "flood_loss(shape=...)")
     levels = broadcast_level(level, losses.shape, "flood_loss(level=...)")
-    return flood_share(losses, levels, shape)[0]
+    return flood_value(losses, levels, shape)[0]
 
 
+@overload
+def flooded(
+    loss_fn: Callable[P, tuple[ArrayLike, Aux]],
+    level: ArrayLike,
+    *,
+    has_aux: Literal[True],
+    axis_name: AxisName | None = None,
+    shape: Shape = ...,
+    return_info: Literal[False] = False,
+    raw_value: bool = False,
+) -> Callable[P, tuple[jax.Array, Aux]]: ...
+@overload
+def flooded(
+    loss_fn: Callable[P, tuple[ArrayLike, Aux]],
+    level: ArrayLike,
+    *,
+    has_aux: Literal[True],
+    axis_name: AxisName | None = None,
+    shape: Shape = ...,
+    return_info: Literal[True],
+    raw_value: bool = False,
+) -> Callable[P, tuple[jax.Array, FloodInfo[Aux]]]: ...
+@overload
+def flooded(
+    loss_fn: Callable[P, ArrayLike],
+    level: ArrayLike,
+    *,
+    has_aux: Literal[False] = False,
+    axis_name: AxisName | None = None,
+    shape: Shape = ...,
+    return_info: Literal[True],
+    raw_value: bool = False,
+) -> Callable[P, tuple[jax.Array, FloodInfo[None]]]: ...
+@overload
+def flooded(
+    loss_fn: Callable[P, ArrayLike],
+    level: ArrayLike,
+    *,
+    has_aux: Literal[False] = False,
+    axis_name: AxisName | None = None,
+    shape: Shape = ...,
+    return_info: Literal[False] = False,
+    raw_value: bool = False,
+) -> Callable[P, jax.Array]: ...
+@overload
+def flooded(
+    loss_fn: Callable[P, Any],
+    level: ArrayLike,
+    *,
+    has_aux: bool = False,
+    axis_name: AxisName | None = None,
+    shape: Shape = ...,
+    return_info: bool = False,
+    raw_value: bool = False,
+) -> Callable[P, Any]: ...
 def flooded(
     loss_fn: Callable[..., Any],
     level: ArrayLike,
@@ -101,9 +163,14 @@ def flooded(
     ``level`` and :math:`\phi` = ``shape``; for the default :math:`|L - b| + b`. The
     gradient is that of L times m = :math:`\phi'(L - b)`: plain at or above the level,
     negated below it, NaN for a NaN loss. ``scale_by_flood`` in front of the optimizer
-    does the same, bit for bit: use one of the two, for two cancel. So give the raw loss
-    to `flood_optax.sharpness` and `flood_optax.penalty`; of a flooded one the signs
-    would be those of m.
+    does the same: bit for bit where m is 1, -1 or 0, to rounding for other shapes and,
+    under jit, for 16-bit losses. Use one of the two, for two cancel.
+
+    What it returns is marked, also behind `functools.partial`, `functools.wraps`,
+    ``jax.jit`` and as a method: to flood it once more is an error, and so is giving it
+    to `flood_optax.sharpness` and `flood_optax.penalty`, which take the raw loss. A
+    lambda, a ``def`` or a class that calls it hides the mark. ``inspect.unwrap`` finds
+    ``loss_fn`` behind it.
 
     ``loss_fn`` must return the mean over the whole batch. Where it sees a part only, on
     a mapped axis name the axis; over accumulated micro-batches use
@@ -117,7 +184,8 @@ def flooded(
       has_aux: whether ``loss_fn`` returns (loss, aux).
       axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
         The value is then the global flooded loss, the gradient this device's share:
-        average it over the devices as usual. Under ``shard_map`` with
+        average it over the devices as usual. ``()`` floods each device by itself, as
+        for separate models. Under ``shard_map`` with
         ``check_vma=True`` make replicated parameters varying first (``lax.pcast``), or
         JAX has summed their gradients already.
       shape: how to bend, see `flood_optax.shapes`.
@@ -147,13 +215,7 @@ def flooded(
       Ishida et al., ICML 2020, section 3 and algorithm 1,
       https://arxiv.org/abs/2002.08709
     """
-    remedy = ": flood a number with `flood_loss` or `flood_mean`"
-    function("flooded(loss_fn)", loss_fn, remedy)
-    if callable(level):
-        raise TypeError(
-            "`flooded(level=...)` must be a number or an array, got a schedule: "
-            "call it with the step and pass the result."
-        )
+    check_raw("flooded(loss_fn)", loss_fn)
     check_scalar_level(level, "flooded(level=...)")
     check_shape(shape, "flooded(shape=...)")
 
@@ -166,17 +228,37 @@ def flooded(
             "flooded(loss_fn)'s loss",
             "`flood_mean(losses, level)` says over what to average.",
         )
-        value, bent = flood_share(loss, jnp.asarray(level), shape, axis_name)
+        check_axes("flooded", loss, axis_name)
+        value, bent = flood_value(loss, jnp.asarray(level), shape, axis_name)
         raw = bent.loss.astype(loss.dtype)
         if raw_value:
-            shown = raw if axis_name is None else like(raw, loss)
-            # The slope of what is shown is for `jax.experimental.jet` (see with_slope).
-            shown, now = lax.stop_gradient((shown, value))
-            shown = jnp.where(jnp.isfinite(now), shown - (now - value), shown)
-            value = with_slope(value, shown, jnp.ones_like(shown))
+            value = _shown_as(varying_like(raw, loss) if axis_name else raw, value)
         if return_info:
             seen = lax.stop_gradient((raw, bent.level, bent.multiplier))
             return value, FloodInfo(*seen, aux)
         return (value, aux) if has_aux else value
 
+    setattr(flooded_fn, FLOODED, True)
+    if return_info:
+        _annotate(flooded_fn, loss_fn)
     return flooded_fn
+
+
+def _shown_as(raw: jax.Array, value: jax.Array) -> jax.Array:
+    """The raw loss, with all derivatives of the flooded value."""
+    # `jax.experimental.jet` looks through custom rules and differentiates what is
+    # shown. So it is raw - (now - value), `now` being the value as a constant: raw, bit
+    # for bit, unless inf - inf is NaN, with the derivatives of the value.
+    raw, now = lax.stop_gradient((raw, value))
+    shown = jnp.where(jnp.isfinite(now), raw - (now - value), raw)
+    return with_slope(value, shown, jnp.ones_like(shown))
+
+
+def _annotate(flooded_fn: Callable[..., Any], loss_fn: Callable[..., Any]) -> None:
+    """Says what is returned, where loss_fn says so: a type checker of calls asks."""
+    if "return" not in getattr(loss_fn, "__annotations__", {}):
+        return
+    returned = tuple[jax.Array, FloodInfo[Any]]
+    flooded_fn.__annotations__ = {**flooded_fn.__annotations__, "return": returned}
+    signature = inspect.signature(loss_fn).replace(return_annotation=returned)
+    setattr(flooded_fn, "__signature__", signature)  # noqa: B010 - no type has it

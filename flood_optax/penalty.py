@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import wide
-from flood_optax.checks import function, number, one_of
+from flood_optax.checks import check_raw, number, one_of
 from flood_optax.curvature import (
     LossOfParams,
+    dot,
     gradient_of,
     loss_of_params,
     magnitude,
     norm,
 )
+from flood_optax.precision import wide
 
 __all__ = ["level_set_drift", "objective", "pair_displacement", "value_and_grad"]
 
@@ -70,7 +71,7 @@ def objective(
       https://arxiv.org/abs/2009.11162
     """
     call = "penalty.objective"
-    function(f"{call}(loss_fn)", loss_fn)
+    check_raw(f"{call}(loss_fn)", loss_fn)
     _check_size(f"{call}(strength=...)", strength)
 
     @functools.wraps(loss_fn)
@@ -81,7 +82,7 @@ def objective(
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         unit = magnitude(gradient)
         parts = jax.tree.map(lambda g: wide(g) / unit, gradient)
-        penalty = 0.5 * jnp.asarray(strength) * unit * _dot(parts, parts) * unit
+        penalty = 0.5 * wide(strength) * unit * dot(parts, parts) * unit
         value = (loss.astype(penalty.dtype) + penalty).astype(loss.dtype)
         return (value, aux) if has_aux else value
 
@@ -138,7 +139,7 @@ def value_and_grad(
       2023, section 3, https://arxiv.org/abs/2210.02720
     """
     call = "penalty.value_and_grad"
-    function(f"{call}(loss_fn)", loss_fn)
+    check_raw(f"{call}(loss_fn)", loss_fn)
     _check_size(f"{call}(strength=...)", strength)
     one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
     if radius is not None:
@@ -162,14 +163,12 @@ def value_and_grad(
             evaluate = jax.value_and_grad(loss_of, has_aux=True)
             (loss, aux), gradient = evaluate(params)
             sign = 1 if method == "forward" else -1
-            step = strength if radius is None else radius
-            moved = gradient_of(
-                loss_of, _add(params, sign * jnp.asarray(step), gradient)
-            )
+            step = wide(strength if radius is None else radius)  # unsigned has no minus
+            moved = gradient_of(loss_of, _add(params, sign * step, gradient))
             if radius is None and method == "forward":
                 penalised = moved
             else:
-                weight = 1 if radius is None else jnp.asarray(strength) / radius
+                weight = 1 if radius is None else wide(strength) / step
                 difference = jax.tree.map(jnp.subtract, moved, gradient)
                 penalised = _add(gradient, sign * weight, difference)
         return ((loss, aux) if has_aux else loss), penalised
@@ -221,7 +220,7 @@ def pair_displacement(
     loss_of = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    eta = jnp.asarray(learning_rate)
+    eta = wide(learning_rate)
     before = gradient_of(loss_of, params)
     after = gradient_of(loss_of, _add(params, -eta, before))
     return _scale(eta, jax.tree.map(jnp.subtract, after, before))
@@ -272,7 +271,7 @@ def level_set_drift(
     length = norm(gradient)
     length = jnp.where(length > 0, length, jnp.ones_like(length))
     normal = jax.tree.map(lambda g: wide(g) / length, gradient)
-    along = _dot(normal, product)
+    along = dot(normal, product)
 
     def drift(product: jax.Array, normal: jax.Array) -> jax.Array:
         return (-0.5 * (wide(product) - along * normal)).astype(product.dtype)
@@ -287,11 +286,6 @@ def _hessian_times_gradient(
     result, gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     of_params = functools.partial(gradient_of, loss_of)
     return result, gradient, jax.jvp(of_params, (params,), (gradient,))[1]
-
-
-def _dot(a: optax.Updates, b: optax.Updates) -> jax.Array:
-    """The inner product of two trees, in float32 at least."""
-    return jnp.asarray(optax.tree.vdot(jax.tree.map(wide, a), jax.tree.map(wide, b)))
 
 
 def _scale(factor: ArrayLike, tree: optax.Updates) -> optax.Updates:

@@ -7,8 +7,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import flood_share, wide
-from flood_optax.checks import check_scalar_level, integers, number, real_array
+from flood_optax.bend import flood_value, nan_where, shared_mean
+from flood_optax.checks import (
+    check_scalar_level,
+    integers,
+    loss_mask,
+    number,
+    real_array,
+)
+from flood_optax.devices import (
+    AxisName,
+    check_axes,
+    global_mean,
+    split_like,
+    zeros_like,
+)
+from flood_optax.precision import wide
 from flood_optax.shapes import reflect
 
 
@@ -19,6 +33,8 @@ def relax_loss(
     *,
     epoch: ArrayLike,
     upper: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Floods in even epochs and flattens predictions in odd ones (RelaxLoss).
 
@@ -36,10 +52,15 @@ def relax_loss(
 
     Args:
       logits: real floats [..., num_classes], two classes at least.
-      labels: integers [...]; one that is no class gives NaN.
+      labels: integers [...]; one that counts and is no class gives NaN.
       level: a scalar; -inf means off, in all epochs.
       epoch: an integer scalar, from 0; a traced one is fine.
       upper: in (0, 1], the largest probability that a target keeps on its label.
+      where: boolean mask [...]; examples that are False count nowhere, with any label
+        and logits, NaN included. If all are masked the result is NaN.
+      axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
+        L and :math:`1/n` are then those of the whole batch, as in `flood_mean`: the
+        gradient is this device's share, whose mean over devices is that of the whole.
 
     Returns:
       A scalar of the dtype of ``logits``.
@@ -66,18 +87,32 @@ def relax_loss(
         )
     check_scalar_level(level, "relax_loss(level=...)")
     number("relax_loss(upper=...)", upper, "in (0, 1]", lambda u: 0 < u <= 1)
-    classes = logits.shape[-1]
-    log_probs = jax.nn.log_softmax(wide(logits))
-    is_label = jax.nn.one_hot(labels, classes, dtype=bool)
-    known = is_label.any(-1).astype(log_probs.dtype)
-    # known / known is NaN where the label is no class, and 1 elsewhere
-    losses = -jnp.where(is_label, log_probs, 0).sum(-1) * (known / known)
+    check_axes("relax_loss", logits, axis_name)
+    mask = loss_mask("relax_loss", where, labels.shape, split=bool(axis_name))
+    scores, number_of = wide(logits), jnp.asarray(labels.size, wide(logits).dtype)
+    if mask is not None:
+        number_of = global_mean(mask.sum(dtype=scores.dtype), axis_name)
+        # before log_softmax, whose derivative would make a NaN of a NaN times 0
+        entries = split_like(jnp.broadcast_to(mask[..., None], logits.shape), scores)
+        scores = jnp.where(entries, scores, zeros_like(scores))
+        mask = entries[..., 0]
+
+    def mean(x: jax.Array) -> jax.Array:
+        x = x if mask is None else jnp.where(mask, x, zeros_like(x))
+        return x.sum() / number_of
+
+    log_probs = jax.nn.log_softmax(scores)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    is_label = split_like(one_hot, log_probs)
+    losses = -jnp.where(is_label, log_probs, zeros_like(log_probs)).sum(-1)
+    losses = nan_where(jnp.logical_not(is_label.any(-1)), losses)
     kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
-    targets = jnp.where(is_label, kept, (1 - kept) / (classes - 1))
+    targets = jnp.where(is_label, kept, (1 - kept) / (logits.shape[-1] - 1))
     wrong = log_probs.argmax(-1) != labels
-    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), 0) - losses
-    loss = losses.mean()
-    odd = jnp.where(loss > jnp.asarray(level, loss.dtype), loss, flat.mean())
-    even, _ = flood_share(loss, jnp.asarray(level), reflect())
+    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), zeros_like(losses)) - losses
+    loss = mean(losses)
+    even, _ = flood_value(loss, jnp.asarray(level), reflect(), axis_name)
+    plain, flat = (shared_mean(share, axis_name) for share in (loss, mean(flat)))
+    odd = jnp.where(plain > jnp.asarray(level, plain.dtype), plain, flat)
     value = jnp.where(epoch % 2 == 0, even, odd)
     return value.astype(logits.dtype)

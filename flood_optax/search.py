@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flood_optax.bend import AxisName, Bent
+from flood_optax.bend import Bent
+from flood_optax.checks import check_raw
+from flood_optax.devices import AxisName
 from flood_optax.objective import flooded
 from flood_optax.shapes import Shape
 from flood_optax.transform import scaled
@@ -40,6 +42,7 @@ def flooded_search(
     if extra_args.get("grad") is not None:
         handed_on["grad"] = scaled(extra_args["grad"], bent.multiplier)
     if extra_args.get("value_fn") is not None:
+        check_raw("flood(...).update(value_fn=...)", extra_args["value_fn"])
         handed_on["value_fn"] = flooded(
             extra_args["value_fn"], bent.level, axis_name=axis_name, shape=shape
         )

@@ -6,6 +6,7 @@ the raw loss: of a flooded one the signs below the level would be turned round.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from flood_optax.checks import integer
+from flood_optax.checks import check_key, integer
 from flood_optax.curvature import (
-    flat_hessian,
+    dot,
     gradient_of,
+    hessian_products,
     loss_of_params,
     magnitude,
     norm,
+    random_like,
 )
+from flood_optax.devices import zeros_like
 
 __all__ = ["gradient_norm", "hessian_trace", "top_eigenvalue"]
 
@@ -109,14 +114,15 @@ def hessian_trace(
     """
     call = "sharpness.hessian_trace"
     num_samples = integer(f"{call}(num_samples=...)", num_samples, least=2)
+    check_key(f"{call}(key=...)", key)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    product, start, _ = flat_hessian(call, loss, params)
+    product, start = hessian_products(call, loss, params)
 
     def draw(key: jax.Array) -> jax.Array:
-        v = jax.random.rademacher(key, start.shape, start.dtype)
-        return v @ product(v)
+        v = random_like(jax.random.rademacher, key, start)
+        return dot(v, product(v))
 
     keys = jax.random.split(key, num_samples)
     draws = jax.lax.map(draw, keys)
@@ -170,56 +176,96 @@ def top_eigenvalue(
     """
     call = "sharpness.top_eigenvalue"
     num_iterations = integer(f"{call}(num_iterations=...)", num_iterations, least=1)
+    check_key(f"{call}(key=...)", key)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
-    product, start, unravel = flat_hessian(call, loss, params)
-    basis, tridiagonal = _lanczos(product, start, key, min(num_iterations, start.size))
+    product, start = hessian_products(call, loss, params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(start))
+    basis, tridiagonal = _lanczos(product, start, key, min(num_iterations, size))
     unit = magnitude(tridiagonal)  # the solver squares
     eigenvalues, vectors = jnp.linalg.eigh(tridiagonal / unit)
     top = jnp.argmax(jnp.abs(eigenvalues))
-    return unit * eigenvalues[top], unravel(basis.T @ vectors[:, top])
+    vector = _combined(vectors[:, top], basis)
+    return unit * eigenvalues[top], optax.tree.cast_like(vector, params)
 
 
 def _lanczos(
-    product: Callable[[jax.Array], jax.Array],
-    start: jax.Array,
+    product: Callable[[optax.Updates], optax.Updates],
+    start: optax.Params,
     key: jax.Array,
     num_iterations: int,
-) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal Krylov basis [k, n] of a random start, and H in it [k, k]."""
+) -> tuple[optax.Updates, jax.Array]:
+    """An orthonormal Krylov basis of a random start, and the Hessian in it [k, k].
+
+    The basis is a tree like `start` with a leading axis of k rows.
+    """
     keys = jax.random.split(key, num_iterations + 1)
-    tiny, rounding = np.finfo(start.dtype).tiny, 10 * np.finfo(start.dtype).eps
+    limits = np.finfo(jax.tree.leaves(start)[0].dtype)
 
-    def random(key: jax.Array) -> jax.Array:
-        return jax.random.normal(key, start.shape, start.dtype)
+    def random(key: jax.Array) -> optax.Updates:
+        return random_like(jax.random.normal, key, start)
 
-    def orthonormal(v: jax.Array, basis: jax.Array) -> jax.Array:
+    def orthonormal(v: optax.Updates, basis: optax.Updates) -> optax.Updates:
         for _ in range(2):  # once leaves what rounding brings back; twice is enough
-            v -= basis.T @ (basis @ v)
-            v /= jnp.maximum(norm(v), tiny)
+            v = _without(basis, v)
+            length = jnp.maximum(norm(v), limits.tiny)
+            v = jax.tree.map(lambda x, length=length: x / length, v)
         return v
 
     def step(
-        basis: jax.Array, now: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        i, key = now
-        image = product(basis[i])
-        rest = image - basis.T @ (basis @ image)
+        carry: tuple[optax.Updates, optax.Updates], now: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[optax.Updates, optax.Updates], tuple[jax.Array, jax.Array]]:
+        (basis, v), (i, key) = carry, now
+        image = product(v)
+        rest = _without(basis, image)
         beta = norm(rest)
         # An exhausted Krylov space: go on from a fresh vector orthogonal to it.
-        exhausted = beta <= rounding * norm(image)
-        following = orthonormal(jnp.where(exhausted, random(key), rest), basis)
+        exhausted = beta <= 10 * limits.eps * norm(image)
+        fresh = jax.tree.map(functools.partial(jnp.where, exhausted), random(key), rest)
+        following = orthonormal(fresh, basis)
         off_diagonal = jnp.where(exhausted, jnp.zeros_like(beta), beta)
-        # After the last product there is no row left, and "drop" drops it.
-        basis = basis.at[i + 1].set(following, mode="drop")
-        return basis, (basis[i] @ image, off_diagonal)
+        # after the last product there is no row left, and nothing is added
+        basis = _with_row(basis, i + 1, following)
+        return (basis, following), (dot(v, image), off_diagonal)
 
-    basis = jnp.zeros((num_iterations, start.size), start.dtype)
-    basis = basis.at[0].set(orthonormal(random(keys[0]), basis))
+    rows = jnp.zeros(num_iterations, limits.dtype)
+    empty = jax.tree.map(lambda x: _column(rows, x) + zeros_like(x), start)
+    first = orthonormal(random(keys[0]), empty)
     # The keys are scanned over, not looked up: to JAX's key checker an index that is
     # traced may be any, so that the second look-up would use a key twice.
     numbered = (jnp.arange(num_iterations), keys[1:])
-    basis, (diagonal, off_diagonal) = jax.lax.scan(step, basis, numbered)
+    carry = _with_row(empty, 0, first), first
+    (basis, _), (diagonal, off_diagonal) = jax.lax.scan(step, carry, numbered)
     side = jnp.diag(off_diagonal[:-1], 1)
     return basis, jnp.diag(diagonal) + side + side.T
+
+
+# Sums of products, where one array would have matmuls: of arrays on explicit axes JAX
+# contracts none that are split.
+
+
+def _without(basis: optax.Updates, v: optax.Updates) -> optax.Updates:
+    """What is left of v beside the rows of the basis."""
+
+    def parts(b: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(b * x, axis=tuple(range(1, b.ndim)))
+
+    factors = jnp.asarray(sum(jax.tree.leaves(jax.tree.map(parts, basis, v))))
+    return jax.tree.map(jnp.subtract, v, _combined(factors, basis))
+
+
+def _combined(factors: jax.Array, basis: optax.Updates) -> optax.Updates:
+    """The rows of the basis, times these factors, added up."""
+    return jax.tree.map(lambda b: jnp.sum(_column(factors, b[0]) * b, axis=0), basis)
+
+
+def _with_row(basis: optax.Updates, i: ArrayLike, v: optax.Updates) -> optax.Updates:
+    """The basis with v in row i, which is zero before."""
+    rows = jnp.arange(len(jax.tree.leaves(basis)[0])) == i
+    return jax.tree.map(lambda b, x: b + _column(rows, x).astype(x.dtype) * x, basis, v)
+
+
+def _column(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """One number per row, to be multiplied with rows like x."""
+    return rows.reshape(-1, *(1 for _ in x.shape))

@@ -14,14 +14,7 @@ import optax
 from jax import export, lax
 from jax.typing import ArrayLike
 
-from flood_optax.bend import (
-    AxisName,
-    Bent,
-    bend,
-    compare_dtype,
-    global_mean,
-    wide,
-)
+from flood_optax.bend import Bent, bend
 from flood_optax.checks import (
     DROPS_VALUE,
     FloodWarning,
@@ -31,7 +24,9 @@ from flood_optax.checks import (
     number,
     scalar_loss,
 )
+from flood_optax.devices import AxisName, global_mean
 from flood_optax.dispatch import one_dispatch
+from flood_optax.precision import compare_dtype, wide
 from flood_optax.shape_rules import check_shape, check_turns_around, is_static
 from flood_optax.shapes import Shape, reflect
 

@@ -10,9 +10,9 @@ import optax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.bend import compare_dtype
 from flood_optax.checks import integer
 from flood_optax.dispatch import one_dispatch
+from flood_optax.precision import compare_dtype
 
 EveryK = int | Callable[[jax.Array], ArrayLike]
 ShouldSkip = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]

@@ -12,7 +12,7 @@ from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.bend import AxisName
+from flood_optax.devices import AxisName
 from flood_optax.search import check_search, flooded_search, forgetting
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (

@@ -1,5 +1,6 @@
 """Keras 3 on JAX: `fit` with validation and callbacks."""
 
+import functools
 from typing import Any
 
 import keras
@@ -80,7 +81,8 @@ def window() -> float:
             0.01, gradient_accumulation_steps=often if often > 1 else None
         )
         model.compile(sgd, "mse")
-        model.compute_loss = flooded(model.compute_loss, level, raw_value=True)
+        plain = functools.partial(type(model).compute_loss, model)
+        model.compute_loss = flooded(plain, level, raw_value=True)
         before = model.get_weights()
         model.fit(X, Y, batch_size=size, shuffle=False, verbose=0)
         moved = zip(model.get_weights(), before, strict=True)
@@ -129,7 +131,8 @@ def measure(run: rows.Run) -> rows.Row:
     fit(first, 20)
     first.save(run.work / "half.keras")
     second: Any = keras.models.load_model(run.work / "half.keras")
-    second.compute_loss = flooded(second.compute_loss, LEVEL, raw_value=True)
+    plain = functools.partial(type(second).compute_loss, second)
+    second.compute_loss = flooded(plain, LEVEL, raw_value=True)
     fit(second, 20)
 
     shown = fit(plain(FloodedLoss()), steps)

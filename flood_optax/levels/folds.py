@@ -12,10 +12,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import compare_dtype
 from flood_optax.checks import integer, number, real_array
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
+from flood_optax.precision import compare_dtype
 
 
 def adaflood(

@@ -10,10 +10,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import wide
 from flood_optax.checks import FloodWarning, integer, integers, number
 from flood_optax.levels.meshes import replicated, whole
 from flood_optax.levels.targets import entropy_floor, probabilities
+from flood_optax.precision import wide
 
 
 def noise_floor(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import compare_dtype
 from flood_optax.checks import broadcast_level, real_array
+from flood_optax.precision import compare_dtype
 
 
 def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:

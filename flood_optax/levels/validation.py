@@ -13,9 +13,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.bend import wide
 from flood_optax.checks import FloodWarning, integer, one_of, real_array
 from flood_optax.levels.meshes import replicated
+from flood_optax.precision import wide
 
 
 def at_best(

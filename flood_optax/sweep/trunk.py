@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flood_optax.bend import compare_dtype
 from flood_optax.checks import scalar_loss
+from flood_optax.precision import compare_dtype
 from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import (

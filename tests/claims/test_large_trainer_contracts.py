@@ -91,7 +91,8 @@ def maxtext(monkeypatch):
     made = module(
         monkeypatch, "maxtext.optimizers.optimizers", get_optimizer=get_optimizer
     )
-    page.execute("MaxText", {})
+    for _ in range(2):  # a notebook's cell, run again
+        page.execute("MaxText", {})
 
     def optimizer(*, skips=True):
         config = Namespace(skip_step_on_spikes=skips)
@@ -177,7 +178,8 @@ def easydel_train(model, optimizer, w=START, steps=STEPS):
 
 def test_easydel_trains_on_one_loss_and_logs_and_evaluates_the_other():
     ed = llama()
-    page.execute("EasyDeL", {"ed": ed})
+    for _ in range(2):  # a notebook's cell, run again
+        page.execute("EasyDeL", {"ed": ed})
     log, evaluation, w = easydel_train(ed.LlamaForCausalLM(), sgd(1.0))
     settles(log, 1.0)
     np.testing.assert_allclose(evaluation[-1], scaled(1.0, w, *VALID), rtol=1e-5)

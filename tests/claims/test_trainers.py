@@ -183,6 +183,7 @@ def test_flood_inside_spike_skipping_is_an_error():
 # ---- keras, whose backend is chosen once per process ----
 
 KERAS = textwrap.dedent("""
+    import functools
     import jax
     import keras
     import numpy as np
@@ -209,7 +210,15 @@ KERAS = textwrap.dedent("""
         hidden = keras.layers.Dense(16, activation="tanh", **options)(inputs)
         model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
         if flood:
-            model.compute_loss = flooded(model.compute_loss, LEVEL, raw_value=True)
+            for level in (9.0, LEVEL):  # the cell of docs/trainers.md, run twice
+                plain = functools.partial(type(model).compute_loss, model)
+                model.compute_loss = flooded(plain, level, raw_value=True)
+            try:
+                flooded(model.compute_loss, LEVEL, raw_value=True)
+            except ValueError as error:
+                assert "is flooded already" in str(error), error
+            else:
+                raise AssertionError("flooded twice")
         model.compile(optimizer=keras.optimizers.SGD(0.05), loss=loss, metrics=["mse"])
         done = model.fit(
             x, y, epochs=100, batch_size=96, verbose=0,

@@ -186,7 +186,7 @@ CASES = {
     "level_schedule_of_a_loss": (
         lambda: flood_loss(LOSSES, lambda step: 0.1),
         TypeError,
-        "Call a schedule with the step.",
+        "got a schedule: call it with the step and pass the result.",
     ),
     "loss_vector": (
         lambda: update(None, loss=jnp.ones(2)),
@@ -352,7 +352,7 @@ CASES = {
     "over": (
         lambda: flood_mean(LOSSES, 0.1, over="class"),
         ValueError,
-        '`flood_mean(over=...)` must be "batch", "example" or "segment", '
+        '`flood_mean(over=...)` must be "batch", "example", "segment" or "sequence", '
         "got 'class'.",
     ),
     "segment_ids_missing": (

@@ -42,7 +42,8 @@ SIGNATURES = {
     "levels.noise_floor": "(noise, num_classes, *, label_frequencies)",
     "levels.noise_matrix": "(probs, labels)",
     "levels.gradient_accordance": "(grads_a, grads_b)",
-    "objective.relax_loss": "(logits, labels, level, *, epoch, upper)",
+    "objective.relax_loss": "(logits, labels, level, *, epoch, upper, where, "
+    "axis_name)",
     "penalty.objective": "(loss_fn, strength, *, has_aux)",
     "penalty.value_and_grad": "(loss_fn, strength, *, method, radius, has_aux)",
     "penalty.pair_displacement": "(loss_fn, params, learning_rate, *args",

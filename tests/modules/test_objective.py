@@ -1,14 +1,28 @@
 """The loss form against numpy, at, above and below the level."""
 
 import functools
+import inspect
+import typing
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
-from flood_optax import FloodInfo, flood_loss, flood_mean, flooded, shapes
+from flood_optax import (
+    FloodInfo,
+    flood,
+    flood_loss,
+    flood_mean,
+    flooded,
+    penalty,
+    shapes,
+    sharpness,
+)
 from tests import oracles
 
 LOSSES = np.array([[0.05, 0.7, 0.31], [1.9, 0.02, 0.44]])
@@ -274,3 +288,114 @@ def test_flooded_hessian_vector_product_by_forward_over_reverse():
     below = product(flooded(quartic, 5.0))
     expected = jax.tree.map(lambda h: -h, product(quartic))
     chex.assert_trees_all_close(below, expected, rtol=1e-6)
+
+
+# ---- what flooded returns ----
+
+
+def square(w: jax.Array, scale: float = 1.0) -> jax.Array:
+    return jnp.sum(scale * w**2)
+
+
+FLOODED = flooded(square, 0.5)
+
+
+@functools.wraps(FLOODED)
+def wrapped(*args):
+    return FLOODED(*args)
+
+
+class Model:
+    loss = FLOODED
+
+
+HIDDEN = {
+    "itself": FLOODED,
+    "partial": functools.partial(functools.partial(FLOODED), scale=2.0),
+    "wraps": wrapped,
+    "method": Model().loss,
+    "jit": jax.jit(FLOODED),
+    "jit of partial": jax.jit(functools.partial(FLOODED, scale=2.0)),
+    "checkpoint": jax.checkpoint(FLOODED),
+    "tree_util.Partial": jax.tree_util.Partial(FLOODED),
+    "filter_jit": eqx.filter_jit(FLOODED),
+    "nnx.jit": nnx.jit(FLOODED),
+}
+W = jnp.array([0.5, 0.1])
+TAKERS = {
+    "flooded": lambda f: flooded(f, 0.2),
+    "penalty.objective": lambda f: penalty.objective(f, 0.1),
+    "penalty.value_and_grad": lambda f: penalty.value_and_grad(f, 0.1),
+    "penalty.pair_displacement": lambda f: penalty.pair_displacement(f, W, 0.1),
+    "penalty.level_set_drift": lambda f: penalty.level_set_drift(f, W),
+    "sharpness.gradient_norm": lambda f: sharpness.gradient_norm(f, W),
+    "sharpness.hessian_trace": lambda f: sharpness.hessian_trace(
+        f, W, key=jax.random.key(0), num_samples=2
+    ),
+    "sharpness.top_eigenvalue": lambda f: sharpness.top_eigenvalue(
+        f, W, key=jax.random.key(0), num_iterations=1
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TAKERS)
+def test_a_flooded_function_is_refused_and_its_original_is_not(call):
+    """-11.6 was the trace of a flooded bowl, and two floods are plain training."""
+    for function in HIDDEN.values():
+        with pytest.raises(ValueError, match=r"\(loss_fn\)` is flooded already, got"):
+            TAKERS[call](function)
+    for original in (square, inspect.unwrap(FLOODED), jax.jit(square)):
+        TAKERS[call](original)
+
+
+def test_a_flooded_value_fn_is_refused():
+    optimizer = flood(optax.scale_by_backtracking_linesearch(5), 0.5)
+    value, grad = jax.value_and_grad(square)(W)
+    search = functools.partial(
+        optimizer.update, grad, optimizer.init(W), W, value=value, grad=grad
+    )
+    with pytest.raises(ValueError, match=r"update\(value_fn=...\)` is flooded already"):
+        search(value_fn=FLOODED)
+    search(value_fn=square)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_annotations_say_what_is_returned_with_info(has_aux):
+    def plain(w: jax.Array) -> jax.Array:
+        return w**2
+
+    def with_aux(w: jax.Array) -> tuple[jax.Array, str]:
+        return w**2, "aux"
+
+    loss_fn = with_aux if has_aux else plain
+    kept = flooded(loss_fn, 0.5, has_aux=has_aux)
+    assert typing.get_type_hints(kept) == typing.get_type_hints(loss_fn)
+    assert inspect.signature(kept) == inspect.signature(loss_fn)
+    shown = flooded(loss_fn, 0.5, has_aux=has_aux, return_info=True)
+    hints = typing.get_type_hints(shown)
+    assert hints["w"] is jax.Array
+    signature = inspect.signature(shown)
+    assert [*signature.parameters] == ["w"]
+    for returned in (hints["return"], signature.return_annotation):
+        value, info = typing.get_args(returned)
+        assert (value, typing.get_origin(info)) == (jax.Array, FloodInfo)
+    got = shown(jnp.float32(0.1))
+    assert isinstance(got[0], jax.Array)
+    assert isinstance(got[1], FloodInfo)
+    unsaid = flooded(lambda w: w**2, 0.5, return_info=True)
+    assert "return" not in typing.get_type_hints(unsaid)
+
+
+def test_no_gradient_flows_through_the_info():
+    """Of none of its fields: the soft multiplier has a derivative, the loss too."""
+    for field in ("loss", "level", "multiplier"):
+        slope = jax.grad(
+            lambda w, level, field=field: getattr(
+                flooded(lambda w: w**2, level, shape=shapes.soft(), return_info=True)(
+                    w
+                )[1],
+                field,
+            ),
+            (0, 1),
+        )(0.3, 0.5)
+        assert slope == (0.0, 0.0), field

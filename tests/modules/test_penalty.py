@@ -459,3 +459,23 @@ def test_has_aux_without_pair_raises():
     ):
         with pytest.raises(TypeError, match=r"needs loss_fn to return \(loss, aux\)"):
             call()
+
+
+@pytest.mark.parametrize("one", [np.uint8(1), np.uint16(1), np.int8(1), 1])
+def test_whole_numbers_of_any_dtype_are_real_numbers(one):
+    """An unsigned 1 has no minus: the radius was 255, or 4294967295."""
+    cube, w = lambda w: w**3, jnp.float32(0.5)
+    g = lambda w: 3 * w**2
+    for size in (one, jnp.asarray(one)):
+        for method, sign in (("forward", 1), ("backward", -1)):
+            moved = g(0.5 + sign * g(0.5))
+            expected = g(0.5) + sign * (moved - g(0.5))
+            for radius in (None, size):
+                given = {"method": method, "radius": radius}
+                _, slope = penalty.value_and_grad(cube, size, **given)(w)
+                np.testing.assert_allclose(slope, expected, rtol=1e-6)
+        down = 0.5 - g(0.5)
+        pair = penalty.pair_displacement(cube, w, size)
+        np.testing.assert_allclose(pair, down + g(down) - 0.5, rtol=1e-6)
+        value = penalty.objective(cube, size)(w)
+        np.testing.assert_allclose(value, 0.125 + g(0.5) ** 2 / 2, rtol=1e-6)

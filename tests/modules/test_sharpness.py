@@ -1,5 +1,7 @@
 """Sharpness against the dense Hessian of small nets."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -346,3 +348,14 @@ def test_unfit_loss_or_params_raise_by_name(name):
 def test_params_without_numbers_raise(name):
     with pytest.raises(ValueError, match="must hold at least one number, got none"):
         CALLS[name](lambda _: jnp.float32(1), {})
+
+
+@pytest.mark.parametrize("name", ["hessian_trace", "top_eigenvalue"])
+@pytest.mark.parametrize("key", [0, 1.5, None, np.zeros(2)])
+def test_a_number_is_no_random_key(name, key):
+    given = {"num_samples": 2} if name == "hessian_trace" else {"num_iterations": 1}
+    measure = functools.partial(getattr(sharpness, name), jnp.sum, jnp.ones(3), **given)
+    with pytest.raises(TypeError, match=r"must be a random key, got .*random.key\(0\)"):
+        measure(key=key)
+    for remedy in (jax.random.key(0), jax.random.PRNGKey(0)):
+        measure(key=remedy)
