@@ -57,7 +57,8 @@ def average_params(
     Put it last in a chain, where the updates are what `optax.apply_updates` adds, and
     inside of whatever may leave a step out:
 
-    * ``chain(scale_by_flood(b), adam(1e-3), average_params(0.99))``;
+    * ``chain(scale_by_flood(b), adam(1e-3), average_params(0.99))`` averages at each
+      update, also at one of ``weight`` 0, where momentum may move the parameters;
     * ``flood(chain(adam(1e-3), average_params(0.99)), b, every_k=4)`` averages once a
       window; what is skipped or has weight 0 leaves no trace. So does
       `optax.MultiSteps` around the chain;
@@ -238,9 +239,8 @@ def _averaged_leaf(count: jax.Array, param: Any, update: Any, average: Any) -> A
         param = optax.apply_updates(param, update)
     new = _rounded(jnp.asarray(param)).astype(average.dtype)
     step = (new - average) / count.astype(jnp.finfo(average.dtype).dtype)
-    # The first weights, of whatever size, leave no rounding error behind; and what is
-    # infinite for ever, such as a mask, would otherwise be averaged to inf - inf.
-    return jnp.where((count == 1) | (new == average), new, average + step)
+    # what is infinite for ever, such as a mask, has no way to go: inf - inf is NaN
+    return jnp.where(new == average, new, average + step)
 
 
 def _rounded(param: jax.Array) -> jax.Array:

@@ -66,10 +66,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     step, level, value, below = (
         jnp.asarray(*jax.tree.leaves(field)) for field in fields
     )
-    below, some = (count.astype(jnp.float32) for count in (below, jnp.maximum(step, 1)))
     return {
         "flood/loss": value,
         "flood/level": level,
-        "flood/share_below": below / some,  # 0 of no steps, which is no NaN
+        "flood/share_below": below / jnp.maximum(step, 1),  # of no steps 0, not NaN
         "flood/steps": step,
     }

@@ -76,6 +76,7 @@ def test_metrics_are_found_in(name):
     np.testing.assert_allclose([*found.values()], [*SEEN.values()], rtol=1e-6)
     kinds = [(v.dtype.name, v.shape, v.weak_type) for v in found.values()]
     assert kinds == [("float32", (), False)] * 3 + [("int32", (), False)]
+    assert all(isinstance(number, jax.Array) for number in found.values())
     if name != "nnx.Optimizer":  # which jax.jit refuses
         assert jax.jit(metrics)(state) == found
 
