@@ -2,7 +2,8 @@
 
 from flood_optax.levels.accordance import gradient_accordance
 from flood_optax.levels.folds import adaflood, held_out, held_out_losses
-from flood_optax.levels.noise import noise_floor, noise_matrix
+from flood_optax.levels.left_out import leave_one_out
+from flood_optax.levels.noise import noise_floor, noise_matrix, noise_rate
 from flood_optax.levels.schedules import warmup
 from flood_optax.levels.targets import entropy_floor, wavebound
 from flood_optax.levels.validation import at_best
@@ -14,8 +15,10 @@ __all__ = [
     "gradient_accordance",
     "held_out",
     "held_out_losses",
+    "leave_one_out",
     "noise_floor",
     "noise_matrix",
+    "noise_rate",
     "warmup",
     "wavebound",
 ]

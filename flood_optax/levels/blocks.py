@@ -26,8 +26,8 @@ def assigned(
 ) -> list[jax.Array]:
     """The indices of each fold; the random order breaks ties, and is theirs within."""
     num_examples = len(order)
-    group, _ = _numbered(f"{call}(groups=...)", groups, num_examples)
-    label, names = _numbered(f"{call}(stratify=...)", stratify, num_examples)
+    group, _ = numbered(f"{call}(groups=...)", groups, num_examples)
+    label, names = numbered(f"{call}(stratify=...)", stratify, num_examples)
     if groups is None:
         # Dealt out class by class, in one round over the folds: no two differ by more
         # than one example, neither in a class nor in all.
@@ -49,7 +49,7 @@ def assigned(
     return [jnp.asarray(order[fold[order] == k], jnp.int32) for k in range(num_folds)]
 
 
-def _numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]:
+def numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]:
     """Each entry's number among the different ones, and these."""
     if given is None:
         return np.zeros(length, int), [None]

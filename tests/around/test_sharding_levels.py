@@ -62,6 +62,7 @@ WHOLE = {
         lambda p: levels.noise_matrix(p, LABELS),
         [PROBS],
     ),
+    "noise_rate": (levels.noise_rate, [PROBS, LABELS]),
     "held_out": (left_out_by, [LOSSES]),
 }
 SPLITS = {"rows": ("data", None), "classes": (None, "model"), "both": ("data", "model")}
@@ -125,7 +126,13 @@ def levels_inside_shard_map_are_those_of_the_whole():
             )
             got = jax.jit(step)(*arrays)
             np.testing.assert_allclose(got, expected, rtol=1e-5)
-    for name in ("at_best", "gradient_accordance", "noise_floor", "noise_matrix"):
+    for name in (
+        "at_best",
+        "gradient_accordance",
+        "noise_floor",
+        "noise_matrix",
+        "noise_rate",
+    ):
         function, arrays = WHOLE[name]
         expected = function(*jax.tree.map(jnp.asarray, arrays))
         for check_vma in (True, False):

@@ -473,6 +473,8 @@ def check_levels_from_data(mode):
     # Class 0 reaches its threshold 1 once; class 1, .625, once, and class 2 twice.
     counted = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     same_bits(in_mode(mode, levels.noise_matrix, probs, labels), counted)
+    found = in_mode(mode, levels.noise_rate, probs, np.int32([1, 1, 1, 0]))
+    close(found, 1.0, np.float32)  # of the two that are certain
     best = functools.partial(levels.at_best, mode="min", window=2)
     assert in_mode(mode, best, losses, np.int32([9, 4, 3, 8])) == np.float32(0.5)
     assert in_mode(mode, best, losses, np.float32([9, 4, 3, 8])) == np.float32(0.5)

@@ -41,6 +41,8 @@ SIGNATURES = {
     "levels.at_best": "(losses, metric, *, mode, window)",
     "levels.noise_floor": "(noise, num_classes, *, label_frequencies)",
     "levels.noise_matrix": "(probs, labels)",
+    "levels.leave_one_out": "(features, labels, num_classes, *, groups)",
+    "levels.noise_rate": "(scores, labels, *, confident)",
     "levels.gradient_accordance": "(grads_a, grads_b)",
     "objective.relax_loss": "(logits, labels, level, *, epoch, upper, where, "
     "axis_name)",

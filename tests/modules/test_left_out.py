@@ -1,0 +1,237 @@
+"""Scores of left-out examples against refitted models, and the flips they find."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks.choosing import settings
+from flood_optax import levels
+
+
+def refitted(x, y, c, group):
+    """The scores of n models of scikit-learn for every width and ridge; the best."""
+    n, one_hot = len(y), np.eye(c)[y]
+    d = ((x[:, None] - x[None]) ** 2).sum(-1)
+    median = np.median(d[d > 0])
+    best = None
+    for width in (0.1, 0.25, 0.5, 1.0):
+        for ridge in 10.0 ** np.linspace(-3, 0, 7):
+            scores = np.empty((n, c))
+            for k in np.unique(group):
+                out = group == k
+                model = KernelRidge(
+                    alpha=ridge, kernel="rbf", gamma=1 / (width**2 * median)
+                )
+                model.fit(x[~out], one_hot[~out])
+                scores[out] = model.predict(x[out])
+            error = ((scores - one_hot) ** 2).sum()
+            if best is None or error < best[0]:
+                best = error, scores
+    return best[1]
+
+
+def blobs(seed, n=24, c=3, d=4):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, c, n)
+    x = 2 * rng.normal(size=(c, d))[y] + rng.normal(size=(n, d))
+    return x + 1000, np.where(rng.random(n) < 0.2, (y + 1) % c, y)  # far from 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_leave_one_out_equals_models_refitted_without_each_example(seed):
+    x, y = blobs(seed)
+    found = levels.leave_one_out(x, y, 3)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, refitted(x, y, 3, np.arange(24)), atol=1e-5)
+
+
+def test_leave_one_out_leaves_groups_and_equal_rows_out_together():
+    x, y = blobs(7)
+    groups = np.array([0, 1, 2, 3, 4, 5] * 2 + [*range(6, 18)])
+    expected = refitted(x, y, 3, groups)
+    found = levels.leave_one_out(x, y, 3, groups=[f"record {g}" for g in groups])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    alone = levels.leave_one_out(x, y, 3)
+    assert abs(alone - found).max() > 1e-3
+    # Copies of a row with its label: the group of equal rows, and the same verdicts.
+    twice = np.repeat(np.arange(24), 2)
+    copies = levels.leave_one_out(x[twice], y[twice], 3)
+    expected = refitted(x[twice], y[twice], 3, twice)
+    np.testing.assert_allclose(copies, expected, atol=1e-5)
+    np.testing.assert_array_equal(copies[::2].argmax(1), alone.argmax(1))
+
+
+SPREAD = {  # in points: three standard deviations of one draw
+    "digits": (0.2, 9.0),
+    "wine": (0.2, 21.0),
+    "breast_cancer": (0.2, 12.0),
+    "two_gaussians": (0.3, 13.0),
+    "spiral": (0.1, 10.0),
+}
+
+
+@pytest.mark.parametrize("data", SPREAD)
+def test_noise_rate_finds_known_flips(data):
+    flips, spread = SPREAD[data]
+    c = settings.classes(settings.Setting(data, 0.0))
+    for rate in (0.0, flips):
+        draw = settings.drawing(settings.Setting(data, rate))
+        x, y = draw(jax.random.key(1)).train
+        found = float(levels.noise_rate(levels.leave_one_out(x, y, c), y))
+        assert 100 * abs(found - rate) < (3 if rate == 0 else spread)
+
+
+def test_noise_rate_finds_less_of_noise_that_depends_on_the_input():
+    # A weak linear annotator: what it gets wrong can be told from the image.
+    x, true = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, true = x[order] / 16, true[order]
+    annotator = LogisticRegression(max_iter=200).fit(x[:40], true[:40])
+    x, true = x[40:440], true[40:440]
+    given = annotator.predict(x)
+    wrong = (given != true).mean()
+    found = levels.noise_rate(levels.leave_one_out(x, given, 10), given)
+    assert wrong > 0.2
+    assert found < wrong / 2
+    even = np.random.default_rng(1).permutation(len(x))[: round(wrong * len(x))]
+    flipped = true.copy()
+    flipped[even] = (flipped[even] + 1 + even % 9) % 10  # as many, whatever the image
+    found = levels.noise_rate(levels.leave_one_out(x, flipped, 10), flipped)
+    assert abs(found - wrong) < 0.08
+
+
+def rate_by_hand(scores, y, confident):
+    """Over all orders of ties, by example."""
+    n = len(y)
+    asked = int(np.ceil(confident * n))
+    ranked = np.sort(scores, axis=1)
+    margin = ranked[:, -1] - ranked[:, -2]
+    wrong = scores.argmax(axis=1) != y
+    drawn = []
+    for seed in range(400):
+        order = np.random.default_rng(seed).permutation(n)
+        best = order[np.argsort(-margin[order], kind="stable")][:asked]
+        drawn.append(wrong[best].mean())
+    return np.mean(drawn), np.std(drawn) / 20
+
+
+@pytest.mark.parametrize("confident", [0.01, 0.3, 0.5, 1.0])
+def test_noise_rate_equals_a_count_by_hand_ties_included(confident):
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 5, (41, 3)).astype(np.float32) / 4  # many ties
+    y = rng.integers(0, 3, 41)
+    run = functools.partial(levels.noise_rate, confident=confident)
+    expected, error = rate_by_hand(scores, y, confident)
+    assert abs(run(scores, y) - expected) <= 4 * error + 1e-6
+    order = rng.permutation(41)
+    np.testing.assert_allclose(run(scores[order], y[order]), run(scores, y), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(run)(scores, y), run(scores, y), rtol=1e-6)
+    half = jax.jit(run)(jnp.asarray(scores, jnp.bfloat16), jnp.asarray(y, jnp.uint8))
+    np.testing.assert_allclose(half, run(scores, y), rtol=1e-6)
+    assert half.dtype == jnp.float32
+    assert np.isnan(jax.jit(run)(jnp.asarray(scores).at[3, 1].set(jnp.nan), y))
+
+
+X, Y = blobs(0)
+IMAGES = np.arange(24.0 * 6).reshape(24, 3, 2) % 7
+BAD = {
+    "images": (
+        lambda: levels.leave_one_out(IMAGES, Y, 3),
+        ValueError,
+        "`leave_one_out(features)` must be of shape [n, d], got (24, 3, 2): pass "
+        "`features.reshape(len(features), -1)`.",
+    ),
+    "vector": (
+        lambda: levels.leave_one_out(X[:, 0], Y, 3),
+        ValueError,
+        "got (24,): pass `features[:, None]`.",
+    ),
+    "complex": (
+        lambda: levels.leave_one_out(X + 1j, Y, 3),
+        TypeError,
+        "`leave_one_out(features)` must be real numbers, got dtype complex128.",
+    ),
+    "nan": (
+        lambda: levels.leave_one_out(np.where(X[2, 1] < X, np.nan, X), Y, 3),
+        ValueError,
+        "`leave_one_out(features)` must be finite, got NaN or infinity in ",
+    ),
+    "constant": (
+        lambda: levels.leave_one_out(np.ones((24, 4)), Y, 3),
+        ValueError,
+        "`leave_one_out(features)` must have rows that differ, got equal ones.",
+    ),
+    "one group": (
+        lambda: levels.leave_one_out(X, Y, 3, groups=[1] * 24),
+        ValueError,
+        "must have rows that differ: `groups` has one group.",
+    ),
+    "groups": (
+        lambda: levels.leave_one_out(X, Y, 3, groups=[1, 2]),
+        ValueError,
+        "`leave_one_out(groups=...)` must have an entry for each of the 24 examples",
+    ),
+    "one class": (
+        lambda: levels.leave_one_out(X, np.ones(24, int), 3),
+        ValueError,
+        "`leave_one_out(labels)` must name two classes at least, got 1 alone.",
+    ),
+    "few": (
+        lambda: levels.leave_one_out(X[:5], Y[:5], 3),
+        ValueError,
+        "must have at least two examples for each of the 3 classes",
+    ),
+    "labels": (
+        lambda: levels.leave_one_out(X, Y, 2),
+        ValueError,
+        "`leave_one_out(labels)` must lie in [0, 2), got 0 to 2.",
+    ),
+    "shapes": (
+        lambda: levels.leave_one_out(X, Y[:7], 3),
+        ValueError,
+        "must be of shapes [n, d] and [n], got (24, 4) and (7,).",
+    ),
+    "traced": (
+        lambda: jax.jit(lambda x: levels.leave_one_out(x, Y, 3))(X),
+        TypeError,
+        "`leave_one_out(features)` must be known, got a tracer",
+    ),
+    "scores": (
+        lambda: levels.noise_rate(X[:, 0].astype("f4"), Y),
+        ValueError,
+        "`noise_rate(scores, labels)` must be of shapes [n, c] and [n], c at least 2",
+    ),
+    "scores nan": (
+        lambda: levels.noise_rate(np.full((24, 3), np.nan, "f4"), Y),
+        ValueError,
+        "`noise_rate(scores)` must not be NaN: the model of their fold has diverged",
+    ),
+    "confident": (
+        lambda: levels.noise_rate(X.astype("f4"), Y, confident=0.0),
+        ValueError,
+        "`noise_rate(confident=...)` must be in (0, 1], got 0.0.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_scores_and_features_get_their_message(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_remedies_of_the_shape_of_features_work():
+    flat = levels.leave_one_out(IMAGES.reshape(len(IMAGES), -1), Y, 3)
+    assert flat.shape == levels.leave_one_out(X[:, 0][:, None], Y, 3).shape == (24, 3)
+    pixels = (IMAGES.reshape(24, -1)).astype(np.uint8)  # integers are numbers too
+    np.testing.assert_allclose(levels.leave_one_out(pixels, Y, 3), flat, atol=1e-6)
+    absent = levels.leave_one_out(X, Y, 5)  # no label is 3 or 4
+    np.testing.assert_array_equal(absent[:, 3:], 0)
