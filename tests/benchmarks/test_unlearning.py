@@ -20,7 +20,7 @@ from benchmarks.unlearning import findings, measures, problems, settings, traini
 from benchmarks.unlearning.methods import METHODS, Known, Recipe, Seen, recipes
 
 CONSTANTS = settings.Constants(
-    rates=(1e-2, 3e-2), factors=(0.5,), horizons=(2, 7), checks=(1, 2, 5, 7), relearn=9
+    rates=(1e-2, 3e-2), factors=(0.5,), horizons=(2, 7), checks=(1, 2, 5, 7), relearn=60
 )
 KEY = jax.random.key(3)
 DIGITS = settings.Setting(
@@ -201,7 +201,23 @@ def test_run_is_read_at_its_checks_and_stops_at_tau(digits, prepared):
     np.testing.assert_allclose(
         found["stopped"][1], read(stopped[1]), rtol=2e-3, atol=1e-4
     )
-    assert found["deep"].shape == (2, 3, len(measures.DEEP))
+    # the dear measures at the horizons, 2 and 7 steps, and of the stopped model
+    lira = measures.Lira(prepared["lira_mean"][1], prepared["lira_sd"][1])
+    reader = training.Reader(
+        digits, CONSTANTS, data, [unravel(m) for m in prepared["models"][1]], lira
+    )
+    assert reader.back == pytest.approx(
+        (
+            tau
+            + float(
+                loss(unravel(prepared["models"][1][0]), data.forget, slice(4, None))
+            )
+        )
+        / 2
+    )
+    deep = np.stack([reader.deep(one) for one in (seen[1], seen[3], stopped[1])])
+    assert len({tuple(one[:2]) for one in deep}) == 3
+    np.testing.assert_allclose(found["deep"][1], deep, atol=1e-6)
 
 
 # What is known, and what is measured
@@ -316,7 +332,9 @@ def test_verbatim_counts_what_greedy_decoding_continues(text):
     assert measures.verbatim(text, data, fitted) == pytest.approx(np.mean(counts))
 
 
-def test_relearning_counts_the_steps_of_a_loop(digits):
+def test_relearning_counts_the_steps_of_a_loop():
+    setting = DIGITS._replace(forget=40, flips=0.0)  # so that the halves are alike
+    digits = problems.problem("images", setting, CONSTANTS)
     data, params = digits.draw(KEY), digits.start(jax.random.key(1))
     x, y = data.forget
 
@@ -327,8 +345,8 @@ def test_relearning_counts_the_steps_of_a_loop(digits):
     adam, now = optax.adam(CONSTANTS.train_rate), params
     state, others = adam.init(params), []
     for _ in range(6):
-        others.append(float(loss(now, slice(4, None))))
-        updates, state = adam.update(jax.grad(loss)(now, slice(4)), state)
+        others.append(float(loss(now, slice(20, None))))
+        updates, state = adam.update(jax.grad(loss)(now, slice(20)), state)
         now = optax.apply_updates(now, updates)
     count = lambda back: float(
         measures.relearned(digits, CONSTANTS, data, jnp.float32(back), params)
@@ -434,6 +452,28 @@ def test_verdicts_count_paired_intervals_of_the_form_named_before():
     assert "| NPO | 9.1 ± 1.3 |" not in made["unlearning-gaps-images"]
     assert "2.0 ± 12.7 | 9.1 ± 1.3 |" in made["unlearning-gaps-images"]
     assert set(findings.figures(payload)) == {"unlearning"}
+
+
+def test_row_is_read_at_the_horizons_and_at_the_least_gap():
+    course = np.zeros((2, 4, len(measures.COLUMNS)))  # seeds, checks after 1, 2, 5, 7
+    loss, retain = (
+        measures.COLUMNS.index(c) for c in ("forget_loss", "retain_accuracy")
+    )
+    course[:, :, loss] = [[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, np.nan]]
+    course[:, :, retain] = [[0.9, 0.8, 0.5, 0.1], [0.2, 0.3, 0.8, 0.9]]
+    golds = np.zeros((2, len(measures.COLUMNS)))
+    golds[:, retain] = 0.9, 0.7
+    reached = {"course": course, "stopped": course[:, 2], "stop": np.array([5, 7])}
+    reached["deep"] = np.arange(18.0).reshape(2, 3, 3)
+    row = unlearning.run_row(reached, golds, CONSTANTS)
+    assert row["at"]["2"]["forget_loss"] == [2.0, 4.0]
+    assert row["at"]["7"]["forget_loss"] == [4.0, None]
+    assert row["at"]["7"]["relearn"] == [3.0, 12.0]
+    assert row["at"]["7"]["gap"] == [20.0, 5.0]
+    assert row["at"]["stopped"]["step"] == [5.0, 7.0]
+    assert row["at"]["stopped"]["attack"] == [7.0, 16.0]
+    assert row["at"]["oracle"] == {"gap": [0.0, 2.5], "step": [1.0, 5.0]}
+    assert row["course"] == [2.0, 3.0, 4.0, None]
 
 
 def test_gap_is_the_mean_distance_of_four_measures_in_points():
