@@ -4,18 +4,16 @@ import argparse
 import dataclasses
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import study
-from benchmarks.choosing import settings
-from benchmarks.choosing.findings import figures, numbers, tables
+from benchmarks.choosing import findings, settings, wrong_labels
 from benchmarks.choosing.runs import Runner, outcomes
 from benchmarks.choosing.settings import SETTINGS, Constants
-
-__all__ = ["figures", "measure", "numbers", "options", "tables"]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +29,35 @@ def options(parser: argparse.ArgumentParser) -> None:
         default=pathlib.Path("out", "choosing"),
         help="where the finished runs are kept; a second start does what is missing",
     )
+    parser.add_argument(
+        "--wrong-labels",
+        action="store_true",
+        help="the share of wrong labels that is found without training, alone",
+    )
     study.data_option(parser)
 
 
+def record_name(payload: Mapping[str, Any]) -> str:
+    return wrong_labels.RECORD if "wrong_labels" in payload else "choosing"
+
+
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    part = wrong_labels if "wrong_labels" in payload else findings
+    return part.tables(payload)
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    part = wrong_labels if "wrong_labels" in payload else findings
+    return part.numbers(payload)
+
+
+def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "wrong_labels" in payload else findings.figures(payload)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.wrong_labels:
+        return wrong_labels.measure(args)
     constants, seeds, names, work = Constants(), args.seeds, args.settings, args.work
     if args.smoke:
         constants, seeds, names = settings.SMOKE, 2, ["wine-0.2-even-full-adam"]

@@ -12,8 +12,15 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import choosing, points
-from benchmarks.choosing import findings, rules, runs, settings, training
+from benchmarks import choosing, points, study
+from benchmarks.choosing import (
+    findings,
+    rules,
+    runs,
+    settings,
+    training,
+    wrong_labels,
+)
 from flood_optax import levels
 
 TINY = settings.SMOKE
@@ -312,3 +319,21 @@ def choosing_parser():
     parser = record.arguments("choosing", choosing.__doc__)
     choosing.options(parser)
     return parser
+
+
+def test_the_share_of_wrong_labels_has_a_record_of_its_own(tmp_path):
+    study.conduct(choosing, ["--wrong-labels", "--smoke", "--out", str(tmp_path)])
+    payload = json.loads((tmp_path / "choosing-wrong-labels.json").read_text())
+    (row,) = payload["wrong_labels"]
+    assert (row["data"], row["flips"], len(row["half"])) == ("wine", 0.2, 2)
+    table = choosing.tables(payload)["choosing-wrong-labels"]
+    mean, sd = 100 * np.mean(row["half"]), 100 * np.std(row["half"], ddof=1)
+    assert f"| wine (60) | {mean:.1f} ({sd:.1f}) |" in table
+    found = choosing.numbers(payload)
+    part = payload["subset"]
+    assert found["subset/difference"] == pytest.approx(
+        100 * np.mean(np.subtract(part["part"], part["whole"])), abs=1e-3
+    )
+    assert found["annotator/wrong"] > 2 * found["annotator/half"]
+    assert choosing.figures(payload) == {}
+    assert wrong_labels.subset(0) == wrong_labels.subset(0)

@@ -1,0 +1,133 @@
+"""The share of wrong labels that leave-one-out scores find, against the one put in."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks import pools, report
+from benchmarks.choosing import settings
+from benchmarks.choosing.settings import SIZES, Setting
+from flood_optax import levels
+
+RECORD = "choosing-wrong-labels"
+DATA = ("digits", "wine", "breast_cancer", "two_gaussians", "spiral")
+FLIPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)
+DRAWS, SMOKE_DRAWS = 12, 2
+WHOLE = 1200  # of digits, where a subset is asked in its place
+TAUGHT = 40  # examples that the weak annotator has learned from
+
+
+def estimate(x: Any, y: Any, classes: int) -> dict[str, float]:
+    """Of the more confident half, and of all."""
+    scores = levels.leave_one_out(np.asarray(x), np.asarray(y), classes)
+    shares = {"half": 0.5, "all": 1.0}
+    return {
+        name: float(levels.noise_rate(scores, y, confident=share))
+        for name, share in shares.items()
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    draws = SMOKE_DRAWS if args.smoke else DRAWS
+    names, flips = (("wine",), (0.2,)) if args.smoke else (DATA, FLIPS)
+    keys = jax.random.split(jax.random.key(0), draws)
+    rows = []
+    for name in names:
+        for rate in flips:
+            setting = Setting(name, rate)
+            draw = settings.drawing(setting, args.data)
+            classes = settings.classes(setting)
+            found = [estimate(*draw(key).train, classes) for key in keys]
+            rows.append({"data": name, "flips": rate, **columns(found)})
+            print(f"{name}, {rate:.0%}", flush=True)
+    return {
+        "protocol": {
+            "draws": draws,
+            "sizes": {name: SIZES[name][0] for name in names},
+            "whole": WHOLE,
+            "taught": TAUGHT,
+        },
+        "wrong_labels": rows,
+        "subset": columns(map(subset, range(draws))),
+        "annotator": columns(map(annotated, range(draws))),
+    }
+
+
+def subset(seed: int) -> dict[str, float]:
+    """A fifth of the labels wrong, estimated from all of them and from a quarter."""
+    x, y, rng = shuffled_digits(seed)
+    x, y = x[:WHOLE], y[:WHOLE].copy()
+    wrong = rng.permutation(WHOLE)[: WHOLE // 5]
+    y[wrong] = (y[wrong] + rng.integers(1, 10, len(wrong))) % 10
+    some = rng.permutation(WHOLE)[: WHOLE // 4]
+    whole, part = estimate(x, y, 10)["half"], estimate(x[some], y[some], 10)["half"]
+    return {"whole": whole, "part": part, "difference": part - whole}
+
+
+def annotated(seed: int) -> dict[str, float]:
+    """Labels by a weak linear annotator: what is wrong can be told from the input."""
+    x, true, _ = shuffled_digits(seed)
+    annotator = LogisticRegression(max_iter=1000).fit(x[:TAUGHT], true[:TAUGHT])
+    x, true = x[TAUGHT:][:300], true[TAUGHT:][:300]
+    given = annotator.predict(x)
+    return {"wrong": float((given != true).mean()), **estimate(x, given, 10)}
+
+
+def shuffled_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    rng = np.random.default_rng(seed)
+    x, y = (np.asarray(array) for array in pools.load("digits", None))
+    order = rng.permutation(len(x))
+    return x[order], y[order], rng
+
+
+def columns(draws: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The draws, one after another, by what they found."""
+    rows = list(draws)
+    return {name: [round(row[name], 5) for row in rows] for name in rows[0]}
+
+
+def spread(found: list[float], form: str = ".1f") -> str:
+    """Mean and standard deviation over the draws, in per cent."""
+    mean, sd = 100 * np.mean(found), 100 * np.std(found, ddof=1)
+    return f"{mean:{form}} ({sd:.1f})"
+
+
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    rows, sizes = payload["wrong_labels"], payload["protocol"]["sizes"]
+    lines = [
+        {"data": name, **{f"{r['flips']:.0%}": r for r in rows if r["data"] == name}}
+        for name in sizes
+    ]
+
+    def cell(flips: str) -> report.Cell:
+        return lambda line: spread(line[flips]["half"])
+
+    def title(line: Mapping[str, Any]) -> str:
+        words = settings.title(Setting(line["data"], 0.0))
+        return f"{words} ({sizes[line['data']]})"
+
+    heads = [head for head in lines[0] if head != "data"]
+    body = report.table(
+        lines, {"data (examples)": title, **{head: cell(head) for head in heads}}
+    )
+    text = (
+        "Share of wrong labels put in (head) and found, in per cent: mean and, in "
+        f"brackets, standard deviation over {payload['protocol']['draws']} draws."
+    )
+    return {RECORD: "\n\n".join((body, text, report.provenance(payload)))}
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Means and standard deviations, in per cent, and what asking all labels adds."""
+    found: dict[str, Any] = {"draws": payload["protocol"]["draws"]}
+    more = [np.mean(r["all"]) - np.mean(r["half"]) for r in payload["wrong_labels"]]
+    found |= {"all/least_more": 100 * min(more), "all/most_more": 100 * max(more)}
+    for name in ("subset", "annotator"):
+        for column, draws in payload[name].items():
+            found[f"{name}/{column}"] = 100 * float(np.mean(draws))
+            found[f"{name}/{column}_sd"] = 100 * float(np.std(draws, ddof=1))
+    return found
