@@ -215,7 +215,7 @@ def compared_sweeps(levels: int, seeds: int, steps: int) -> list[dict[str, Any]]
     Also how far the losses of the first steps, where rounding has not grown yet, are
     from those of the first loop.
     """
-    train = programs.small_training(steps)
+    train: Any = programs.small_training(steps)
     grid = np.linspace(0.0, 2.0, levels).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), seeds)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 # They call a function of Python, of which a jaxpr holds the address alone.
 CALLS_PYTHON = {"pure_callback", "io_callback", "custom_vmap_call", "debug_callback"}
@@ -31,7 +31,7 @@ class Traced(NamedTuple):
     """
 
     function: Callable[..., Any]
-    jaxpr: ClosedJaxpr
+    jaxpr: Any
     shape: Any
 
     def call(self, *args: Any) -> Any:
@@ -71,7 +71,7 @@ class Fingerprint(NamedTuple):
     hidden: frozenset[str]
 
 
-def fingerprint(jaxpr: ClosedJaxpr) -> Fingerprint:
+def fingerprint(jaxpr: Any) -> Fingerprint:
     """The fingerprint of a computation.
 
     Rules of derivatives need no look: where they are used, they are in the jaxpr.
@@ -92,9 +92,9 @@ def _digest(part: Any, hidden: set[str], known: dict[int, bytes]) -> bytes:
     if id(part) in known:
         return known[id(part)]
     digest = hashlib.sha256()
-    if isinstance(part, ClosedJaxpr | Jaxpr):
-        parts = list(part.consts) if isinstance(part, ClosedJaxpr) else []
-        jaxpr = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+    if hasattr(part, "eqns"):  # a jaxpr, closed or not: JAX 0.12 has one class for both
+        parts = list(getattr(part, "consts", ()))
+        jaxpr = getattr(part, "jaxpr", part)
         operands = [*jaxpr.outvars]
         for equation in jaxpr.eqns:
             hidden.update({equation.primitive.name} & CALLS_PYTHON)
