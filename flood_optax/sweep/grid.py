@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from flood_optax.checks import integer
 from flood_optax.sweep.extras import optional, progress_bar
 from flood_optax.sweep.inputs import (
+    as_keys,
+    as_levels,
+    as_metrics,
     called,
-    checked_keys,
-    checked_levels,
-    checked_metrics,
 )
 from flood_optax.sweep.journal import Journal
 from flood_optax.sweep.placement import Runs, Strategy, placement
@@ -105,13 +105,13 @@ def run(
     train_runs, context = placement(strategy, mesh)
     if chunk_size is not None:
         integer("sweep.run(chunk_size=...)", chunk_size, least=1)
-    given, used = checked_levels(levels, "sweep.run(levels)")
-    seeds = checked_keys(keys, "sweep.run(keys)")
+    given, used = as_levels(levels, "sweep.run(levels)")
+    seeds = as_keys(keys, "sweep.run(keys)")
     if progress:
         optional("tqdm", "sweep.run(progress=True)")
 
     def one(level: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
-        return checked_metrics(train(level, seeds.unwrap(words)), "sweep.run(train)")
+        return as_metrics(train(level, seeds.unwrap(words)), "sweep.run(train)")
 
     with called("sweep.run(train)", train, "level", "key"), context():
         traced = trace(

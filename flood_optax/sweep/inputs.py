@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from flood_optax.checks import check_level, function
+from flood_optax.checks import check_level, function, scalar_loss
 
 Array = npt.NDArray[Any]
+STACK = (
+    "Stack a list of batches, `jax.tree.map(lambda *b: jnp.stack(b), *batches)`; "
+    "arrays that make up one batch go in a tuple or a dict."
+)
 
 
 class Levels(NamedTuple):
@@ -27,7 +31,7 @@ class Levels(NamedTuple):
     used: Array
 
 
-def checked_levels(levels: Any, call: str) -> Levels:
+def as_levels(levels: Any, call: str) -> Levels:
     """The levels; two that training sees as one would be trained twice."""
     try:
         given = np.asarray(levels)
@@ -75,7 +79,7 @@ class Keys(NamedTuple):
         return jax.random.wrap_key_data(words, impl=self.impl)
 
 
-def checked_keys(given: Any, call: str) -> Keys:
+def as_keys(given: Any, call: str) -> Keys:
     """The keys; two that are the same would repeat a run and understate the spread."""
     keys = given
     listed = isinstance(given, list | tuple) and given
@@ -126,7 +130,7 @@ def called(call: str, given: Any, *words: str) -> Generator[None]:
         raise
 
 
-def checked_metrics(metrics: Any, call: str) -> dict[str, jax.Array]:
+def as_metrics(metrics: Any, call: str) -> dict[str, jax.Array]:
     """The metrics as arrays; they must be a flat dict of real numbers."""
     if not isinstance(metrics, Mapping):
         raise TypeError(
@@ -154,3 +158,100 @@ def _metric(name: Any, value: Any, call: str) -> jax.Array:
             f"{dtype}."
         )
     return jnp.asarray(value)
+
+
+def as_strong(leaf: Any) -> jax.Array:
+    """The leaf as an array of its own dtype, not a weak one."""
+    array = jnp.asarray(leaf)
+    weak = getattr(array, "weak_type", False)  # typed keys have no such attribute
+    return array.astype(array.dtype) if weak else array
+
+
+def as_stacked(batches: Any) -> Any:
+    """The batches as arrays; a list is of batches, of which the axes are others."""
+    for leaf in jax.tree.leaves(batches, is_leaf=lambda part: isinstance(part, list)):
+        if isinstance(leaf, list):
+            raise TypeError(
+                "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
+                f"list of {len(leaf)}. {STACK}"
+            )
+    return jax.tree.map(jnp.asarray, batches)
+
+
+def check_no_batch_alone(
+    step: Callable[..., Any], batches: Any, state: Any, level: jax.ShapeDtypeStruct
+) -> None:
+    """Refuses a tuple of batches: its parts are alike, and the step takes one alone."""
+    if not (type(batches) is tuple and batches):
+        return
+    first, *others = (jax.eval_shape(lambda x: x, part) for part in batches)
+    if any(other != first for other in others):
+        return
+    try:
+        jax.eval_shape(step, state, first, level)
+    except Exception:  # whatever a step raises that is given a part of its batch
+        return
+    raise TypeError(
+        "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a tuple of "
+        f"{len(batches)}, each of which the step takes as a batch. {STACK}"
+    )
+
+
+def num_steps(batches: Any) -> int:
+    """The length of the leading axis, the same in every leaf."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise ValueError(
+            "`sweep.forked(batches)` must have one leading axis [steps] in all leaves, "
+            f"one step at least, got the shapes {sorted(shapes)}. {STACK}"
+        )
+    return lengths.pop()[0]
+
+
+def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    """The step, with what it returns checked while it is traced."""
+
+    def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
+        result = step(*args)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "`sweep.forked(step)` must return (state, metrics), got "
+                f"{type(result).__name__}."
+            )
+        after, metrics = result
+        metrics = as_metrics(metrics, "sweep.forked(step)")
+        if "loss" not in metrics:
+            raise TypeError(
+                "`sweep.forked(step)` must return the raw loss as the metric 'loss', "
+                f"got {', '.join(map(repr, metrics))}."
+            )
+        scalar_loss(
+            metrics["loss"],
+            "sweep.forked(step)'s loss",
+            "Return the loss that is compared with the level.",
+        )
+        return _state_like(after, state), metrics
+
+    return checked
+
+
+def _state_like(after: Any, before: Any) -> Any:
+    """The new state, if it has structure, shapes and dtypes of the given one."""
+    if jax.tree.structure(after) != jax.tree.structure(before):
+        raise TypeError(
+            "`sweep.forked(step)` must keep the structure of the state, got "
+            f"{jax.tree.structure(after)} from {jax.tree.structure(before)}."
+        )
+
+    def alike(path: Any, new: Any, old: jax.Array) -> jax.Array:
+        new = jnp.asarray(new)
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise TypeError(
+                "`sweep.forked(step)` must keep shapes and dtypes of the state, got "
+                f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]} at "
+                f"state{jax.tree_util.keystr(path)}."
+            )
+        return as_strong(new)
+
+    return jax.tree.map_with_path(alike, after, before)

@@ -345,12 +345,14 @@ class Result:
         if at == "best":
             return _extreme(values, mode, axis=-1)
         steps = values.shape[-1]
-        if isinstance(at, str) or not -steps <= at < steps:
+        step: Any = at  # whatever it is
+        whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
+        if not (whole and -steps <= step < steps):
             raise ValueError(
                 f'`Result.{call}(at=...)` must be "best" or a step in [{-steps}, '
                 f"{steps}), got {at!r}."
             )
-        return values[..., at]
+        return values[..., step]
 
     def _warn_of_nan(self, metric: str, scores: Array) -> None:
         number = int(np.isnan(scores).sum())

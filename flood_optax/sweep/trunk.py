@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flood_optax.checks import scalar_loss
 from flood_optax.precision import compare_dtype
 from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import (
     Array,
     Levels,
+    as_levels,
+    as_stacked,
+    as_strong,
     called,
-    checked_levels,
-    checked_metrics,
+    check_no_batch_alone,
+    num_steps,
+    with_checks,
 )
 from flood_optax.sweep.result import Result
 from flood_optax.sweep.traced import Traced, fingerprint, settings, trace
@@ -108,17 +111,17 @@ def forked(
       >>> print(result.metrics["loss"].shape, result.levels[0])
       (2, 200) -inf
     """
-    state = jax.tree.map(_strong, state)
-    batches = _stacked(batches)
-    number = _num_steps(batches)
-    known = None if callable(levels) else checked_levels(levels, "sweep.forked(levels)")
+    state = jax.tree.map(as_strong, state)
+    batches = as_stacked(batches)
+    number = num_steps(batches)
+    known = None if callable(levels) else as_levels(levels, "sweep.forked(levels)")
     off = np.dtype(jnp.result_type(float)).type(-np.inf)
     lowest: Level = off if known is None else known.used.min()
     batch = jax.eval_shape(lambda batches: _batch(batches, 0), batches)
     level_type = jax.ShapeDtypeStruct((), lowest.dtype)
     with called("sweep.forked(step)", step, "state", "batch", "level"):
-        checked = _checked_step(step, state)
-        _check_no_batch_alone(checked, batches, state, level_type)
+        checked = with_checks(step, state)
+        check_no_batch_alone(checked, batches, state, level_type)
         traced = trace(checked, "sweep.forked(step)", state, batch, level_type)
     program = _program(traced)
     with progress_bar(
@@ -131,15 +134,7 @@ def forked(
         trunk = _trunk(
             program, state, batches, lowest=lowest, others=others, advance=advance
         )
-        try:
-            known = known or _levels_of(levels, trunk.rows, off.dtype)
-        except Exception as error:
-            error.metrics = trunk.rows  # type: ignore[attr-defined]
-            error.add_note(
-                "The run without flooding is done: its metrics are the attribute "
-                "`metrics` of this error."
-            )
-            raise
+        known = known or _levels_of(levels, trunk.rows, off.dtype)
         branches = [level for level in known.used if level != lowest]
         forks = [_fork(trunk.rows["loss"], level, lowest) for level in branches]
         begins = [_origin(fork, number) for fork in forks]
@@ -204,7 +199,7 @@ def _trunk(
     advance: Callable[[int], Any],
 ) -> _Trunk:
     """Runs the lowest level in segments; keeps a state where a branch will begin."""
-    number = _num_steps(batches)
+    number = num_steps(batches)
     length = _segment(number)
     origins: dict[int, Any] = {}
     pieces: list[Rows] = []
@@ -269,7 +264,7 @@ def _compiled(traced: Traced) -> Program:
         state: Any, batches: Any, level: jax.Array, begin: jax.Array, end: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         rows = {
-            name: jnp.zeros((_num_steps(batches), *metric.shape), metric.dtype)
+            name: jnp.zeros((num_steps(batches), *metric.shape), metric.dtype)
             for name, metric in traced.shape[1].items()
         }
 
@@ -288,10 +283,18 @@ def _levels_of(
     function: Callable[[Rows], Any], rows: Rows, dtype: np.dtype[Any]
 ) -> Levels:
     """The levels read off the run without flooding, which is one of them."""
-    chosen = np.atleast_1d(function(rows))
-    if chosen.ndim == 1 and not (chosen == -np.inf).any():
-        chosen = np.append(-np.inf, chosen)
-    given, used = checked_levels(chosen, "sweep.forked(levels)'s result")
+    try:
+        chosen = np.atleast_1d(function(rows))
+        if chosen.ndim == 1 and not (chosen == -np.inf).any():
+            chosen = np.append(-np.inf, chosen)
+        given, used = as_levels(chosen, "sweep.forked(levels)'s result")
+    except Exception as error:
+        error.metrics = rows  # type: ignore[attr-defined]
+        error.add_note(
+            "The run without flooding is done: its metrics are the attribute `metrics` "
+            "of this error."
+        )
+        raise
     return Levels(given, used.astype(dtype))  # of the trunk: another is another program
 
 
@@ -314,106 +317,3 @@ def _batch(batches: Any, i: int | jax.Array) -> Any:
 def _same_bits(a: Array, b: Array) -> bool:
     """Whether two arrays hold the same bits: of zeros the sign, of NaN the payload."""
     return a.tobytes() == b.tobytes()
-
-
-def _strong(leaf: Any) -> jax.Array:
-    """The leaf as an array of its own dtype, not a weak one."""
-    array = jnp.asarray(leaf)
-    weak = getattr(array, "weak_type", False)  # typed keys have no such attribute
-    return array.astype(array.dtype) if weak else array
-
-
-STACK = (
-    "Stack a list of batches, `jax.tree.map(lambda *b: jnp.stack(b), *batches)`; "
-    "arrays that make up one batch go in a tuple or a dict."
-)
-
-
-def _stacked(batches: Any) -> Any:
-    """The batches as arrays; a list is of batches, of which the axes are others."""
-    for leaf in jax.tree.leaves(batches, is_leaf=lambda part: isinstance(part, list)):
-        if isinstance(leaf, list):
-            raise TypeError(
-                "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
-                f"list of {len(leaf)}. {STACK}"
-            )
-    return jax.tree.map(jnp.asarray, batches)
-
-
-def _check_no_batch_alone(
-    step: Callable[..., Any], batches: Any, state: Any, level: jax.ShapeDtypeStruct
-) -> None:
-    """Refuses a tuple of batches: its parts are alike, and the step takes one alone."""
-    if not (type(batches) is tuple and batches):
-        return
-    first, *others = (jax.eval_shape(lambda x: x, part) for part in batches)
-    if any(other != first for other in others):
-        return
-    try:
-        jax.eval_shape(step, state, first, level)
-    except Exception:  # whatever a step raises that is given a part of its batch
-        return
-    raise TypeError(
-        "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a tuple of "
-        f"{len(batches)}, each of which the step takes as a batch. {STACK}"
-    )
-
-
-def _num_steps(batches: Any) -> int:
-    """The length of the leading axis, the same in every leaf."""
-    shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
-    lengths = {shape[:1] for shape in shapes}
-    if len(lengths) != 1 or lengths & {(), (0,)}:
-        raise ValueError(
-            "`sweep.forked(batches)` must have one leading axis [steps] in all leaves, "
-            f"one step at least, got the shapes {sorted(shapes)}. {STACK}"
-        )
-    return lengths.pop()[0]
-
-
-def _checked_step(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
-    """The step, with what it returns checked while it is traced."""
-
-    def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
-        result = step(*args)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                "`sweep.forked(step)` must return (state, metrics), got "
-                f"{type(result).__name__}."
-            )
-        after, metrics = result
-        metrics = checked_metrics(metrics, "sweep.forked(step)")
-        if "loss" not in metrics:
-            raise TypeError(
-                "`sweep.forked(step)` must return the raw loss as the metric 'loss', "
-                f"got {', '.join(map(repr, metrics))}."
-            )
-        scalar_loss(
-            metrics["loss"],
-            "sweep.forked(step)'s loss",
-            "Return the loss that is compared with the level.",
-        )
-        return _state_like(after, state), metrics
-
-    return checked
-
-
-def _state_like(after: Any, before: Any) -> Any:
-    """The new state, if it has structure, shapes and dtypes of the given one."""
-    if jax.tree.structure(after) != jax.tree.structure(before):
-        raise TypeError(
-            "`sweep.forked(step)` must keep the structure of the state, got "
-            f"{jax.tree.structure(after)} from {jax.tree.structure(before)}."
-        )
-
-    def alike(path: Any, new: Any, old: jax.Array) -> jax.Array:
-        new = jnp.asarray(new)
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise TypeError(
-                "`sweep.forked(step)` must keep shapes and dtypes of the state, got "
-                f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]} at "
-                f"state{jax.tree_util.keystr(path)}."
-            )
-        return _strong(new)
-
-    return jax.tree.map_with_path(alike, after, before)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flood_optax import levels, sweep
+from flood_optax import FloodWarning, levels, sweep
 from flood_optax.sweep import Result
 
 NAN = np.nan
@@ -24,7 +24,7 @@ def result(**metrics):
 
 
 def ignoring_nan(function, *args, **kwargs):
-    with pytest.warns(UserWarning, match="which are not chosen"):
+    with pytest.warns(FloodWarning, match="which are not chosen"):
         return function(*args, **kwargs)
 
 
@@ -62,7 +62,7 @@ def test_best_equals_a_search_in_python(seed, mode):
 
 def test_best_reports_nan_and_gives_nan_where_nothing_else_is():
     scores = np.array([[NAN, 1.0], [NAN, NAN], [NAN, -np.inf]])
-    with pytest.warns(UserWarning, match="'acc' is NaN in 4 of 6 runs"):
+    with pytest.warns(FloodWarning, match="'acc' is NaN in 4 of 6 runs"):
         best = result(acc=scores).best("acc", "max")
     np.testing.assert_array_equal(best, [NAN, 0.2])
     np.testing.assert_array_equal(
@@ -190,6 +190,8 @@ ERRORS = {
     "no curve": (lambda r: r.best("acc", "max", at=-1), "needs a curve, got 'acc'"),
     "step": (lambda r: r.best("loss", "max", at=4), r"step in \[-4, 4\), got 4"),
     "step word": (lambda r: r.best("loss", "max", at="last"), "got 'last'"),
+    "half a step": (lambda r: r.best("loss", "max", at=1.5), r"step in .*, got 1.5"),
+    "no step": (lambda r: r.best("loss", "max", at=True), r"step in .*, got True"),
     "level": (lambda r: r.curves("loss", 0.3), "got 0.3; there are 0.2, 0, 0.1"),
     "levels": (lambda r: r.curves("loss", [0.1] * 3), r"got shape \(3,\) for the axes"),
     "no curve plot": (lambda r: r.plot_curves("acc", 0.1), "one number per step"),
@@ -228,6 +230,7 @@ def test_json_round_trip_is_exact():
     for ours, theirs in pairs:
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         assert ours.tobytes() == theirs.tobytes()
+        assert ours.flags.writeable
 
 
 def every_bit_pattern(dtype):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flood_optax import sweep
+from flood_optax import FloodWarning, sweep
 from flood_optax.sweep import journal, traced
 from tests import processes
 
@@ -629,7 +629,7 @@ def test_file_of_the_version_before_is_read_and_extended(copy, whole, computed):
     del header["settings"]
     copy.write_bytes(b"".join(map(journal._line, [header, *chunks])))
     with pytest.warns(
-        UserWarning, match="does not say with which version and settings"
+        FloodWarning, match="does not say with which version and settings"
     ):
         resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
     assert computed == [2, 2, 2]
