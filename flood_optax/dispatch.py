@@ -30,11 +30,11 @@ def one_dispatch(
 
 
 def _together(args: Any) -> bool:
-    """Whether all is known, and on the same devices, as one program needs it."""
-    places: set[frozenset[Any]] = set()
+    """Whether all is known, and on one device: spread out, each keeps its place."""
+    devices: set[Any] = set()
     for leaf in jax.tree.leaves(args):
         if isinstance(leaf, Tracer):
             return False
         if isinstance(leaf, jax.Array):
-            places.add(frozenset(leaf.devices()))
-    return len(places) < 2
+            devices |= leaf.devices()
+    return len(devices) < 2

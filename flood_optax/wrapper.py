@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.devices import AxisName
+from flood_optax.dispatch import one_dispatch
 from flood_optax.search import check_search, flooded_search, forgetting
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
@@ -142,6 +144,7 @@ def flood(
     inner = _optimizer(inner)
     compare = comparison("flood", level, band, shape)
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
+    remembered: tuple[Any, Any] = None, None  # types, and what makes no update of them
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
@@ -199,7 +202,18 @@ def flood(
             return stepped, after._replace(flood_inner_state=inner_state)
 
         def wait() -> tuple[Any, FloodWrapperState]:
-            zeros = jax.tree.map(_no_update, updates, jax.eval_shape(emit)[0])
+            nonlocal remembered
+            leaves, tree = jax.tree.flatten((updates, before.flood_inner_state, params))
+            types = tree, list(map(_type_of, leaves))
+            if remembered[0] != types:  # to trace a step costs more than to take it
+                stepped = jax.eval_shape(emit)[0]
+                zeros_like = functools.partial(jax.tree.map, _no_update)
+                remembered = types, one_dispatch(lambda tree: zeros_like(tree, stepped))
+            # what compiled code returns for a float0 is none
+            zeros = jax.tree.map(
+                lambda update, zero: zero if isinstance(zero, jax.Array) else update,
+                *(updates, remembered[1](updates)),
+            )
             return zeros, before._replace(flood_window=batch.kept())
 
         if isinstance(batch.emits, Tracer):
@@ -214,6 +228,10 @@ def _cast_like(new: Any, old: Any) -> Any:
     dtype = jax.dtypes.result_type(old)
     same = jax.dtypes.result_type(new) == dtype
     return new if same else jnp.asarray(new).astype(dtype)
+
+
+def _type_of(leaf: Any) -> tuple[Any, bool]:
+    return getattr(leaf, "dtype", type(leaf)), getattr(leaf, "weak_type", False)
 
 
 def _no_update(update: Any, stepped: Any) -> Any:

@@ -1,6 +1,8 @@
 """What flooding costs, by the compiler's own count: no clock."""
 
+import gzip
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +225,57 @@ def test_band_costs_a_few_scalars(form, without):
     assert 0 < flops[0] - flops[1] <= 1e-5 * flops[1]
     memory = [c.memory_analysis().temp_size_in_bytes for c in (banded, plain)]
     assert memory[0] <= memory[1] + 256
+
+
+def executions(run, folder):
+    """How many programs of XLA ran, by the profiler's own events."""
+    for _ in range(2):
+        run()  # compiles
+    with jax.profiler.trace(folder):
+        run()
+    (written,) = folder.glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(written.read_bytes()))["traceEvents"]
+    return sum(event.get("name", "").endswith(ONE_EXECUTION) for event in events)
+
+
+ONE_EXECUTION = "LoadedExecutable::ExecuteHelperOnSingleDevice"
+LEAVES = {f"layer{i}": {"w": jnp.ones((8, 8)), "b": jnp.ones(8)} for i in range(3)}
+
+
+def eagerly(optimizer, steps=1, **extra):
+    """A function that takes so many eager steps of Adam with 6 leaves."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    carry = [optimizer.init(LEAVES)]
+    value = jnp.float32(0.3)
+
+    def run():
+        for _ in range(steps):
+            updates, carry[0] = optimizer.update(
+                LEAVES, carry[0], LEAVES, value=value, **extra
+            )
+        jax.block_until_ready((updates, carry))
+
+    return run
+
+
+ADAM = optax.adam(1e-3)
+EAGER = {
+    # form -> a function of steps, how many programs more than plain Adam a step
+    "chain": (eagerly(optax.chain(scale_by_flood(0.5), ADAM)), 3),
+    "flood": (eagerly(flood(ADAM, 0.5)), 3),
+    "band": (eagerly(optax.chain(scale_by_flood(0.5, band=0.1), ADAM)), 3),
+    "weight": (eagerly(flood(ADAM, 0.5), weight=2.0), 8),
+    # four micro-batches, a step of Adam: less than one more
+    "windows": (eagerly(flood(ADAM, 0.5, every_k=4), steps=4), 50),
+}
+
+
+@pytest.mark.parametrize("form", EAGER)
+def test_flooding_runs_few_programs_more_eagerly(form, tmp_path):
+    plain = executions(eagerly(ADAM), tmp_path / "plain")
+    by_hand = optax.chain(sign_one_liner(0.3), ADAM)
+    sign = executions(eagerly(by_hand), tmp_path / "sign")
+    assert 60 < plain < sign  # there are such events
+    run, more = EAGER[form]
+    found = executions(run, tmp_path / "flooding")
+    assert plain < found <= plain + more
