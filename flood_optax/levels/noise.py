@@ -205,8 +205,8 @@ def noise_rate(
 
     It measures how many labels the features contradict. Of noise that does not depend
     on the input these are nearly all. Of noise that does, as the labels of a weak
-    annotator, it finds less (of 24.7 % on digits 3.6 %), which is the safe side: a
-    level too low costs less than one too high.
+    annotator, it finds less (of 26 % on digits .6 %), which is the safe side: a level
+    too low costs less than one too high.
 
     Args:
       scores: real floats [n, c], larger for likelier classes, each by a model that was
