@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from flood_optax.checks import FloodWarning
 from flood_optax.sweep.inputs import Array
@@ -195,6 +194,8 @@ def _from_first_process(content: bytes) -> bytes:
     """What the first process read, in all of them."""
     if jax.process_count() == 1:
         return content
+    from jax.experimental import multihost_utils  # noqa: PLC0415, slow to import
+
     length = multihost_utils.broadcast_one_to_all(np.int32(len(content)))
     padded = np.zeros(int(length), np.uint8)
     if jax.process_index() == 0:

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flood_optax.checks import one_of
@@ -203,6 +202,8 @@ def _fetched(calls: list[dict[str, jax.Array]]) -> list[Rows]:
     """The rows of all devices of all processes, in every process."""
     if all(value.is_fully_addressable for value in jax.tree.leaves(calls)):
         return jax.device_get(calls)
+    from jax.experimental import multihost_utils  # noqa: PLC0415, slow to import
+
     return multihost_utils.process_allgather(calls, tiled=True)
 
 

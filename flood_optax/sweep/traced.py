@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun
 
 # They call a function of Python, of which a jaxpr holds the address alone.
 CALLS_PYTHON = {"pure_callback", "io_callback", "custom_vmap_call", "debug_callback"}
@@ -36,6 +35,8 @@ class Traced(NamedTuple):
 
     def call(self, *args: Any) -> Any:
         """Calls the function without tracing it again."""
+        from jax.extend.core import jaxpr_as_fun  # noqa: PLC0415, brings Pallas
+
         flat = jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(self.shape), flat)
 
@@ -101,7 +102,7 @@ def _digest(part: Any, hidden: set[str], known: dict[int, bytes]) -> bytes:
             parts += jax.tree.leaves(equation.params)
             operands += equation.invars
         # Of a setting of JAX it depends whether arrays are constants or literals.
-        literals = [x.val for x in operands if isinstance(x, Literal)]
+        literals = [x.val for x in operands if hasattr(x, "val")]  # a variable has none
         parts += [value for value in literals if np.ndim(value)]
         for inner in parts:
             digest.update(_digest(inner, hidden, known))

@@ -156,18 +156,29 @@ def printed(code):
     return output
 
 
-def extras_imported_by(statement):
-    """The optional packages that a statement loads beyond what optax itself loads."""
+def imported_by(statement):
+    """What a statement loads beyond what optax itself loads."""
     code = (
         "import sys, jax, optax\nbefore = set(sys.modules)\n"
         f"{statement}\nprint(*(set(sys.modules) - before))"
     )
-    return EXTRAS & set(printed(code).split())
+    return set(printed(code).split())
+
+
+def extras_imported_by(statement):
+    return EXTRAS & imported_by(statement)
 
 
 def test_import_needs_jax_and_optax_alone():
     everything = "from flood_optax import levels, penalty, sharpness, sweep"
     assert extras_imported_by(everything) == set()
+
+
+def test_import_brings_no_part_of_jax_that_optax_does_not():
+    """Pallas and the tools for many processes take as long as all that is ours."""
+    of_jax = {name for name in imported_by("import flood_optax") if "jax" in name}
+    assert of_jax == set()
+    assert "jax.extend.core" in imported_by("import jax.extend.core")
 
 
 def test_import_probe_can_fail():
