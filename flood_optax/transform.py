@@ -163,7 +163,7 @@ def scale_by_flood(
                 "loss. Use `flood_optax.flood(inner, level)` or "
                 "`flood_optax.flooded(loss_fn, level)`."
             )
-        before: FloodState = own_state(state, FloodState, "scale_by_flood()")
+        before: FloodState = state_of(FloodState, state, "scale_by_flood()")
         read = batch_loss("scale_by_flood()", extra_args, axis_name, updates, params)
         counts = None if isinstance(read.weight, int) else read.weight != 0
         bent, after = compare(before, read.loss, counts)
@@ -376,8 +376,8 @@ def _is_scalar(tree: Any) -> bool:
     )
 
 
-def own_state(state: Any, kind: type, call: str) -> Any:
-    """The state, which must be of this transformation."""
+def state_of(kind: type, state: Any, call: str) -> Any:
+    """The state, which must be one that this transformation's `init` gave."""
     if not isinstance(state, kind):
         raise TypeError(
             f"`{call}.update(state)` must be a {kind.__name__}, as its `init` gives, "

@@ -13,9 +13,11 @@ from jax import export, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from flood_optax.bend import Bent
+from flood_optax.checks import check_raw
 from flood_optax.devices import AxisName
 from flood_optax.dispatch import one_dispatch
-from flood_optax.search import check_search, flooded_search, forgetting
+from flood_optax.objective import flooded
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
     FloodState,
@@ -23,8 +25,8 @@ from flood_optax.transform import (
     batch_loss,
     comparison,
     initial_state,
-    own_state,
     scaled,
+    state_of,
 )
 from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
 
@@ -159,8 +161,8 @@ def flood(
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        before: FloodWrapperState = own_state(state, FloodWrapperState, "flood(inner)")
-        check_search(
+        before: FloodWrapperState = state_of(FloodWrapperState, state, "flood(inner)")
+        _check_search(
             extra_args,
             windows=before.flood_window != (),
             weighted=axis_name is not None and extra_args.get("weight") is not None,
@@ -183,10 +185,10 @@ def flood(
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
-                **flooded_search(extra_args, bent, shape, axis_name),
+                **_inner_arguments(extra_args, bent, shape, axis_name),
             )
             if extra_args.get("value_fn") is not None:
-                inner_state = forgetting(inner_state, bent)
+                inner_state = _forget_flooded(inner_state, bent)
             return stepped, FloodWrapperState(flood_state, inner_state, batch.closed())
 
         if batch.emits is True:
@@ -223,6 +225,67 @@ def flood(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+# ---- line searches, which evaluate the loss themselves ----
+
+
+def _check_search(extra_args: dict[str, Any], *, windows: bool, weighted: bool) -> None:
+    """A line search compares losses of one batch: those it evaluates, and this one."""
+    for name in ("value_fn", "grad"):
+        if extra_args.get(name) is None:
+            continue
+        if windows:
+            raise ValueError(
+                "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
+                f"`{name}`, which belongs to one micro-batch, got one. "
+                "Line searches need the whole batch: `flood(inner, level)`."
+            )
+        if weighted and name == "value_fn":
+            raise ValueError(
+                "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both. "
+                "Give a `value` and a `value_fn` that are the weighted mean over the "
+                "devices already, without axis_name and weight."
+            )
+
+
+def _inner_arguments(
+    extra_args: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
+) -> dict[str, Any]:
+    """What goes to the inner optimizer beside the value: what came raw, flooded."""
+    handed_on = {n: x for n, x in extra_args.items() if n not in ("value", "weight")}
+    if handed_on.get("loss") is None:  # not given, and most optimizers do not know it
+        handed_on.pop("loss", None)
+    if extra_args.get("grad") is not None:
+        handed_on["grad"] = scaled(extra_args["grad"], bent.multiplier)
+    if extra_args.get("value_fn") is not None:
+        check_raw("flood(...).update(value_fn=...)", extra_args["value_fn"])
+        handed_on["value_fn"] = flooded(
+            extra_args["value_fn"], bent.level, axis_name=axis_name, shape=shape
+        )
+    return handed_on
+
+
+def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
+    """Marks value and gradient that a line search keeps, flooded ones, as unknown.
+
+    `optax.value_and_grad_from_state` takes them for raw ones, unless the value is
+    infinite: then it evaluates the loss function, as it does at the first step.
+    """
+
+    def kept(node: Any) -> bool:
+        return {"value", "grad"} <= set(getattr(node, "_fields", ()))
+
+    def forget(node: Any) -> Any:
+        if not kept(node):
+            return node
+        off = bent.level == -jnp.inf  # nothing was flooded
+        return node._replace(value=jnp.where(off, node.value, jnp.inf))
+
+    return jax.tree.map(forget, inner_state, is_leaf=kept)
+
+
+# ---- windows ----
+
+
 def _cast_like(new: Any, old: Any) -> Any:
     # astype knows no key, which needs none
     dtype = jax.dtypes.result_type(old)
@@ -239,6 +302,9 @@ def _no_update(update: Any, stepped: Any) -> Any:
     if jnp.issubdtype(stepped.dtype, np.number):
         return jnp.zeros_like(update, stepped.dtype)
     return update  # of float0, or a key
+
+
+# ---- what may be wrapped ----
 
 
 def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:

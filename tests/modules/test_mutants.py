@@ -13,7 +13,8 @@ def test_every_break_still_changes_one_place_and_names_its_tests():
     for mutant in breaks.BREAKS:
         text = (ROOT / mutant.file).read_text(encoding="utf-8")
         assert breaks.applied(mutant, text) != text
-        assert all((ROOT / name).is_file() for name in mutant.tests.split())
+        files, _, _ = mutant.tests.partition(" -k ")
+        assert all((ROOT / name).is_file() for name in files.split())
 
 
 def test_break_that_no_longer_applies_is_an_error():
