@@ -102,6 +102,17 @@ for each, by in itertools.product((AxisType.Explicit, AxisType.Auto), SPLITS):
 
 
 @CHECKS.once
+def leave_one_out_of_split_features_is_that_of_the_whole():
+    expected = levels.leave_one_out(GRADS["w"], LABELS, C)
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = mesh_of("data", "model", kind=kind)
+        with jax.set_mesh(mesh):
+            given = placed(mesh, [GRADS["w"], LABELS], SPLITS["both"])
+            got = levels.leave_one_out(*given, C)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@CHECKS.once
 def levels_of_examples_need_no_collective():
     mesh = mesh_of("data", kind=AxisType.Explicit)
     with jax.set_mesh(mesh):

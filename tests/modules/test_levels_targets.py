@@ -39,6 +39,15 @@ def test_wavebound_where_the_models_agree_descends():
     )
 
 
+def test_unsigned_numbers_are_not_negated():
+    losses = jnp.array([0.5, 2.0])
+    one = np.uint8(1)
+    np.testing.assert_array_equal(levels.wavebound(losses, one), losses - 1)
+    found = levels.adaflood(losses, one - one, alpha=one, beta=one)
+    np.testing.assert_allclose(found, losses + 1, rtol=1e-6)
+    np.testing.assert_allclose(levels.noise_floor(one, 3), np.log(2), rtol=1e-6)
+
+
 # Soft labels
 
 
