@@ -20,6 +20,7 @@ DROPS_VALUE = (
 )
 FLOODED = "__flooded__"  # what `flooded` returns has this attribute, True
 NUMBERS = numbers.Real | np.generic | np.ndarray | jax.Array
+OFF = " To switch flooding off, use -inf: the loss is never below it."
 
 
 class FloodWarning(UserWarning):
@@ -35,19 +36,31 @@ class FloodWarning(UserWarning):
     """
 
 
+def must(call: str, rule: str, got: object, remedy: str = "") -> str:
+    """What every error says: where, the rule, what was given, and what to do."""
+    return f"`{call}` must {rule}, got {got}.{remedy}"
+
+
+def typed(given: Any) -> str:
+    """A value beside its type, where the type is what is wrong."""
+    return f"{given!r} of type {type(given).__name__}"
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether it is one of floats or integers."""
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> None:
     """Demands one real number for which ``holds``, which a tracer is not asked."""
     if isinstance(given, bool) or not isinstance(given, NUMBERS):
-        raise TypeError(
-            f"`{call}` must be a real number, got {given!r} of type "
-            f"{type(given).__name__}."
-        )
+        raise TypeError(must(call, "be a real number", typed(given)))
     dtype = jnp.result_type(cast(ArrayLike, given))
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"`{call}` must be a real number, got dtype {dtype}.")
+    if not is_real(dtype):
+        raise TypeError(must(call, "be a real number", f"dtype {dtype}"))
     scalar(call, given)
     if not isinstance(given, Tracer) and not holds(float(given)):
-        raise ValueError(f"`{call}` must be {rule}, got {given}.")
+        raise ValueError(must(call, f"be {rule}", given))
 
 
 def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
@@ -57,11 +70,9 @@ def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
             raise TypeError
         found = operator.index(given)
     except TypeError:
-        raise TypeError(
-            f"`{call}` must be a static int, got {given!r}.{remedy}"
-        ) from None
+        raise TypeError(must(call, "be a static int", repr(given), remedy)) from None
     if found < least:
-        raise ValueError(f"`{call}` must be at least {least}, got {found}.")
+        raise ValueError(must(call, f"be at least {least}", found))
     return found
 
 
@@ -69,13 +80,11 @@ def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
     """Demands an array of integers, in [0, below), which a tracer is not asked."""
     array = jnp.asarray(given)
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"`{call}` must be integers, got {array.dtype}.")
+        raise TypeError(must(call, "be integers", array.dtype))
     known = None if below is None else known_numbers(given)
     if known is not None and known.size and not 0 <= known.min() <= known.max() < below:
-        least, most = known.min(), known.max()
-        raise ValueError(
-            f"`{call}` must lie in [0, {below}), got {least:.0f} to {most:.0f}."
-        )
+        ends = f"{known.min():.0f} to {known.max():.0f}"
+        raise ValueError(must(call, f"lie in [0, {below})", ends))
     return array
 
 
@@ -83,23 +92,20 @@ def one_per_loss(call: str, given: jax.Array, shape: tuple[int, ...]) -> None:
     """Demands the shape of the losses."""
     if given.shape != shape:
         raise ValueError(
-            f"`{call}` must have the shape {shape} of the losses, got {given.shape}."
+            must(call, f"have the shape {shape} of the losses", given.shape)
         )
 
 
 def scalar(call: str, given: Any, remedy: str = "") -> None:
     """Demands the shape ()."""
     if np.shape(given) != ():
-        raise ValueError(
-            f"`{call}` must be a scalar{remedy}, got shape {np.shape(given)}."
-        )
+        raise ValueError(must(call, f"be a scalar{remedy}", f"shape {np.shape(given)}"))
 
 
 def function(call: str, given: Any, remedy: str = "") -> None:
     """Demands something to call."""
     if not callable(given):
-        got = type(given).__name__
-        raise TypeError(f"`{call}` must be callable, got {got}{remedy}.")
+        raise TypeError(must(call, "be callable", type(given).__name__ + remedy))
 
 
 def check_raw(call: str, loss_fn: Any) -> None:
@@ -128,18 +134,15 @@ def check_key(call: str, key: Any) -> None:
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed or dtype == np.uint32):
-        raise TypeError(
-            f"`{call}` must be a random key, got {key!r}: `jax.random.key(0)` is one."
-        )
+        got = f"{key!r}: `jax.random.key(0)` is one"
+        raise TypeError(must(call, "be a random key", got))
 
 
 def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
     """Demands one of these words."""
     if not (isinstance(given, str) and given in words):
         *others, last = (f'"{word}"' for word in words)
-        raise ValueError(
-            f"`{call}` must be {', '.join(others)} or {last}, got {given!r}."
-        )
+        raise ValueError(must(call, f"be {', '.join(others)} or {last}", repr(given)))
 
 
 def loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
@@ -165,35 +168,22 @@ def check_level(level: Any, call: str) -> None:
 
     -inf is legal and means off, negative levels are legal (densities).
     """
+    rule = "be a number or an array of numbers"
     if level is None:
-        raise TypeError(
-            f"`{call}` must be a number or an array of numbers, got None. "
-            "To switch flooding off, use -inf: the loss is never below it."
-        )
+        raise TypeError(must(call, rule, None, OFF))
     if callable(level):
-        raise TypeError(
-            f"`{call}` must be a number or an array, got a schedule: call it with the "
-            "step and pass the result."
-        )
+        got = "a schedule: call it with the step and pass the result"
+        raise TypeError(must(call, "be a number or an array", got))
     if isinstance(level, bool) or not isinstance(level, NUMBERS):
-        raise TypeError(
-            f"`{call}` must be a number or an array of numbers, "
-            f"got {level!r} of type {type(level).__name__}.{_unwrapping(level)}"
-        )
+        raise TypeError(must(call, rule, typed(level), _unwrapping(level)))
     dtype = jnp.result_type(level)
-    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    if not real:
-        raise TypeError(f"`{call}` must be real, got dtype {dtype}.")
-    concrete = known_numbers(level)
-    if concrete is None:
-        return
-    if np.isnan(concrete).any():
-        raise ValueError(f"`{call}` must not be NaN, got {level}.")
-    if (concrete > np.finfo(jnp.result_type(float)).max).any():
-        raise ValueError(
-            f"`{call}` must not be +inf, got {level}. "
-            "To switch flooding off, use -inf: the loss is never below it."
-        )
+    if not is_real(dtype):
+        raise TypeError(must(call, "be real", f"dtype {dtype}"))
+    known = known_numbers(level)
+    if known is not None and np.isnan(known).any():
+        raise ValueError(must(call, "not be NaN", level))
+    if known is not None and (known > np.finfo(jnp.result_type(float)).max).any():
+        raise ValueError(must(call, "not be +inf", level, OFF))
 
 
 def known_numbers(given: Any) -> np.ndarray | None:
@@ -228,24 +218,21 @@ def check_scalar_level(level: Any, call: str) -> None:
 def real_array(loss: Any, call: str) -> jax.Array:
     """The loss as an array; only real floats of 16 bits or more can be flooded."""
     if isinstance(loss, tuple):
-        raise TypeError(
-            f"`{call}` must be the loss alone, got a tuple of {len(loss)}: "
-            "pass the loss without aux, or use has_aux=True where there is one."
-        )
+        remedy = "pass the loss without aux, or use has_aux=True where there is one"
+        got = f"a tuple of {len(loss)}: {remedy}"
+        raise TypeError(must(call, "be the loss alone", got))
     no_array = loss is None or isinstance(loss, str | list | dict) or callable(loss)
     if no_array or _unwrapping(loss):
-        raise TypeError(
-            f"`{call}` must be an array of real floats, got {type(loss).__name__}."
-            f"{_unwrapping(loss)}{_calling(loss)}{_splitting(loss)}"
-        )
+        remedy = _unwrapping(loss) or _calling(loss) or _splitting(loss)
+        rule = "be an array of real floats"
+        raise TypeError(must(call, rule, type(loss).__name__, remedy))
     array = jnp.asarray(loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"`{call}` must be of a real float dtype, got {array.dtype}.")
+        raise TypeError(must(call, "be of a real float dtype", array.dtype))
     if array.dtype.itemsize < 2:  # the largest of these also stands for inf or NaN
-        raise TypeError(
-            f"`{call}` must have 16 bits at least, got {array.dtype}: compute it in a "
-            "wider dtype, or cast it, `.astype(jnp.float32)`."
-        )
+        remedy = "compute it in a wider dtype, or cast it, `.astype(jnp.float32)`"
+        got = f"{array.dtype}: {remedy}"
+        raise TypeError(must(call, "have 16 bits at least", got))
     return array
 
 
@@ -273,9 +260,8 @@ def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
     """The loss as an array of shape (): a vector of losses is never broadcast."""
     array = real_array(loss, call)
     if array.shape != ():
-        raise ValueError(
-            f"`{call}` must be a scalar, got shape {array.shape}. {remedy}"
-        )
+        got = f"shape {array.shape}"
+        raise ValueError(must(call, "be a scalar", got, f" {remedy}"))
     return array
 
 
@@ -290,10 +276,8 @@ def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.
         if array.shape == shape[: array.ndim]:
             axes = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
             hint = f" A level per entry of the leading axes is `level[{axes}]`."
-        raise ValueError(
-            f"`{call}` must broadcast to the shape {shape} of the losses, "
-            f"got shape {array.shape}.{hint}"
-        )
+        rule = f"broadcast to the shape {shape} of the losses"
+        raise ValueError(must(call, rule, f"shape {array.shape}", hint))
     return jnp.broadcast_to(array, shape)
 
 
@@ -302,21 +286,17 @@ def loss_mask(
 ) -> jax.Array | None:
     """The mask of the losses; a batch split over devices may be empty on one."""
     if 0 in shape:
-        raise ValueError(
-            f"`{call}(losses)` must not be empty, got shape {shape}: "
-            "the mean of no losses is not defined."
-        )
+        got = f"shape {shape}: the mean of no losses is not defined"
+        raise ValueError(must(f"{call}(losses)", "not be empty", got))
     if where is None:
         return None
-    mask = jnp.asarray(where)
+    call, mask = f"{call}(where=...)", jnp.asarray(where)
     if mask.dtype != jnp.bool_:
-        raise TypeError(f"`{call}(where=...)` must be boolean, got {mask.dtype}.")
-    one_per_loss(f"{call}(where=...)", mask, shape)
+        raise TypeError(must(call, "be boolean", mask.dtype))
+    one_per_loss(call, mask, shape)
     if isinstance(where, np.ndarray) and not where.any() and not split:
-        raise ValueError(
-            f"`{call}(where=...)` must leave at least one loss, got a mask that "
-            "is False everywhere."
-        )
+        got = "a mask that is False everywhere"
+        raise ValueError(must(call, "leave at least one loss", got))
     return mask
 
 
@@ -327,19 +307,16 @@ def loss_weights(
     if weights is None:
         return None
     call, array = "flood_mean(weights=...)", jnp.asarray(weights)
-    if array.dtype == jnp.bool_:
-        raise TypeError(f"`{call}` must be real numbers, got bool: a mask is `where`.")
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"`{call}` must be real numbers, got {array.dtype}.")
+    if not is_real(array.dtype):
+        got = f"{array.dtype}{': a mask is `where`' * (array.dtype == jnp.bool_)}"
+        raise TypeError(must(call, "be real numbers", got))
     one_per_loss(call, array, shape)
-    concrete = known_numbers(weights)
-    if concrete is not None and not (np.isfinite(concrete) & (concrete >= 0)).all():
-        raise ValueError(
-            f"`{call}` must be non-negative and finite, got {concrete.min()} to "
-            f"{concrete.max()}."
-        )
+    known = known_numbers(weights)
+    if known is not None and not (np.isfinite(known) & (known >= 0)).all():
+        ends = f"{known.min()} to {known.max()}"
+        raise ValueError(must(call, "be non-negative and finite", ends))
     if isinstance(weights, np.ndarray) and not weights.any() and not split:
-        raise ValueError(f"`{call}` must leave at least one loss, got zeros alone.")
+        raise ValueError(must(call, "leave at least one loss", "zeros alone"))
     return array
 
 
