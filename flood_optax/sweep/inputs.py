@@ -179,22 +179,33 @@ def as_stacked(batches: Any) -> Any:
 
 
 def check_no_batch_alone(
-    step: Callable[..., Any], batches: Any, state: Any, level: jax.ShapeDtypeStruct
+    step: Callable[..., Any],
+    state: Any,
+    batch: Any,
+    level: jax.ShapeDtypeStruct,
+    *,
+    batches: Any,
 ) -> None:
     """Refuses a tuple of batches: its parts are alike, and the step takes one alone."""
+
+    def takes(batch: Any) -> bool:
+        try:
+            jax.eval_shape(step, state, batch, level)
+        except Exception:  # whatever a step raises that is given something else
+            return False
+        return True
+
     if not (type(batches) is tuple and batches):
         return
     first, *others = (jax.eval_shape(lambda x: x, part) for part in batches)
-    if any(other != first for other in others):
+    if any(other != first for other in others) or not takes(first):
         return
-    try:
-        jax.eval_shape(step, state, first, level)
-    except Exception:  # whatever a step raises that is given a part of its batch
-        return
-    raise TypeError(
-        "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a tuple of "
-        f"{len(batches)}, each of which the step takes as a batch. {STACK}"
-    )
+    # Inputs, targets and weights may be alike, and be taken by their numbers.
+    if len(batches) > 3 or not takes(batch):
+        raise TypeError(
+            "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
+            f"tuple of {len(batches)}, each of which the step takes as a batch. {STACK}"
+        )
 
 
 def num_steps(batches: Any) -> int:

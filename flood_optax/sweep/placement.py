@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,9 +53,9 @@ def one_by_one(
     """
     number = len(runs.numbers)
     size = chunk_size or max(parts(number, 100 if watched else 1), number_of_cores())
-    for some in in_chunks(runs.numbers, size):
+    for some in np.array_split(runs.numbers, parts(number, size)):
         arguments = list(zip(*runs.of(some), strict=True))
-        yield some, _joined(np.stack, [*over_cores(traced.function, arguments, dict)])
+        yield some, _joined(np.stack, over_cores(traced.function, arguments, dict))
 
 
 def together(
@@ -79,18 +79,16 @@ def over_devices(
     """Trains a share of the runs on each device: on a CPU one by one, else together."""
     program = sharded(traced, mesh)
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def put(rows: Array) -> jax.Array:  # every process has all, and gives its part
         return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
-    if on_cpu:
-        chunk = chunk_size or parts(
-            len(runs.numbers), mesh.size * (10 if watched else 1)
-        )
+    if on_cpu(mesh):
+        number = len(runs.numbers)
+        chunk = chunk_size or parts(number, mesh.size * (10 if watched else 1))
         chunks = [
             [table[:, None] for table in in_equal(some, mesh.size)]
-            for some in in_chunks(runs.numbers, chunk * mesh.size)
+            for some in np.array_split(runs.numbers, parts(number, chunk * mesh.size))
         ]
     else:
         chunks = [
@@ -102,16 +100,19 @@ def over_devices(
         yield _once(np.concatenate(calls), _joined(np.concatenate, _fetched(rows)))
 
 
-def vmapped(traced: Traced) -> Any:
-    """The program of levels [keys, levels] and the numbers of keys [keys, words].
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether a device gains nothing by runs that are trained together."""
+    return mesh.devices.flat[0].platform == "cpu"
 
-    Levels are batched within keys, so that what depends on the key alone, such as its
-    batches and where it starts, is computed once for all of them.
-    """
+
+def vmapped(traced: Traced) -> Any:
+    """The program of levels [keys, levels] and the numbers of keys [keys, words]."""
     return jax.jit(_nested(traced))
 
 
 def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
+    # Levels are batched within keys: what depends on the key alone, such as its batches
+    # and where it starts, is computed once for all of them.
     of_key = jax.vmap(traced.call, in_axes=(0, None))
 
     def of_keys(levels: jax.Array, words: jax.Array) -> Any:
@@ -138,8 +139,7 @@ def sharded(traced: Traced, mesh: Mesh) -> Any:
         rows = traced.call(levels[0, 0], words[0])
         return jax.tree.map(lambda x: x[None, None], rows)
 
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    program = alone if on_cpu else _nested(traced)
+    program = alone if on_cpu(mesh) else _nested(traced)
     spec = PartitionSpec(mesh.axis_names)
     # Runs do not talk to one another, and what varies over the mesh is all.
     return jax.jit(
@@ -169,12 +169,6 @@ def tables(
     return [np.stack([*part]) for part in in_equal(np.array(rows), height * devices)]
 
 
-def in_chunks(numbers: Array, size: int) -> list[Array]:
-    """Equal chunks of ``size`` at most, the last one maybe shorter."""
-    size = equal_size(len(numbers), size)
-    return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
-
-
 def in_equal(rows: Array, size: int) -> list[Array]:
     """Chunks of ``size``, the last one filled up by repeating the last row."""
     filled = np.arange(parts(len(rows), size) * size).clip(max=len(rows) - 1)
@@ -194,8 +188,7 @@ def parts(number: int, size: int) -> int:
 def _once(table: Array, rows: Rows) -> tuple[Array, Rows]:
     """The runs of a table and their rows [keys, levels, ...], none of them twice."""
     numbers, first = np.unique(table, return_index=True)
-    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
-    return numbers, {name: x[first] for name, x in flat.items()}
+    return numbers, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[first], rows)
 
 
 def _fetched(calls: list[dict[str, jax.Array]]) -> list[Rows]:
@@ -207,8 +200,8 @@ def _fetched(calls: list[dict[str, jax.Array]]) -> list[Rows]:
     return multihost_utils.process_allgather(calls, tiled=True)
 
 
-def _joined(join: Callable[..., Array], calls: list[Rows]) -> Rows:
-    return {name: join([rows[name] for rows in calls]) for name in calls[0]}
+def _joined(join: Callable[..., Array], calls: Iterable[Rows]) -> Rows:
+    return jax.tree.map(lambda *rows: join(rows), *calls)
 
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:

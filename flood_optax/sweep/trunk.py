@@ -121,7 +121,7 @@ def forked(
     level_type = jax.ShapeDtypeStruct((), lowest.dtype)
     with called("sweep.forked(step)", step, "state", "batch", "level"):
         checked = with_checks(step, state)
-        check_no_batch_alone(checked, batches, state, level_type)
+        check_no_batch_alone(checked, state, batch, level_type, batches=batches)
         traced = trace(checked, "sweep.forked(step)", state, batch, level_type)
     program = _program(traced)
     with progress_bar(

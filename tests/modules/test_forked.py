@@ -523,17 +523,17 @@ def pair_step(w, batch, level):
     return toy_step(w, (x * y).mean(), level)
 
 
-LISTED = [jnp.full(4, x) for x in (0.5, 0.75, 1.0)]  # batches of four examples
+LISTED = [jnp.full(4, x) for x in (0.5, 0.75, 1.0, 1.25)]  # batches of four examples
 PAIRS = [(x, x + 1) for x in LISTED]
 BATCHES = {
-    "list": (mean_step, LISTED, "list of 3"),
-    "list of pairs": (pair_step, PAIRS, "list of 3"),
-    "tuple": (mean_step, tuple(LISTED), "tuple of 3, each"),
-    "tuple of pairs": (pair_step, tuple(PAIRS), "tuple of 3, each"),
+    "list": (mean_step, LISTED, "list of 4"),
+    "list of pairs": (pair_step, PAIRS, "list of 4"),
+    "tuple": (mean_step, tuple(LISTED), "tuple of 4, each"),
+    "tuple of pairs": (pair_step, tuple(PAIRS[:2]), "tuple of 2, each"),
     "lists in a dict": (
         lambda w, x, b: toy_step(w, x["x"].mean(), b),
         {"x": LISTED},
-        "list of 3",
+        "list of 4",
     ),
 }
 
@@ -554,11 +554,18 @@ def test_forked_batches_that_are_not_stacked_are_refused_and_stacked_are_taken(c
         np.testing.assert_allclose(losses[1, t], metrics["loss"], rtol=1e-6)
 
 
-def test_forked_pair_of_arrays_that_are_alike_is_one_batch_a_step():
-    pair = toy_batches(9), jnp.ones(9)
-    result = sweep.forked(pair_step, TOY_STATE, pair, [0.0, 0.3])
+def indexed(w, batch, level):
+    return toy_step(w, (batch[0] * batch[1]).mean(), level)
+
+
+@pytest.mark.parametrize("step", [pair_step, indexed])
+@pytest.mark.parametrize("like", [jnp.ones((9, 2)), jnp.ones((9, 1), jnp.int32)])
+def test_forked_pair_of_arrays_is_one_batch_a_step(step, like):
+    # Alike or not, and though a step that takes them by number would take one alone.
+    pair = jnp.repeat(toy_batches(9)[:, None], 2, axis=1), like
+    result = sweep.forked(step, TOY_STATE, pair, [0.0, 0.3])
     expected = sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.3])
-    chex.assert_trees_all_equal(result.metrics, expected.metrics)
+    chex.assert_trees_all_close(result.metrics, expected.metrics, rtol=1e-5)
 
 
 ON_DEVICES = """

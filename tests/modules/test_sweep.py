@@ -349,6 +349,12 @@ def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
         + """
     check(mesh=jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b")))
     check(mesh=jax.sharding.Mesh(np.array(jax.devices()[:3]), ("a",)), chunk_size=2)
+    from flood_optax.sweep import placement
+
+    placement.on_cpu, actual = lambda mesh: False, placement.on_cpu
+    check()  # as on accelerators
+    check(chunk_size=2)
+    placement.on_cpu = actual
     from jax.sharding import AxisType
 
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -386,8 +392,9 @@ def test_shard_agrees_over_two_processes(tmp_path):
     """
     end = """
     import pathlib
-    check(path=path, chunk_size=1)
-    check(path=path if rank == 0 else path + ".unseen")  # complete: read, sent on
+    own = path if rank == 0 else path + ".unseen"
+    check(path=own, chunk_size=1)
+    check(path=own)  # complete: read, sent on
     assert not pathlib.Path(path + ".unseen").exists()
     print("agree")
     """
