@@ -6,7 +6,6 @@ the raw loss: of a flooded one the signs below the level would be turned round.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,43 +199,35 @@ def _lanczos(
 
     The basis is a tree like `start` with a leading axis of k rows.
     """
-    keys = jax.random.split(key, num_iterations + 1)
-    limits = np.finfo(jax.tree.leaves(start)[0].dtype)
-
-    def random(key: jax.Array) -> optax.Updates:
-        return random_like(jax.random.normal, key, start)
+    dtype = jax.tree.leaves(start)[0].dtype
+    tiny = np.finfo(dtype).tiny
 
     def orthonormal(v: optax.Updates, basis: optax.Updates) -> optax.Updates:
         for _ in range(2):  # once leaves what rounding brings back; twice is enough
             v = _without(basis, v)
-            length = jnp.maximum(norm(v), limits.tiny)
+            length = jnp.maximum(norm(v), tiny)
             v = jax.tree.map(lambda x, length=length: x / length, v)
         return v
 
     def step(
-        carry: tuple[optax.Updates, optax.Updates], now: tuple[jax.Array, jax.Array]
+        carry: tuple[optax.Updates, optax.Updates], i: jax.Array
     ) -> tuple[tuple[optax.Updates, optax.Updates], tuple[jax.Array, jax.Array]]:
-        (basis, v), (i, key) = carry, now
+        basis, v = carry
         image = product(v)
+        # Where the Krylov space is exhausted this is rounding, or 0: by then a random
+        # start has found every eigenvalue, and such a row brings none that is larger.
         rest = _without(basis, image)
-        beta = norm(rest)
-        # An exhausted Krylov space: go on from a fresh vector orthogonal to it.
-        exhausted = beta <= 10 * limits.eps * norm(image)
-        fresh = jax.tree.map(functools.partial(jnp.where, exhausted), random(key), rest)
-        following = orthonormal(fresh, basis)
-        off_diagonal = jnp.where(exhausted, jnp.zeros_like(beta), beta)
+        following = orthonormal(rest, basis)
         # after the last product there is no row left, and nothing is added
         basis = _with_row(basis, i + 1, following)
-        return (basis, following), (dot(v, image), off_diagonal)
+        return (basis, following), (dot(v, image), norm(rest))
 
-    rows = jnp.zeros(num_iterations, limits.dtype)
+    rows = jnp.zeros(num_iterations, dtype)
     empty = jax.tree.map(lambda x: _column(rows, x) + zeros_like(x), start)
-    first = orthonormal(random(keys[0]), empty)
-    # The keys are scanned over, not looked up: to JAX's key checker an index that is
-    # traced may be any, so that the second look-up would use a key twice.
-    numbered = (jnp.arange(num_iterations), keys[1:])
+    first = orthonormal(random_like(jax.random.normal, key, start), empty)
     carry = _with_row(empty, 0, first), first
-    (basis, _), (diagonal, off_diagonal) = jax.lax.scan(step, carry, numbered)
+    numbers = jnp.arange(num_iterations)
+    (basis, _), (diagonal, off_diagonal) = jax.lax.scan(step, carry, numbers)
     side = jnp.diag(off_diagonal[:-1], 1)
     return basis, jnp.diag(diagonal) + side + side.T
 

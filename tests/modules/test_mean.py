@@ -154,25 +154,58 @@ def test_no_gradient_flows_into_weights(over):
     np.testing.assert_array_equal(slope, 0)
 
 
-def test_sequences_are_flooded_by_themselves():
-    """[B, T] losses: each sequence a segment, counted alike or by its tokens."""
-    losses, _, _, where = problem(0, 7, shape=(3, 5))
-    level = np.float32([0.9, 0.4, 0.7])
-    rows = np.broadcast_to(np.arange(3)[:, None], (3, 5))
-    tokens = where.sum(axis=1)
-    means = np.where(where, losses, 0).sum(axis=1) / tokens
-    bent, _ = oracles.bend(means, level)
-    flood = functools.partial(
-        flood_mean, losses, level, over="segment", segment_ids=rows, num_segments=3
-    )
-    by_tokens = (tokens * bent).sum() / tokens.sum()
-    np.testing.assert_allclose(flood(where=where), by_tokens, rtol=1e-6)
-    alike = flood(weights=where / tokens[:, None])
-    np.testing.assert_allclose(alike, bent.mean(), rtol=1e-6)
-    by_token = flood_mean(losses, level[:, None], over="example", where=where)
-    tokenwise, _ = oracles.bend(losses, level[:, None])
-    np.testing.assert_allclose(by_token, tokenwise[where].mean(), rtol=1e-6)
-    assert abs(by_token - by_tokens) > 0.01  # another objective
+@pytest.mark.parametrize("weigh", ["tokens", "alike", "weights", None])
+def test_sequences_equal_segments_by_hand(weigh):
+    """[B, T] and [A, B, T] losses, one sequence empty, NaN where nothing counts."""
+    for shape in ((4, 5), (2, 2, 5)):
+        losses, weights, _, where = problem(0, 7, shape=shape)
+        level = np.float32([0.9, 0.4, 0.7, 0.2]).reshape(shape[:-1])
+        where.reshape(4, 5)[2] = False
+        if weigh is None:
+            where, given = np.ones(shape, bool), {}
+        else:
+            losses = np.where(where, losses, np.nan)
+            tokens = np.maximum(where.sum(-1, keepdims=True), 1)
+            given = {
+                "tokens": {"where": where},
+                "alike": {"weights": (where / tokens).astype(np.float32)},
+                "weights": {"where": where, "weights": weights},
+            }[weigh]
+        rows = np.broadcast_to(np.arange(4)[:, None], (4, 5)).reshape(shape)
+
+        def value(over, level, losses, given=given, **options):
+            return flood_mean(losses, level, over=over, **given, **options)
+
+        by_sequence = jax.value_and_grad(functools.partial(value, "sequence", level))
+        by_segment = functools.partial(
+            value, "segment", level.ravel(), segment_ids=rows, num_segments=4
+        )
+        got, wanted = by_sequence(losses), jax.value_and_grad(by_segment)(losses)
+        counts = np.asarray(given.get("weights", where), float) * where
+        exact = oracles.mean(
+            losses.ravel(), level.ravel(), groups=rows.ravel(), weights=counts.ravel()
+        )
+        for pair in (got, wanted):
+            np.testing.assert_allclose(pair[0], exact[0], rtol=1e-6)
+            np.testing.assert_allclose(pair[1].ravel(), exact[1], rtol=1e-6)
+        # above its level it is the plain weighted mean
+        plain = np.average(losses[counts > 0], weights=counts[counts > 0])
+        np.testing.assert_allclose(value("sequence", -1.0, losses), plain, rtol=1e-6)
+
+
+def test_a_token_is_no_sequence_and_a_level_fits_the_sequences():
+    losses = jnp.ones((4, 3))
+    by_token = flood_mean(losses * jnp.array([0.2, 0.5, 1.1]), 0.7, over="example")
+    by_sequence = flood_mean(losses * jnp.array([0.2, 0.5, 1.1]), 0.7, over="sequence")
+    np.testing.assert_allclose([by_token, by_sequence], [(1.2 + 0.9 + 1.1) / 3, 0.8])
+    with pytest.raises(
+        ValueError, match=r"broadcast to the shape \(4,\) of the losses"
+    ):
+        flood_mean(losses, jnp.ones(3), over="sequence")
+    with pytest.raises(
+        ValueError, match="over the last axis of the losses, got a scal"
+    ):
+        flood_mean(jnp.float32(1), 0.5, over="sequence")
 
 
 def flops(size, over, **options):

@@ -164,6 +164,20 @@ def test_top_eigenvalue_of_rotated_spectrum_is_found(spectrum, num_iterations):
     np.testing.assert_allclose(jnp.linalg.norm(vector), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("spectrum", ["one value", "three values"])
+def test_top_eigenvalue_long_after_the_krylov_space_is_exhausted(spectrum):
+    """Rounding made orthogonal once only is not, and gives 22.5 for 2.5."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))
+    values = np.resize({"one value": 2.5, "three values": [1, -2.5, 0.5]}[spectrum], 40)
+    hessian = jnp.asarray(rotation @ np.diag(values) @ rotation.T, jnp.float32)
+    eigenvalue, vector = top_eigenvalue(
+        quadratic, jnp.ones(40), hessian, key=KEY, num_iterations=40
+    )
+    np.testing.assert_allclose(jnp.abs(eigenvalue), 2.5, rtol=2e-6)
+    np.testing.assert_allclose(hessian @ vector, eigenvalue * vector, atol=5e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(vector), 1, rtol=2e-6)
+
+
 def test_top_eigenvalue_of_exactly_diagonal_hessian_is_found():
     """The first product is parallel to the start: nothing but rounding is left."""
     eigenvalue, _ = top_eigenvalue(
