@@ -1,0 +1,1 @@
+"""What type checkers make of user code: `python -m tests.typing`."""
