@@ -190,7 +190,7 @@ def _counted(
     if weights is not None:
         weights = split_like(lax.stop_gradient(weights.astype(losses.dtype)), losses)
         weights = _zero_outside(mask, weights)
-        mask = weights != 0  # a NaN among the weights counts, and shows
+        mask = weights != 0  # a NaN among the weights shows: their sum is NaN
     return _Counted(_zero_outside(mask, losses), mask, weights)
 
 

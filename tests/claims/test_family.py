@@ -218,6 +218,31 @@ def test_relax_loss_equals_numpy(level, epoch, upper):
     np.testing.assert_allclose(grad, slope / 9, rtol=1e-11, atol=1e-16)
 
 
+@pytest.mark.parametrize("level", [0.3, 9.0], ids=["above", "below"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_relax_loss_of_masked_logits_is_that_of_the_others(epoch, level):
+    """A mask is what padding is: labels of no class, logits of NaN."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    labels, where = rng.integers(0, 5, (4, 3)), rng.uniform(size=(4, 3)) < 0.6
+    padded = np.where(where[..., None], logits, np.nan)
+    of = jax.jit(
+        jax.value_and_grad(functools.partial(relax_loss, level=level, epoch=epoch))
+    )
+    ignored = np.where(where, labels, -100)
+    value, slope = of(padded, ignored, where=where)
+    expected, some = of(logits[where], labels[where])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(slope[where], some, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(slope[~where], 0)
+    nothing = jax.jit(lambda m: relax_loss(logits, labels, level, epoch=epoch, where=m))
+    assert np.isnan(nothing(np.zeros_like(where)))
+    with pytest.raises(
+        ValueError, match=r"relax_loss\(where=...\)` must leave at least"
+    ):
+        relax_loss(logits, labels, level, epoch=epoch, where=np.zeros_like(where))
+
+
 def test_relax_loss_traces_once_over_epochs_and_keeps_the_dtype():
     chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(relax_loss, n=1))

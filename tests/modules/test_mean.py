@@ -396,7 +396,8 @@ def test_exact_segments_take_one_more_index_per_loss(number, most):
     assert taken[1] < most * taken[0]
 
 
-@pytest.mark.parametrize("given", [np.uint8, np.int16, np.uint32])
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("given", [np.uint8, np.int16, np.uint32, np.int64])
 def test_segment_ids_of_any_integer_dtype_are_numbers_and_not_wrapped(given):
     losses = np.linspace(0.1, 2, 600, dtype=np.float32)
     ids = (np.arange(600) % 250).astype(given)
@@ -405,6 +406,9 @@ def test_segment_ids_of_any_integer_dtype_are_numbers_and_not_wrapped(given):
     )
     expected = oracles.mean(losses, 1.0, groups=ids.astype(int))[0]
     np.testing.assert_allclose(jax.jit(flood)(ids), expected, rtol=1e-6)
+    if given == np.int64:
+        ids[3] += 2**32
+        assert np.isnan(jax.jit(flood)(ids))
 
 
 def test_nan_among_the_weights_shows_also_beside_others():

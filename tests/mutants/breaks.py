@@ -430,4 +430,129 @@ BREAKS: list[Break] = [
             ),
         )
     ),
+    *(
+        Break(f"flood_optax/{file}", before, after, f"tests/{tests}")
+        for file, before, after, tests in (
+            (
+                "mean.py",
+                "outside = members.sum() != ones.sum()",
+                "outside = jnp.zeros((), bool)",
+                "modules/test_objective.py -k segment_id",
+            ),
+            (
+                "mean.py",
+                "sums = segment_sums(values, ids, members, most)",
+                "sums = plain",
+                "modules/test_mean.py -k million",
+            ),
+            (
+                "mean.py",
+                "sums, sizes = segment_sums(both, ids, members, most).T",
+                "sums, sizes = jax.ops.segment_sum(both, ids, number).T",
+                "modules/test_mean.py -k many",
+            ),
+            (
+                "mean.py",
+                "if ids.dtype.itemsize > 4:",
+                "if False:",
+                "modules/test_mean.py -k any_integer",
+            ),
+            (
+                "mean.py",
+                "size if counted.mask is None else global_mean(size, axis_name)",
+                "size",
+                "around/test_sharding.py -k padded",
+            ),
+            (
+                "precision.py",
+                "if most <= RUN:",
+                "if True:",
+                "modules/test_mean.py -k million",
+            ),
+            (
+                "precision.py",
+                "owners, further, -(-most // RUN)",
+                "owners, further, RUN",
+                "modules/test_mean.py -k million",
+            ),
+            (
+                "devices.py",
+                "if varying:",
+                "if False:",
+                "around/test_meshes.py -k vary",
+            ),
+            (
+                "devices.py",
+                "x + zeros_like(loss, x.dtype) if explicit_axes(loss) else x",
+                "x",
+                "around/test_meshes.py -k explicit_mesh",
+            ),
+            (
+                "devices.py",
+                "jnp.broadcast_to(zero, x.shape, out_sharding=jax.typeof(x).sharding)",
+                "jnp.zeros_like(x, dtype=zero.dtype)",
+                "around/test_meshes.py -k explicit_mesh",
+            ),
+            (
+                "relax.py",
+                "global_mean(mask.sum(dtype=scores.dtype), axis_name)",
+                "mask.sum(dtype=scores.dtype)",
+                "around/test_meshes.py -k both_ways",
+            ),
+            (
+                "relax.py",
+                "odd = jnp.where(plain >",
+                "odd = jnp.where(loss >",
+                "around/test_meshes.py -k both_ways",
+            ),
+            (
+                "relax.py",
+                "scores = jnp.where(entries, scores, zeros_like(scores))",
+                "scores += 0",
+                "claims/test_family.py -k relax_loss_of_masked",
+            ),
+            (
+                "objective.py",
+                "lax.stop_gradient((raw, bent.level, bent.multiplier))",
+                "(raw, bent.level, bent.multiplier)",
+                "modules/test_objective.py -k through_the_info",
+            ),
+            (
+                "objective.py",
+                "setattr(flooded_fn, FLOODED, True)",
+                "pass",
+                "modules/test_objective.py -k refused",
+            ),
+            (
+                "objective.py",
+                "_annotate(flooded_fn, loss_fn)\n    return",
+                "return",
+                "modules/test_objective.py -k annotations",
+            ),
+            (
+                "checks.py",
+                "is_partial = isinstance(seen, functools.partial)",
+                "is_partial = False",
+                "modules/test_objective.py -k refused",
+            ),
+            (
+                "penalty.py",
+                "step = wide(strength if radius is None else radius)",
+                "step = jnp.asarray(strength if radius is None else radius)",
+                "modules/test_penalty.py -k whole_numbers",
+            ),
+            (
+                "penalty.py",
+                "eta = wide(learning_rate)",
+                "eta = jnp.asarray(learning_rate)",
+                "modules/test_penalty.py -k whole_numbers",
+            ),
+            (
+                "sharpness.py",
+                "for _ in range(2):",
+                "for _ in range(1):",
+                "modules/test_sharpness.py -k exhausted",
+            ),
+        )
+    ),
 ]
