@@ -156,6 +156,9 @@ def average_keeps_the_sharding_of_its_parameters(kind):
             for begin in (optimizer.init, jax.jit(optimizer.init)):
                 params, visited = jax.device_put(parameters(), placed), []
                 state = begin(params)
+                for leaf, where in placed.items():
+                    first = optax.tree.get(state, "flood_average")[leaf]
+                    assert first.sharding.is_equivalent_to(where, first.ndim), spec
                 for _ in range(6):
                     before = typeof(state)
                     params, state, logs = step(params, state, *arrays)
