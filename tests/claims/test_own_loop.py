@@ -11,11 +11,12 @@ import chex
 import jax
 import numpy as np
 import optax
+import optuna
 import orbax.checkpoint as ocp
 import pytest
 
 from flood_optax import flood
-from tests import processes
+from tests import databases, processes
 from tests.claims.test_docs import blocks
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "own-loop.md"
@@ -173,7 +174,10 @@ def validation_curve(level):
 WORKER = """
 import itertools, os, pathlib, signal, sys, time
 
-folder, storage, trials, dies_in = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folder, storage, trials, workers, dies_in = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+if storage.startswith("/"):
+    journal = optuna.storages.journal
+    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(storage))
 search, number = objective, 0
 
 def objective(trial):
@@ -181,7 +185,7 @@ def objective(trial):
     number += 1
     trial.set_user_attr("process", os.getpid())
     (folder / str(os.getpid())).touch()
-    wait_for(lambda: len(list(folder.iterdir())) >= 2)  # both have one
+    wait_for(lambda: len(list(folder.iterdir())) >= int(workers))  # each has one
     if number == int(dies_in):
         validation_curve = die_after_three(validation_curve)
     if number == 2 and dies_in == "0":
@@ -191,6 +195,7 @@ def objective(trial):
 def die_after_three(curve):
     def dying(level):
         yield from itertools.islice(curve(level), 3)
+        time.sleep(2)  # a run without a heartbeat is not given back
         os.kill(os.getpid(), signal.SIGKILL)
     return dying
 
@@ -218,53 +223,90 @@ def recipe():
 def searching(curve=OVERFITTING):
     names = {"__name__": "own_loop"}
     exec(compile(recipe(), str(PAGE), "exec"), names)
+    exec(code("def give_back"), names)
     exec(curve, names)
     names["optuna"].logging.set_verbosity(names["optuna"].logging.WARNING)
     return types.SimpleNamespace(**names)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
-@pytest.mark.parametrize(
-    "dies_in",
-    [
-        pytest.param(1, id="an enqueued run"),
-        pytest.param(2, id="a later run", marks=pytest.mark.slow),
-    ],
-)
-def test_level_of_a_killed_process_is_trained_by_another_and_counted_once(
-    tmp_path, dies_in
-):
-    ours, trials = searching(), 7
-    storage = f"sqlite:///{tmp_path}/levels.db"
+@pytest.fixture
+def sqlite(tmp_path):
+    return f"sqlite:///{tmp_path}/levels.db"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with databases.postgresql() as address:
+        yield address
+
+
+@pytest.fixture
+def postgresql(server):
+    """Without the study of another test."""
+    yield server
+    optuna.delete_study(study_name="level", storage=server)
+
+
+def start_workers(tmp_path, storage, trials, fates):
+    """A process for each fate: the run in which it is killed, 0 for none."""
     script, flags = tmp_path / "worker.py", tmp_path / "flags"
     script.write_text(recipe() + OVERFITTING + WORKER)
     flags.mkdir()
+    started = []
+    for fate in fates:
+        arguments = script, flags, storage, trials, len(fates), fate
+        started.append(processes.start(*arguments, filters=FILTERS))
+        while len(list(flags.iterdir())) < len(started):  # the first has the first run
+            assert started[-1].poll() is None, started[-1].stderr.read()
+            time.sleep(0.05)
+    return started, flags / "stale"
+
+
+ALONE = pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
+
+
+@ALONE
+@pytest.mark.parametrize(
+    ("database", "workers", "dies_in"),
+    [
+        pytest.param("sqlite", 2, 1, id="an enqueued run"),
+        pytest.param("sqlite", 2, 2, id="a later run", marks=pytest.mark.slow),
+        pytest.param("postgresql", 3, 1, id="PostgreSQL", marks=pytest.mark.slow),
+    ],
+)
+def test_level_of_a_killed_process_is_trained_by_another_and_counted_once(
+    tmp_path, request, database, workers, dies_in
+):
+    ours, trials = searching(), 7
+    storage = request.getfixturevalue(database)
     for _ in range(2):  # once is enough, twice is the same
         ours.create_study(storage, CENTRE, PATIENCE)
-    doomed, steady = (
-        processes.start(script, flags, storage, trials, fate, filters=FILTERS)
-        for fate in (dies_in, 0)
-    )
+    fates = [dies_in] + (workers - 1) * [0]
+    (doomed, *steady), stale = start_workers(tmp_path, storage, trials, fates)
     code_of_doomed, _, errors = processes.end(doomed)
     assert code_of_doomed == -signal.SIGKILL, errors
     time.sleep(4)  # its last heartbeat is older than the two seconds
-    (flags / "stale").touch()
-    code_of_steady, _, errors = processes.end(steady)
-    assert code_of_steady == 0, errors
+    stale.touch()
+    for process in steady:
+        code_of_steady, _, errors = processes.end(process)
+        assert code_of_steady == 0, errors
 
     state = ours.optuna.trial.TrialState
     study = ours.optuna.load_study(study_name="level", storage=storage)
     ended = study.get_trials(states=(state.COMPLETE, state.PRUNED))
     (lost,) = study.get_trials(states=(state.FAIL,))
-    assert len(ended) == len(study.trials) - 1 == trials
+    # what the others have begun when the last one ends is counted too
+    total = len(ended)
+    assert total == len(study.trials) - 1
+    assert trials <= total <= trials + workers - 2
     by = [trial.user_attrs["process"] for trial in ended]
     assert by.count(doomed.pid) == dies_in - 1
-    assert by.count(steady.pid) == trials + 1 - dies_in
+    assert sum(by.count(process.pid) for process in steady) == total + 1 - dies_in
     assert lost.user_attrs["process"] == doomed.pid
     assert list(lost.intermediate_values) == [0, 1, 2]
-    # its level was trained, once, by the process that lives
+    # its level was trained, once, by a process that lives
     (again,) = [trial for trial in ended if trial.params == lost.params]
-    assert again.user_attrs["process"] == steady.pid
+    assert again.user_attrs["process"] != doomed.pid
     assert (lost.number in (0, 1)) == (dies_in == 1)
     for enqueued in (CENTRE, 0.0):
         assert [trial.params["level"] for trial in ended].count(enqueued) == 1
@@ -275,19 +317,48 @@ def test_level_of_a_killed_process_is_trained_by_another_and_counted_once(
         assert trial.value == curve[len(trial.intermediate_values) - 1]
 
     # started again it goes on to the larger number, and not beyond it
-    resumed = ours.work(storage, trials + 1)
-    assert len(resumed.get_trials(states=(state.COMPLETE, state.PRUNED))) == trials + 1
-    assert ours.work(storage, trials + 1).trials[-1].number == trials + 1
+    resumed = ours.work(storage, total + 1)
+    assert len(resumed.get_trials(states=(state.COMPLETE, state.PRUNED))) == total + 1
+    assert ours.work(storage, total + 1).trials[-1].number == total + 1
     assert resumed.best_trial.params["level"] > 0
 
 
-@pytest.mark.parametrize("diverges", [">= 0", "> 0.6"], ids=["all", "high levels"])
-def test_search_whose_runs_end_in_nan_ends_after_as_many_runs(tmp_path, diverges):
+@ALONE
+@pytest.mark.slow
+def test_journal_is_shared_by_processes_and_gives_back_what_a_killed_one_held(tmp_path):
+    ours, journal = searching(), tmp_path / "levels.log"
+    backend = ours.optuna.storages.journal.JournalFileBackend(str(journal))
+    storage = ours.optuna.storages.JournalStorage(backend)
+    ours.create_study(storage, CENTRE, PATIENCE)
+    (doomed, steady), stale = start_workers(tmp_path, journal, 5, [1, 0])
+    assert processes.end(doomed)[0] == -signal.SIGKILL
+    stale.touch()
+    code_of_steady, _, errors = processes.end(steady)
+    assert code_of_steady == 0, errors
+    study = ours.optuna.load_study(study_name="level", storage=storage)
+    ended, running = (ours.optuna.trial.TrialState[s] for s in ("COMPLETE", "RUNNING"))
+    (lost,) = study.get_trials(states=(running,))
+    assert lost.params["level"] == CENTRE  # that of the rule
+    ours.give_back(storage)
+    study = ours.work(storage, 6)
+    assert not study.get_trials(states=(running,))
+    levels_ended = [t.params["level"] for t in study.trials if t.state != lost.state]
+    assert levels_ended.count(CENTRE) == 2  # the failed run and the one that ended
+    assert [t.state for t in study.trials if t.params == lost.params][-1] == ended
+
+
+@pytest.mark.parametrize("diverges", [">= 0", "> 0.3"], ids=["all", "high levels"])
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
+)
+def test_search_whose_runs_end_in_nan_ends_after_as_many_runs(
+    request, database, diverges
+):
     ours = searching(
         "def validation_curve(level):\n"
         f"    yield from (0.5, float('nan') if level {diverges} else 0.5 + level)\n"
     )
-    storage = f"sqlite:///{tmp_path}/levels.db"
+    storage = request.getfixturevalue(database)
     ours.create_study(storage, CENTRE, PATIENCE)
     study = ours.work(storage, 9)
     assert len(study.trials) == 9
