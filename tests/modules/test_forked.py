@@ -568,6 +568,13 @@ def test_forked_pair_of_arrays_is_one_batch_a_step(step, like):
     chex.assert_trees_all_close(result.metrics, expected.metrics, rtol=1e-5)
 
 
+def test_forked_batch_may_have_many_parts_that_differ():
+    parts = (toy_batches(9)[:, None], jnp.ones((9, 1)), jnp.zeros(9), jnp.zeros((9, 2)))
+    result = sweep.forked(indexed, TOY_STATE, parts, [0.0, 0.3])
+    expected = sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.3])
+    chex.assert_trees_all_close(result.metrics, expected.metrics, rtol=1e-5)
+
+
 ON_DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
     from flood_optax import flooded, sweep

@@ -323,7 +323,7 @@ BREAKS: list[Break] = [
                 "inputs.py",
                 "any(other != first for other in others) or not takes(first)",
                 "not takes(first)",
-                "test_forked.py -k pair",
+                "test_forked.py -k many_parts",
             ),
             ("inputs.py", "or not takes(batch)", "", "test_forked.py -k stacked"),
             (
