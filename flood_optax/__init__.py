@@ -1,7 +1,7 @@
 """Flooding for JAX: keep the training loss from sinking below a level.
 
 Wrap the loss before `jax.grad` with `flooded`, or put `scale_by_flood` first in an
-`optax.chain`; both give the same gradient, bit for bit.
+`optax.chain`; both give the same gradient of one batch.
 """
 
 from flood_optax import levels, objective, penalty, shapes, sharpness, sweep
