@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,8 @@ def flood(
     inner = _optimizer(inner)
     compare = comparison("flood", level, band, shape)
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
-    remembered: tuple[Any, Any] = None, None  # types, and what makes no update of them
+    # Types, and what makes no update of them: tracing a step costs more than a step.
+    remembered: tuple[Any, Any] = None, None
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
@@ -194,8 +196,14 @@ def flood(
         if batch.emits is True:
             return step()
 
+        leaves, tree = jax.tree.flatten((updates, before.flood_inner_state, params))
+        types = tree, [_type_of(leaf) for leaf in leaves]
+
         def emit() -> tuple[Any, FloodWrapperState]:
+            nonlocal remembered
             stepped, after = step()
+            if remembered[0] != types:
+                remembered = types, _no_update_like(stepped)
             # An inner state may come back in another dtype, as a bf16 moment in
             # float32, which no branch of a cond, and no loop around it, would take.
             inner_state = jax.tree.map(
@@ -204,19 +212,9 @@ def flood(
             return stepped, after._replace(flood_inner_state=inner_state)
 
         def wait() -> tuple[Any, FloodWrapperState]:
-            nonlocal remembered
-            leaves, tree = jax.tree.flatten((updates, before.flood_inner_state, params))
-            types = tree, list(map(_type_of, leaves))
-            if remembered[0] != types:  # to trace a step costs more than to take it
-                stepped = jax.eval_shape(emit)[0]
-                zeros_like = functools.partial(jax.tree.map, _no_update)
-                remembered = types, one_dispatch(lambda tree: zeros_like(tree, stepped))
-            # what compiled code returns for a float0 is none
-            zeros = jax.tree.map(
-                lambda update, zero: zero if isinstance(zero, jax.Array) else update,
-                *(updates, remembered[1](updates)),
-            )
-            return zeros, before._replace(flood_window=batch.kept())
+            if remembered[0] != types:  # no step was traced or taken before
+                jax.eval_shape(emit)
+            return remembered[1](updates), before._replace(flood_window=batch.kept())
 
         if isinstance(batch.emits, Tracer):
             return lax.cond(batch.emits, emit, wait)
@@ -297,11 +295,23 @@ def _type_of(leaf: Any) -> tuple[Any, bool]:
     return getattr(leaf, "dtype", type(leaf)), getattr(leaf, "weak_type", False)
 
 
-def _no_update(update: Any, stepped: Any) -> Any:
-    """Zeros of the dtype that the inner optimizer would give."""
-    if jnp.issubdtype(stepped.dtype, np.number):
-        return jnp.zeros_like(update, stepped.dtype)
-    return update  # of float0, or a key
+def _no_update_like(stepped: Any) -> Callable[[Any], Any]:
+    """Makes zeros of the dtypes that the inner optimizer gave."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(stepped)]
+    numeric = [jnp.issubdtype(dtype, np.number) for dtype in dtypes]
+
+    @one_dispatch
+    def zeros(leaves: list[Any]) -> list[Any]:
+        return list(map(jnp.zeros_like, leaves, itertools.compress(dtypes, numeric)))
+
+    def no_update(updates: Any) -> Any:
+        leaves, tree = jax.tree.flatten(updates)
+        made = iter(zeros(list(itertools.compress(leaves, numeric))))
+        # no zero for a float0 or a key
+        pairs = zip(leaves, numeric, strict=True)
+        return tree.unflatten(next(made) if yes else leaf for leaf, yes in pairs)
+
+    return no_update
 
 
 # ---- what may be wrapped ----

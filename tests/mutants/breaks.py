@@ -76,11 +76,14 @@ CORE = {
             ("return new if same else", "return new if True else"),
             ("return new if same else", "return new if False else"),
             (
-                "return jnp.zeros_like(update, stepped.dtype)",
-                "return jnp.zeros_like(update)",
+                "jnp.zeros_like, leaves, itertools.compress(dtypes, numeric)",
+                "jnp.zeros_like, leaves",
             ),
-            ("if remembered[0] != types:", "if remembered[0] is None:"),
-            ("zero if isinstance(zero, jax.Array) else update", "zero"),
+            (
+                "if remembered[0] != types:\n                remembered",
+                "if remembered[0] is None:\n                remembered",
+            ),
+            ("next(made) if yes else leaf for", "next(made) for"),
         ),
     ),
     "window.py": (
