@@ -400,3 +400,13 @@ def test_window_of_weight_zero_emits_nothing_and_the_next_one_is_whole():
     assert seen == [0, 0, 0, -2, 0]
     assert steps == [1, 0, 1, 0, 1]
     assert state.flood_state.flood_step == 1
+
+
+def test_flood_of_one_optimizer_takes_trees_of_several_dtypes_in_turn():
+    optimizer = flood(optax.identity(), 0.5, every_k=2)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float32):
+        params = {"w": jnp.ones(2, dtype)}
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(params, state, params, value=0.25)
+            assert updates["w"].dtype == dtype
