@@ -27,6 +27,9 @@ SWAPPED = {
     "mixed": Shape(shapes.reflect().value, shapes.pause().multiplier),
     "numbers": Shape(shapes.soft(0.5).value, shapes.soft(0.25).multiplier),
     "sign": Shape(jnp.abs, jnp.ones_like),
+    "steep_above": Shape(
+        lambda r: jnp.where(r >= 0, 2 * r, -r), shapes.reflect().multiplier
+    ),
 }
 OWN = {
     "huber": huber,
