@@ -253,7 +253,7 @@ BREAKS: list[Break] = [
                 "traced.py",
                 "parts += [value for value in literals if np.ndim(value)]",
                 "del literals",
-                "test_sweep_resume.py -k literals",
+                "test_sweep_fingerprint.py -k literals",
             ),
             (
                 "traced.py",
@@ -265,7 +265,7 @@ BREAKS: list[Break] = [
                 "traced.py",
                 "hidden.update({equation.primitive.name} & CALLS_PYTHON)",
                 "pass",
-                "test_sweep_resume.py -k function_of_python",
+                "test_sweep_fingerprint.py -k function_of_python",
             ),
             (
                 "trunk.py",
@@ -399,7 +399,7 @@ BREAKS: list[Break] = [
                 "inputs.py",
                 "name in words and name != word",
                 "False",
-                "test_sweep.py -k other_arguments",
+                "test_sweep_refusals.py -k other_arguments",
             ),
             (
                 "inputs.py",
