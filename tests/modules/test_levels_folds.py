@@ -355,3 +355,11 @@ def test_folds_of_other_trees_and_dtypes_are_refused():
     ):
         with pytest.raises(ValueError, match="must return the same in every fold"):
             run(answer)
+
+
+def test_groups_of_one_size_fall_into_folds_by_the_key():
+    pairs = np.repeat(np.arange(20), 2)
+    runs = [blocks_of(40, 5, groups=pairs, key=jax.random.key(k)) for k in (1, 1, 2)]
+    first, again, other = ({frozenset(b.tolist()) for b in run} for run in runs)
+    assert first == again
+    assert first != other
