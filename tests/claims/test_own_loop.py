@@ -3,7 +3,11 @@
 import math
 import os
 import pathlib
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -379,3 +383,35 @@ def test_runs_that_are_behind_are_pruned_but_not_before_levels_differ():
     pruned = ours.work(storage, 5).trials[-1]
     assert pruned.state == ours.optuna.trial.TrialState.PRUNED
     assert PATIENCE <= max(pruned.intermediate_values) < LENGTH - 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uv") is None, reason="Its environment needs uv.")
+def test_ray_tune_trains_the_levels_of_the_page_on_two_workers(tmp_path):
+    (text,) = re.findall(
+        r"```py\n(from ray import .*?)```", PAGE.read_text(), re.DOTALL
+    )
+    script = tmp_path / "ray_tune.py"
+    script.write_text(
+        "import ray\nray.init(num_cpus=2, include_dashboard=False)\n"
+        + OVERFITTING
+        + text.replace("num_samples=24", "num_samples=5")
+        + "print('best', best.config['level'], best.metrics['score'])\n"
+    )
+    environment = ["--no-project", "--isolated", "--with", "ray[tune],optuna,numpy"]
+    run = subprocess.run(
+        ["uv", "run", "--python", sys.executable, *environment, "python", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    if "No solution found" in run.stderr or "Failed to fetch" in run.stderr:
+        pytest.skip("Ray cannot be installed here.")
+    assert run.returncode == 0, run.stderr[-3000:]
+    (best,) = re.findall(r"^best (\S+) (\S+)$", run.stdout, re.MULTILINE)
+    level, score = map(float, best)
+    assert score == list(searching().validation_curve(level))[-1]
+    ended = re.findall(r"TERMINATED +([\d.]+)", run.stdout)
+    assert {"0.5", "0"} <= {*ended}
+    assert level > 0
