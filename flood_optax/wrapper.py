@@ -196,7 +196,8 @@ def flood(
         if batch.emits is True:
             return step()
 
-        leaves, tree = jax.tree.flatten((updates, before.flood_inner_state, params))
+        given = updates, before.flood_inner_state, params, read.loss
+        leaves, tree = jax.tree.flatten(given)
         types = tree, [_type_of(leaf) for leaf in leaves]
 
         def emit() -> tuple[Any, FloodWrapperState]:

@@ -410,3 +410,20 @@ def test_flood_of_one_optimizer_takes_trees_of_several_dtypes_in_turn():
         for _ in range(2):
             updates, state = optimizer.update(params, state, params, value=0.25)
             assert updates["w"].dtype == dtype
+
+
+@pytest.mark.usefixtures("x64")
+def test_update_between_steps_has_the_dtype_that_the_inner_makes_of_the_value():
+    def times_value(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), times_value)
+    optimizer = flood(inner, 0.1, every_k=2)
+    grads = jnp.array([1.0, -3.0], jnp.float32)
+    for dtype in (jnp.float32, jnp.float64, jnp.float32):
+        state = optimizer.init(grads)
+        for value in (0.5, 0.75):
+            updates, state = optimizer.update(
+                grads, state, grads, value=jnp.asarray(value, dtype)
+            )
+            assert updates.dtype == dtype
