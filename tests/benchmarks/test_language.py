@@ -47,6 +47,31 @@ def test_parts_without_weight_take_wrong_signs(document, form):
     assert row_of(document, "parts, weighed")["wrong_signs"] == 0
 
 
+def test_sequences_that_are_flooded_each_by_itself_follow_their_large_batch(document):
+    curves = document["curves"]
+    alone = curves["each sequence, one large batch"]["loss"]
+    np.testing.assert_allclose(
+        curves["each sequence, parts, weighed"]["loss"], alone, rtol=0, atol=1e-6
+    )
+    batch = np.array(curves["one large batch"]["loss"])
+    assert np.abs(batch - alone).max() > 1e-3, "another algorithm than the batch's"
+
+
+def test_sequences_are_those_of_segments_by_hand():
+    size = language.SMOKE
+    graph, params = language.nnx.split(
+        language.Transformer(size, language.nnx.Rngs(0)), language.nnx.Param
+    )
+    tokens = language.paragraphs(size)[0, 0]
+    losses, mask = map(np.asarray, language.losses_and_mask(graph, params, tokens))
+    total, count = language.sequences_and_count(graph, 4.62, params, tokens)
+    means = np.array([row[real].mean() for row, real in zip(losses, mask, strict=True)])
+    assert min(means) < 4.62 < max(means), "the level must act on some"
+    by_hand = (mask.sum(1) * (np.abs(means - 4.62) + 4.62)).sum()
+    np.testing.assert_allclose(total, by_hand, rtol=1e-5)
+    assert count == mask.sum()
+
+
 def test_parts_are_of_unequal_size_and_cover_the_text(document):
     counts = document["tokens_of_a_part"]
     assert counts["most"] > 2 * counts["least"]
