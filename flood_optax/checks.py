@@ -4,7 +4,7 @@ import functools
 import numbers
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,17 @@ def typed(given: Any) -> str:
     return f"{given!r} of type {type(given).__name__}"
 
 
+def taken(
+    convert: Callable[[Any], Any], call: str, rule: str, given: Any, remedy: str = ""
+) -> Any:
+    """What JAX makes of it, which has no dtype for strings, objects and dates."""
+    try:
+        return convert(given)
+    except TypeError as error:
+        got = getattr(given, "dtype", type(given).__name__)
+        raise TypeError(must(call, rule, got, remedy)) from error
+
+
 def is_real(dtype: Any) -> bool:
     """Whether it is one of floats or integers."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -55,7 +66,7 @@ def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> 
     """Demands one real number for which ``holds``, which a tracer is not asked."""
     if isinstance(given, bool) or not isinstance(given, NUMBERS):
         raise TypeError(must(call, "be a real number", typed(given)))
-    dtype = jnp.result_type(cast(ArrayLike, given))
+    dtype = taken(jnp.result_type, call, "be a real number", given)
     if not is_real(dtype):
         raise TypeError(must(call, "be a real number", f"dtype {dtype}"))
     scalar(call, given)
@@ -78,7 +89,8 @@ def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
 
 def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
     """Demands an array of integers, in [0, below), which a tracer is not asked."""
-    array = jnp.asarray(given)
+    remedy = " `numpy.unique(names, return_inverse=True)[1]` numbers names."
+    array = taken(jnp.asarray, call, "be integers", given, remedy)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(must(call, "be integers", array.dtype))
     known = None if below is None else known_numbers(given)
@@ -176,7 +188,7 @@ def check_level(level: Any, call: str) -> None:
         raise TypeError(must(call, "be a number or an array", got))
     if isinstance(level, bool) or not isinstance(level, NUMBERS):
         raise TypeError(must(call, rule, typed(level), _unwrapping(level)))
-    dtype = jnp.result_type(level)
+    dtype = taken(jnp.result_type, call, "be real", level)
     if not is_real(dtype):
         raise TypeError(must(call, "be real", f"dtype {dtype}"))
     known = known_numbers(level)
@@ -226,7 +238,7 @@ def real_array(loss: Any, call: str) -> jax.Array:
         remedy = _unwrapping(loss) or _calling(loss) or _splitting(loss)
         rule = "be an array of real floats"
         raise TypeError(must(call, rule, type(loss).__name__, remedy))
-    array = jnp.asarray(loss)
+    array = taken(jnp.asarray, call, "be of a real float dtype", loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(must(call, "be of a real float dtype", array.dtype))
     if array.dtype.itemsize < 2:  # the largest of these also stands for inf or NaN
@@ -265,9 +277,11 @@ def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
     return array
 
 
-def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.Array:
+def broadcast_level(
+    level: ArrayLike, shape: tuple[int, ...], call: str, *, of: str = "losses"
+) -> jax.Array:
     """The level broadcast to the losses, never the losses to the level."""
-    array = jnp.asarray(level)
+    array = taken(jnp.asarray, call, "be real", level)
     # dimensions may be symbolic, which np.broadcast_shapes does not know
     sizes = zip(array.shape[::-1], shape[::-1], strict=False)
     fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in sizes)
@@ -276,7 +290,7 @@ def broadcast_level(level: ArrayLike, shape: tuple[int, ...], call: str) -> jax.
         if array.shape == shape[: array.ndim]:
             axes = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
             hint = f" A level per entry of the leading axes is `level[{axes}]`."
-        rule = f"broadcast to the shape {shape} of the losses"
+        rule = f"broadcast to the shape {shape} of the {of}"
         raise ValueError(must(call, rule, f"shape {array.shape}", hint))
     return jnp.broadcast_to(array, shape)
 
@@ -290,7 +304,8 @@ def loss_mask(
         raise ValueError(must(f"{call}(losses)", "not be empty", got))
     if where is None:
         return None
-    call, mask = f"{call}(where=...)", jnp.asarray(where)
+    call = f"{call}(where=...)"
+    mask = taken(jnp.asarray, call, "be boolean", where)
     if mask.dtype != jnp.bool_:
         raise TypeError(must(call, "be boolean", mask.dtype))
     one_per_loss(call, mask, shape)
@@ -306,7 +321,8 @@ def loss_weights(
     """The weights of `flood_mean`; a part of a split batch may weigh nothing."""
     if weights is None:
         return None
-    call, array = "flood_mean(weights=...)", jnp.asarray(weights)
+    call = "flood_mean(weights=...)"
+    array = taken(jnp.asarray, call, "be real numbers", weights)
     if not is_real(array.dtype):
         got = f"{array.dtype}{': a mask is `where`' * (array.dtype == jnp.bool_)}"
         raise TypeError(must(call, "be real numbers", got))

@@ -127,7 +127,8 @@ def flood_mean(
       Xie et al., iFlood, ICLR 2022; Bae et al., AdaFlood, TMLR 2024.
     """
     losses = real_array(losses, "flood_mean(losses)")
-    check_level(level, "flood_mean(level=...)")
+    call = "flood_mean(level=...)"
+    check_level(level, call)
     check_shape(shape, "flood_mean(shape=...)")
     one_of("flood_mean(over=...)", over, ("batch", "example", "segment", "sequence"))
     if over != "segment" and (segment_ids is not None or num_segments is not None):
@@ -142,17 +143,18 @@ def flood_mean(
         loss_weights(weights, losses.shape, split=bool(axis_name)),
     )
     if over == "batch":
-        check_scalar_level(level, "flood_mean(level=...)")
+        check_scalar_level(level, call)
         mean = counted.sum() / _global_size(counted, axis_name)
         value, _ = flood_value(mean, jnp.asarray(level), shape, axis_name)
     elif over == "segment":
         ids, number = segments(segment_ids, num_segments, losses.shape)
-        levels = broadcast_level(level, (number,), "flood_mean(level=...)")
+        levels = broadcast_level(level, (number,), call, of="segments")
         value = _over_segments(counted, ids, levels, shape, axis_name)
     else:
         if over == "sequence":
             counted = _sequences(counted)
-        levels = broadcast_level(level, counted.losses.shape, "flood_mean(level=...)")
+        of = "sequences" if over == "sequence" else "losses"
+        levels = broadcast_level(level, counted.losses.shape, call, of=of)
         bent, _ = flood_value(counted.losses, levels, shape)
         bent = counted._replace(losses=_zero_outside(counted.mask, bent))
         value = shared_mean(bent.sum() / _global_size(bent, axis_name), axis_name)

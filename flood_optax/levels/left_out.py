@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import integer, integers
+from flood_optax.checks import integer, integers, is_real
 from flood_optax.levels.blocks import numbered
 
 WIDTHS = (0.1, 0.25, 0.5, 1.0)  # of the kernel, in root median distances
@@ -99,15 +99,13 @@ def _checked(
             )
     c = integer("leave_one_out(num_classes=...)", num_classes, least=2)
     x = np.asarray(features)
+    if not is_real(x.dtype):
+        raise TypeError(f"`{call}` must be real numbers, got dtype {x.dtype}.")
     if x.ndim != 2:
         remedy = "[:, None]" if x.ndim == 1 else ".reshape(len(features), -1)"
         raise ValueError(
             f"`{call}` must be of shape [n, d], got {x.shape}: pass `features{remedy}`."
         )
-    if not (
-        jnp.issubdtype(x.dtype, np.floating) or jnp.issubdtype(x.dtype, np.integer)
-    ):
-        raise TypeError(f"`{call}` must be real numbers, got dtype {x.dtype}.")
     y = np.asarray(integers("leave_one_out(labels)", labels, below=c))
     if y.shape != x.shape[:1]:
         raise ValueError(
@@ -135,6 +133,9 @@ def _scores(
     x: np.ndarray, one_hot: np.ndarray, row: np.ndarray, group: np.ndarray
 ) -> np.ndarray:
     """The scores of the width and ridge of the least squared leave-one-out error."""
+    x = np.ldexp(
+        x, -np.frexp(abs(x).max())[1]
+    )  # its squares neither overflow nor vanish
     x = x - x.mean(axis=0)  # so that little cancels in the distances
     squares = (x**2).sum(axis=1)
     distances = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)

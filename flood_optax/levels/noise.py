@@ -122,6 +122,13 @@ def _true_frequencies(matrix: jax.Array, label_frequencies: ArrayLike) -> jax.Ar
             f"`{call}` must be of shape {matrix.shape[:1]}, one for each class, got "
             f"{np.shape(label_frequencies)}."
         )
+    if isinstance(label_frequencies, Tracer | np.ndarray | jax.Array) and (
+        jnp.issubdtype(label_frequencies.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"`{call}` must have sum 1, got counts of dtype {label_frequencies.dtype}: "
+            "divide them by their sum."
+        )
     frequencies = replicated(probabilities(label_frequencies, call))
     frequencies = frequencies.astype(matrix.dtype)
     weights = jnp.maximum(jnp.linalg.lstsq(matrix.T, frequencies)[0], 0)

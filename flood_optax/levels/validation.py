@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import FloodWarning, integer, one_of, real_array
+from flood_optax.checks import FloodWarning, integer, one_of, real_array, taken
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import wide
 
@@ -62,7 +62,8 @@ def at_best(
       0.75
     """
     one_of("at_best(mode=...)", mode, ("max", "min"))
-    loss = replicated(real_array(jnp.asarray(losses), "at_best(losses)"))
+    given = taken(jnp.asarray, "at_best(losses)", "be real floats", losses)
+    loss = replicated(real_array(given, "at_best(losses)"))
     # NumPy keeps the 64 bits of integers that JAX would wrap.
     in_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(metric))
     score = replicated(jnp.asarray(metric)) if in_jax else np.asarray(metric)

@@ -50,6 +50,7 @@ BAD_LEVELS = {
     "none": (None, TypeError, "must be a number or an array of numbers, got None"),
     "bool": (True, TypeError, "must be a number or an array of numbers, got True"),
     "complex": (jnp.array(1j), TypeError, "must be real, got dtype complex64."),
+    "text_array": (np.array("0.1"), TypeError, "must be real, got <U3."),
 }
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
@@ -193,6 +194,17 @@ BAD = {
         ValueError,
         "`leave_one_out(labels)` must lie in [0, 2), got 0 to 2.",
     ),
+    "names": (
+        lambda: levels.leave_one_out(X, np.array(["a", "b", "c"])[Y], 3),
+        TypeError,
+        "`leave_one_out(labels)` must be integers, got <U1. `numpy.unique(names, "
+        "return_inverse=True)[1]` numbers names.",
+    ),
+    "sparse": (
+        lambda: levels.leave_one_out(scipy.sparse.csr_matrix(X), Y, 3),
+        TypeError,
+        "`leave_one_out(features)` must be real numbers, got dtype object.",
+    ),
     "shapes": (
         lambda: levels.leave_one_out(X, Y[:7], 3),
         ValueError,
@@ -228,10 +240,18 @@ def test_bad_scores_and_features_get_their_message(case):
         call()
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_scores_do_not_depend_on_the_unit_of_the_features(scale):
+    expected = levels.leave_one_out(X, Y, 3)
+    np.testing.assert_allclose(levels.leave_one_out(X * scale, Y, 3), expected, 1e-5)
+
+
 def test_remedies_of_the_shape_of_features_work():
     flat = levels.leave_one_out(IMAGES.reshape(len(IMAGES), -1), Y, 3)
     assert flat.shape == levels.leave_one_out(X[:, 0][:, None], Y, 3).shape == (24, 3)
     pixels = (IMAGES.reshape(24, -1)).astype(np.uint8)  # integers are numbers too
     np.testing.assert_allclose(levels.leave_one_out(pixels, Y, 3), flat, atol=1e-6)
+    numbered = np.unique(np.array(["a", "b", "c"])[Y], return_inverse=True)[1]
+    np.testing.assert_array_equal(numbered, Y)
     absent = levels.leave_one_out(X, Y, 5)  # no label is 3 or 4
     np.testing.assert_array_equal(absent[:, 3:], 0)

@@ -199,7 +199,7 @@ def test_a_token_is_no_sequence_and_a_level_fits_the_sequences():
     by_sequence = flood_mean(losses * jnp.array([0.2, 0.5, 1.1]), 0.7, over="sequence")
     np.testing.assert_allclose([by_token, by_sequence], [(1.2 + 0.9 + 1.1) / 3, 0.8])
     with pytest.raises(
-        ValueError, match=r"broadcast to the shape \(4,\) of the losses"
+        ValueError, match=r"broadcast to the shape \(4,\) of the sequences"
     ):
         flood_mean(losses, jnp.ones(3), over="sequence")
     with pytest.raises(
@@ -261,6 +261,28 @@ CASES = {
     "infinite": (np.array([1, np.inf, 2]), ValueError, "must be non-negative and"),
     "zeros": (np.zeros(3), ValueError, "must leave at least one loss, got zeros alone"),
 }
+
+
+NAMES = np.array(["cat", "dog"])
+NAMED = {
+    "(losses)": ({"losses": NAMES}, "be of a real float dtype, got <U3."),
+    "(where=...)": ({"where": NAMES}, "be boolean, got <U3."),
+    "(weights=...)": ({"weights": NAMES.astype(object)}, "be real numbers, got object"),
+    "(segment_ids=...)": (
+        {"segment_ids": ["cat", "dog"], "num_segments": 2, "over": "segment"},
+        "be integers, got list. `numpy.unique(names, return_inverse=True)[1]`",
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", NAMED)
+def test_what_jax_has_no_dtype_for_is_refused_by_argument(argument):
+    changes, rule = NAMED[argument]
+    arguments = {"losses": jnp.array([0.1, 0.4]), "level": 0.2} | changes
+    with pytest.raises(
+        TypeError, match=re.escape(f"`flood_mean{argument}` must {rule}")
+    ):
+        flood_mean(**arguments)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -298,6 +298,11 @@ BAD = {
         ValueError,
         "must be of shape (3,), one for each class, got (2,).",
     ),
+    "whole counts": (
+        lambda: levels.noise_floor(jnp.eye(2), label_frequencies=jnp.array([3, 1])),
+        TypeError,
+        "must have sum 1, got counts of dtype int32: divide them by their sum.",
+    ),
     "counts": (
         lambda: levels.noise_floor(jnp.eye(2), label_frequencies=jnp.array([3.0, 1])),
         ValueError,
