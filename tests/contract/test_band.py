@@ -423,7 +423,9 @@ def test_band_below_which_no_loss_can_sink_is_plain_training():
     assert found["flood_below"][-1] == 0
 
 
-@pytest.mark.parametrize("level", [3e38, -3e38, lambda step: 3e38], ids=str)
+@pytest.mark.parametrize(
+    "level", [3e38, -3e38, lambda step: 3e38], ids=["above", "below", "schedule"]
+)
 def test_band_whose_end_overflows_is_refused(level):
     """An upper end of +inf would ascend for ever, a lower one of -inf be off."""
     with pytest.raises(ValueError, match=r"must leave both ends finite, got 2e\+38"):
