@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import export, lax
+from jax import export
 from jax.typing import ArrayLike
 
 from flood_optax.checks import number
-from flood_optax.precision import compare_dtype
+from flood_optax.precision import compare_dtype, rounded
 
 
 class AverageState(NamedTuple):
@@ -237,18 +237,10 @@ def _averaged_leaf(count: jax.Array, param: Any, update: Any, average: Any) -> A
         return average
     if update is not None and not _is_masked(update):
         param = optax.apply_updates(param, update)
-    new = _rounded(jnp.asarray(param)).astype(average.dtype)
+    new = rounded(jnp.asarray(param)).astype(average.dtype)
     step = (new - average) / count.astype(jnp.finfo(average.dtype).dtype)
     # what is infinite for ever, such as a mask, has no way to go: inf - inf is NaN
     return jnp.where(new == average, new, average + step)
-
-
-def _rounded(param: jax.Array) -> jax.Array:
-    """Rounds 16-bit parameters to their dtype, which XLA may otherwise skip."""
-    if param.dtype.itemsize > 2:
-        return param
-    info: Any = jnp.finfo(cast(Any, param.dtype))
-    return lax.reduce_precision(param, info.nexp, info.nmant)
 
 
 def _is_masked(leaf: Any) -> bool:

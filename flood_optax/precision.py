@@ -1,5 +1,7 @@
 """In which dtype numbers are compared, and sums that stay right in float32."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,12 @@ def compare_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def rounded(loss: jax.Array) -> jax.Array:
-    """Rounds a 16-bit loss to its dtype, which XLA may otherwise skip."""
-    if loss.dtype.itemsize > 2:
-        return loss
-    exponent, mantissa = (8, 7) if loss.dtype == jnp.bfloat16 else (5, 10)
-    return lax.reduce_precision(loss, exponent, mantissa)
+def rounded(x: jax.Array) -> jax.Array:
+    """Rounds numbers of 16 bits at most to their dtype, which XLA may else skip."""
+    if x.dtype.itemsize > 2:
+        return x
+    info: Any = jnp.finfo(cast(Any, x.dtype))
+    return lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def segment_sums(
