@@ -128,9 +128,8 @@ def check_raw(call: str, loss_fn: Any) -> None:
         if getattr(seen, FLOODED, False) is True:
             raise ValueError(
                 f"`{call}` is flooded already, got {name_of(loss_fn)}: two floods "
-                "cancel each other. Give the original function, which "
-                "`inspect.unwrap` finds; to change the level, wrap the original "
-                "function."
+                "cancel each other. Give the original function, `.__wrapped__` of what "
+                "`flooded` returned; to change the level, wrap the original function."
             )
         is_partial = isinstance(seen, functools.partial)
         seen = seen.func if is_partial else getattr(seen, "__wrapped__", None)

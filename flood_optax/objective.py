@@ -169,8 +169,9 @@ def flooded(
     What it returns is marked, also behind `functools.partial`, `functools.wraps`,
     ``jax.jit`` and as a method: to flood it once more is an error, and so is giving it
     to `flood_optax.sharpness` and `flood_optax.penalty`, which take the raw loss. A
-    lambda, a ``def`` or a class that calls it hides the mark. ``inspect.unwrap`` finds
-    ``loss_fn`` behind it.
+    lambda, a ``def`` or a class that calls it hides the mark. ``loss_fn`` is its
+    ``__wrapped__``; ``inspect.unwrap`` goes on to what ``loss_fn`` wraps itself, as
+    where that adds a penalty.
 
     ``loss_fn`` must return the mean over the whole batch. Where it sees a part only, on
     a mapped axis name the axis; over accumulated micro-batches use

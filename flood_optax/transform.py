@@ -18,13 +18,12 @@ from flood_optax.bend import Bent, bend
 from flood_optax.checks import (
     DROPS_VALUE,
     FloodWarning,
-    check_axis,
     check_scalar_level,
     known_numbers,
     number,
     scalar_loss,
 )
-from flood_optax.devices import AxisName, global_mean
+from flood_optax.devices import AxisName, check_axes, global_mean
 from flood_optax.dispatch import one_dispatch
 from flood_optax.precision import compare_dtype, wide
 from flood_optax.shape_rules import check_shape, check_turns_around, is_static
@@ -339,7 +338,6 @@ def batch_loss(
     given_names = {name for name, given in extra_args.items() if given is not None}
     if "value_fn" not in given_names:  # whose arguments may have any name
         _check_names(call, given_names)
-    check_axis(call, axis_name)
     name = "value" if "value" in given_names else "loss"
     given, weight = extra_args.get(name), extra_args.get("weight")
     if given is None:
@@ -355,6 +353,7 @@ def batch_loss(
         f"{call}.update({name}=...)",
         "Pass the mean over the batch, the scalar you differentiate.",
     )
+    check_axes(call, share, axis_name)
     if weight is None:  # each device counts 1
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
         return BatchLoss(global_mean(share, axis_name), devices)

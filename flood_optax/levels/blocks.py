@@ -67,7 +67,13 @@ def numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]
             f"{len(given)}."
         )
     numbers: dict[Any, int] = {}
-    found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
+    try:
+        found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
+    except TypeError as error:
+        raise TypeError(
+            f"`{call}` must be hashable, got an entry that is not, {error}: make it a "
+            "tuple or a string."
+        ) from None
     if any(one != one for one in numbers):  # noqa: PLR0124, as NaN alone is
         raise ValueError(f"`{call}` must not be NaN, which is equal to nothing.")
     return found, list(numbers)

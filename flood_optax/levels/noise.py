@@ -11,9 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from flood_optax.bend import nan_where
 from flood_optax.checks import FloodWarning, integer, integers, number, real_array
 from flood_optax.levels.meshes import replicated, whole
-from flood_optax.levels.targets import entropy_floor, probabilities
+from flood_optax.levels.targets import entropies, probabilities
 from flood_optax.precision import wide
 
 
@@ -85,7 +86,7 @@ def noise_floor(
                 f"= num_classes, got shape {shape} and num_classes={num_classes}."
             )
         matrix = replicated(probabilities(noise, "noise_floor(noise)"))
-        floors = entropy_floor(matrix)
+        floors = entropies(matrix)
         if not isinstance(floors, Tracer) and not (floors > 0).any():
             warnings.warn(
                 "`noise_floor(noise)` is a matrix without flips: every floor is 0, "
@@ -153,7 +154,8 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     Args:
       probs: real floats [n, c], rows of probabilities, each by a model that was fitted
         without the example: `held_out`.
-      labels: integers [n] in [0, c), as given, noise included.
+      labels: integers [n] in [0, c), as given, noise included; if a traced one is no
+        class, all is NaN.
 
     Returns:
       The transition matrix [c, c], float32 at least: in row j the probabilities of the
@@ -182,6 +184,7 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     # Sums of a masked [n, c], which XLA adds in a tree: a scatter adds one by one, and
     # drifts in float32.
     number_of = given.sum(axis=0)
+    outside = number_of.sum() != y.size  # known of traced labels only here
     own = jnp.where(given, p, 0)
     mean = own.sum(axis=0) / jnp.maximum(number_of, 1).astype(p.dtype)
     # Rounded, the mean of equal numbers may exceed them all: then none would count.
@@ -197,7 +200,8 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     joint = counts / counts.sum(axis=1, keepdims=True) * number_of
     total = joint.sum(axis=0)[:, None]
     known = total > 0
-    return jnp.where(known, joint.T / jnp.where(known, total, 1), eye)
+    matrix = jnp.where(known, joint.T / jnp.where(known, total, 1), eye)
+    return nan_where(outside, matrix)
 
 
 def noise_rate(
@@ -223,7 +227,7 @@ def noise_rate(
 
     Returns:
       The share of wrong labels, a scalar in [0, 1], float32 at least, for
-      `noise_floor`; NaN if a traced score is NaN.
+      `noise_floor`; NaN if a traced score is NaN, or a traced label no class.
 
     Raises:
       ValueError: for scores that are NaN, and shapes and numbers that do not fit.
@@ -244,6 +248,7 @@ def noise_rate(
     y = integers("noise_rate(labels)", labels, below=p.shape[1])
     y = replicated(y.astype(jnp.int32))
     number("noise_rate(confident=...)", confident, "in (0, 1]", lambda q: 0 < q <= 1)
+    outside = ((y < 0) | (y >= p.shape[1])).any()
     missing = jnp.isnan(p).any()
     if not isinstance(missing, Tracer) and missing:
         raise ValueError(
@@ -258,4 +263,5 @@ def noise_rate(
     left = (asked - surer.sum()).astype(p.dtype) / tied.sum().astype(p.dtype)
     counts = jnp.where(surer, 1, jnp.where(tied, left, 0))
     wrong = p.argmax(axis=1).astype(jnp.int32) != y
-    return jnp.where(missing, jnp.nan, jnp.where(wrong, counts, 0).sum() / asked)
+    share = jnp.where(wrong, counts, 0).sum() / asked
+    return nan_where(missing | outside, share)

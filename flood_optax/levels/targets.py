@@ -64,7 +64,11 @@ def entropy_floor(target_probs: ArrayLike) -> jax.Array:
       >>> print([f"{nats:.4f}" for nats in floor])
       ['0.0000', '0.3251']
     """
-    probs = probabilities(target_probs, "entropy_floor(target_probs)")
+    return entropies(probabilities(target_probs, "entropy_floor(target_probs)"))
+
+
+def entropies(probs: jax.Array) -> jax.Array:
+    """The entropy of each row of checked probabilities."""
     # The second term, 0 for a sum of 1, is what rounded targets add to the minimum.
     return _plogp(probs.sum(-1)) - _plogp(probs).sum(-1)
 

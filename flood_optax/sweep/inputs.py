@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -169,12 +169,16 @@ def as_strong(leaf: Any) -> jax.Array:
 
 def as_stacked(batches: Any) -> Any:
     """The batches as arrays; a list is of batches, of which the axes are others."""
-    for leaf in jax.tree.leaves(batches, is_leaf=lambda part: isinstance(part, list)):
-        if isinstance(leaf, list):
-            raise TypeError(
-                "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
-                f"list of {len(leaf)}. {STACK}"
-            )
+
+    def is_many(part: Any) -> bool:
+        return isinstance(part, list | Iterator)  # as a zip, or a loader of data
+
+    for leaf in filter(is_many, jax.tree.leaves(batches, is_leaf=is_many)):
+        size = f"list of {len(leaf)}" if isinstance(leaf, list) else type(leaf).__name__
+        raise TypeError(
+            "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
+            f"{size}. {STACK}"
+        )
     return jax.tree.map(jnp.asarray, batches)
 
 

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import flood_optax
 from flood_optax import (
     flood_loss,
     flood_mean,
@@ -22,6 +24,7 @@ from flood_optax import (
     levels,
     objective,
     penalty,
+    scale_by_flood,
     shapes,
     sharpness,
 )
@@ -314,6 +317,12 @@ def refusal(function, *args):
     raise AssertionError("not refused")
 
 
+def multiplier(form, losses):
+    """What an optax form makes of a gradient of 1."""
+    one = jnp.ones([])
+    return form.update(one, form.init(one), value=losses.mean())[0]
+
+
 @CHECKS.once
 def losses_that_vary_over_an_axis_want_its_name():
     """And both remedies of the message work: the name, and `()` for each device."""
@@ -324,6 +333,12 @@ def losses_that_vary_over_an_axis_want_its_name():
         "flood_mean": lambda x, k, **axis: flood_mean(x, 0.9, **axis),
         "relax_loss": lambda x, k, **axis: objective.relax_loss(
             jnp.stack([x, 2 * x, 0 * x], 1), k, 0.9, epoch=0, **axis
+        ),
+        "scale_by_flood()": lambda x, k, **axis: multiplier(
+            scale_by_flood(0.9, **axis), x
+        ),
+        "flood(inner)": lambda x, k, **axis: multiplier(
+            flood_optax.flood(optax.identity(), 0.9, **axis), x
         ),
     }
     parts = [np.split(np.asarray(a), jax.device_count()) for a in arrays]

@@ -554,6 +554,16 @@ def test_forked_batches_that_are_not_stacked_are_refused_and_stacked_are_taken(c
         np.testing.assert_allclose(losses[1, t], metrics["loss"], rtol=1e-5)
 
 
+def test_forked_iterator_of_batches_is_refused_as_a_list_is():
+    """JAX said of it that no zip is an array."""
+    pairs = zip(LISTED, LISTED, strict=True)
+    for batches, kind in ((pairs, "zip"), ({"x": (x for x in LISTED)}, "generator")):
+        with pytest.raises(TypeError, match=rf"got a {kind}\. Stack a list of batches"):
+            sweep.forked(pair_step, TOY_STATE, batches, [0.0, 0.3])
+    stacked = jax.tree.map(lambda *b: jnp.stack(b), *pairs)
+    np.testing.assert_array_equal(stacked[0], jnp.stack(LISTED))
+
+
 def indexed(w, batch, level):
     return toy_step(w, (batch[0] * batch[1]).mean(), level)
 

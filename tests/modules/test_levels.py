@@ -218,6 +218,12 @@ BAD = {
         "`held_out_losses(groups=...)` must have one axis, with an entry per example, "
         "got shape (6, 1).",
     ),
+    "groups_unhashable": (
+        lambda: hold_out(groups=[[0], [0], [1], [1], [2], [2]]),
+        TypeError,
+        "`held_out_losses(groups=...)` must be hashable, got an entry that is not, "
+        "unhashable type: 'list': make it a tuple or a string.",
+    ),
     "groups_nan": (
         lambda: hold_out(groups=np.array([0, 1, 2, 3, np.nan, np.nan])),
         ValueError,

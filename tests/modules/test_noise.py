@@ -273,6 +273,27 @@ def test_noise_matrix_recovers_a_known_one(data, kind):
     assert abs(floor - truth) < 0.1  # nats; rare flips that are none add to it
 
 
+def test_traced_labels_that_are_no_class_give_nan():
+    """-1, a label to ignore, counted as the last class, and as a wrong label."""
+    p = jnp.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.85, 0.15]])
+    for call in (levels.noise_matrix, levels.noise_rate):
+        traced = jax.jit(call)
+        assert np.isfinite(traced(p, jnp.array([0, 0, 1, 1, 1]))).all()
+        for outside in (-1, 2):
+            assert np.isnan(traced(p, jnp.array([0, 0, 1, 1, outside]))).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_noise_floor_takes_a_matrix_of_sixteen_bits(dtype):
+    """Its rows have sum 1 in 16 bits, not in float32."""
+    matrix = jnp.array([[0.7, 0.3], [0.1, 0.9]], dtype)
+    rows = np.asarray(matrix, np.float64)
+    total = rows.sum(1, keepdims=True)
+    assert (total != 1).any()
+    entropies = -(rows * np.log(rows / total)).sum(1)
+    np.testing.assert_allclose(levels.noise_floor(matrix), entropies, rtol=1e-5)
+
+
 BAD = {
     "rate": (lambda: levels.noise_floor(1.5, 3), ValueError, "in [0, 1], got 1.5"),
     "nan": (lambda: levels.noise_floor(np.nan, 3), ValueError, "in [0, 1], got nan"),
