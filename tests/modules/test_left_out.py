@@ -240,6 +240,18 @@ def test_bad_scores_and_features_get_their_message(case):
         call()
 
 
+@pytest.mark.parametrize("most", [1 / 3, 0.8])
+def test_features_that_tell_nothing_give_the_rate_of_guessing(most):
+    rng = np.random.default_rng(0)
+    shares = [most, (1 - most) / 2, (1 - most) / 2]
+    rates = []
+    for _ in range(20):
+        x, y = rng.normal(size=(90, 5)), rng.choice(3, 90, p=shares)
+        rates.append(levels.noise_rate(levels.leave_one_out(x, y, 3), y))
+    error = np.std(rates) / np.sqrt(20)
+    assert abs(np.mean(rates) - (1 - most)) < 4 * error < 0.08
+
+
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_scores_do_not_depend_on_the_unit_of_the_features(scale):
     expected = levels.leave_one_out(X, Y, 3)
