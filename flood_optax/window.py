@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.checks import integer
 from flood_optax.dispatch import one_dispatch
-from flood_optax.precision import compare_dtype
+from flood_optax.precision import compare_dtype, dtype_of
 
 EveryK = int | Callable[[jax.Array], ArrayLike]
 ShouldSkip = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
@@ -242,7 +242,7 @@ def _complete(window: Any) -> FloodWindow:
 
 def _accumulator(param: Any, chosen: np.dtype | None) -> Any:
     """Zeros in float32 at least; a leaf that has no gradient has no accumulator."""
-    dtype = jax.dtypes.result_type(param)  # of keys, too
+    dtype = dtype_of(param)  # of keys, too
     if not jnp.issubdtype(dtype, jnp.inexact):
         return optax.MaskedNode()
     if not jnp.issubdtype(dtype, jnp.complexfloating):
@@ -333,7 +333,7 @@ def _means(
     def merged(update: Any, mean: Any) -> Any:
         if isinstance(mean, optax.MaskedNode):
             return update
-        return mean.astype(jnp.result_type(update))
+        return mean.astype(dtype_of(update))
 
     return jax.tree.map(merged, updates, grads), value.astype(loss.dtype)
 

@@ -19,6 +19,7 @@ from flood_optax.checks import check_raw
 from flood_optax.devices import AxisName
 from flood_optax.dispatch import one_dispatch
 from flood_optax.objective import flooded
+from flood_optax.precision import dtype_of
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
     FloodState,
@@ -287,8 +288,8 @@ def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
 
 def _cast_like(new: Any, old: Any) -> Any:
     # astype knows no key, which needs none
-    dtype = jax.dtypes.result_type(old)
-    same = jax.dtypes.result_type(new) == dtype
+    dtype = dtype_of(old)
+    same = dtype_of(new) == dtype
     return new if same else jnp.asarray(new).astype(dtype)
 
 

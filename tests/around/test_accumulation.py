@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import flood, flooded, levels, scale_by_flood
+from flood_optax import average_params, averaged, flood, flooded, levels, scale_by_flood
 from tests import problems
 
 ROWS, RATE = 4, 0.05
@@ -427,3 +427,28 @@ def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
     np.testing.assert_allclose(value, bound, rtol=1e-5)
     whole = flooded(loss_fn, level)(params, *rows)
     assert value > whole + 0.1  # Jensen: an upper bound, here far from tight
+
+
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_weak_parameters_keep_their_dtype_with_64_bit_types(compile_):
+    """`jnp.result_type` calls float64 what is a float32 made before the switch."""
+    w = {"scalar": jnp.array(0.5), "vector": jnp.array([1.0, -2.0])}
+    assert w["scalar"].weak_type
+    inner = optax.chain(optax.adam(0.1), average_params())
+    optimizer = flood(inner, 0.35, every_k=2)
+
+    def run():
+        params, state = w, optimizer.init(w)
+        step = compile_(lambda g, s, p: optimizer.update(g, s, p, value=g["scalar"]))
+        for _ in range(4):
+            grads = jax.tree.map(lambda x: x / 4, params)
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return updates, averaged(state, params), optax.tree.get(state, "mu")
+
+    expected = run()
+    with jax.enable_x64(True):
+        found = run()
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    # Adam's 1 - 0.999**2 keeps four digits in float32
+    chex.assert_trees_all_close(found, expected, rtol=1e-4)
