@@ -43,7 +43,7 @@ class Size(NamedTuple):
     level: float
 
 
-FULL, SMOKE = Size(200, 4, 96, 64, 2.5), Size(60, 2, 24, 16, 3.6)
+FULL, SMOKE = Size(200, 4, 96, 64, 2.5), Size(60, 1, 24, 16, 3.6)
 
 
 class Transformer(nnx.Module):

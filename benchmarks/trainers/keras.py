@@ -131,8 +131,8 @@ def measure(run: rows.Run) -> rows.Row:
     fit(first, 20)
     first.save(run.work / "half.keras")
     second: Any = keras.models.load_model(run.work / "half.keras")
-    plain = functools.partial(type(second).compute_loss, second)
-    second.compute_loss = flooded(plain, LEVEL, raw_value=True)
+    original = functools.partial(type(second).compute_loss, second)
+    second.compute_loss = flooded(original, LEVEL, raw_value=True)
     fit(second, 20)
 
     shown = fit(plain(FloodedLoss()), steps)
