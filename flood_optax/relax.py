@@ -95,10 +95,10 @@ def relax_loss(
         # before log_softmax, whose derivative would make a NaN of a NaN times 0
         entries = split_like(jnp.broadcast_to(mask[..., None], logits.shape), scores)
         scores = jnp.where(entries, scores, zeros_like(scores))
-        mask = entries[..., 0]
 
     def mean(x: jax.Array) -> jax.Array:
-        x = x if mask is None else jnp.where(mask, x, zeros_like(x))
+        if mask is not None:
+            x = jnp.where(split_like(mask, x), x, zeros_like(x))
         return x.sum() / number_of
 
     log_probs = jax.nn.log_softmax(scores)

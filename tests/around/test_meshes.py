@@ -45,6 +45,7 @@ ARRAYS = {
     "tokens": (RNG.gamma(2.0, 0.5, (N, T)), P("data", None)),
     "real": (np.arange(T) < RNG.integers(0, T + 1, N)[:, None], P("data", None)),
     "logits": (3 * RNG.normal(size=(N, C)), P("data", None)),
+    "classes": (np.sin(3.0 * np.arange(4 * N)).reshape(N, 4), P("data", "model")),
     "probs": (RNG.dirichlet(np.ones(C), N), P("data", None)),
     "x": (RNG.normal(size=(N, 4)), P("data", None)),
     "y": (RNG.normal(size=N), P("data")),
@@ -247,6 +248,15 @@ def means_on_an_explicit_mesh_equal_one_device():
 def levels_on_any_mesh_equal_one_device():
     for kind in (AxisType.Auto, AxisType.Explicit):
         rows_hold(OF_LEVELS, mesh_of("data", kind=kind))
+
+
+@CHECKS.once
+def relax_loss_of_split_classes_equals_one_device():
+    """A mask of examples has no axis of classes, which the logits' own cannot lend."""
+    call = lambda z, k, m: objective.relax_loss(z, k, 9.0, epoch=1, where=m)
+    rows = {"relax_loss": Row(call, "classes ids mask")}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        rows_hold(rows, mesh_of("data", "model", kind=kind), slopes=True)
 
 
 @CHECKS.once
