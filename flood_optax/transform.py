@@ -100,7 +100,8 @@ def scale_by_flood(
         gets a `flood_optax.FloodWarning`.
       shape: how to bend, see `flood_optax.shapes`.
       axis_name: mapped axis or axes (shard_map, pmap) over which ``value`` is averaged
-        before it is compared. Under `jax.jit` with sharded data nothing is needed.
+        before it is compared; ``()`` floods each device by itself, as for separate
+        models. Under `jax.jit` with sharded data nothing is needed.
 
     Returns:
       A transformation with the state `FloodState`. Its update takes
@@ -119,7 +120,8 @@ def scale_by_flood(
     Raises:
       ValueError: if the level is NaN or +inf, or an end of the band is not finite, or
         the shape does not turn a band around; in update, if the loss is missing or not
-        a scalar, if ``value_fn`` is handed over, or if ``axis_name`` is not mapped.
+        a scalar, if ``value_fn`` is handed over, if ``axis_name`` is not mapped, or
+        if it is missing where the loss is known to vary over a mapped axis.
       TypeError: in update, for arguments that only flooding could mean and that it
         would ignore, as ``weights``, ``values`` or ``level``.
 
