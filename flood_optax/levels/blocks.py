@@ -43,7 +43,10 @@ def assigned(
             )
         counts = np.zeros((number, len(names)), int)
         np.add.at(counts, (group, label), 1)
-        fold = _spread(counts, num_folds, group[order])[group]
+        of_group = _spread(counts, num_folds, group[order])
+        if stratify is None:
+            of_group = _evened(of_group, counts[:, 0], num_folds)
+        fold = of_group[group]
     if stratify is not None:
         _check_classes(call, fold, label, names, num_folds)
     return [jnp.asarray(order[fold[order] == k], jnp.int32) for k in range(num_folds)]
@@ -95,6 +98,24 @@ def _spread(counts: np.ndarray, num_folds: int, shuffled: np.ndarray) -> np.ndar
         fold[group] = np.lexsort((held.sum(axis=1), held @ share))[0]
         held[fold[group]] += counts[group]
     return fold
+
+
+def _evened(fold: np.ndarray, sizes: np.ndarray, num_folds: int) -> np.ndarray:
+    """Moves or swaps groups of the largest and the smallest fold while it helps."""
+    while True:
+        held = np.bincount(fold, sizes, num_folds)
+        large, small = held.argmax(), held.argmin()
+        gap = held[large] - held[small]
+        out, out_at = np.unique(np.where(fold == large, sizes, 0), return_index=True)
+        back, back_at = np.unique(np.where(fold == small, sizes, 0), return_index=True)
+        moved = out[:, None] - back  # a size of 0 is no group
+        left = np.where((moved > 0) & (moved < gap), abs(gap - 2 * moved), np.inf)
+        i, j = np.unravel_index(left.argmin(), left.shape)
+        if left[i, j] == np.inf:
+            return fold
+        fold[out_at[i]] = small
+        if back[j]:
+            fold[back_at[j]] = large
 
 
 def _check_classes(

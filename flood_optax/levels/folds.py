@@ -104,7 +104,8 @@ def held_out(
       groups: which examples belong together, [n] of any hashable values or integers:
         copies of a record, sentences of a document, frames of a video. A group is held
         out as a whole: of a copy that stays in the training set the model knows the
-        label. Large groups come first, each into the smallest fold.
+        label. Large groups come first, each into the smallest fold; without
+        ``stratify`` groups are then moved and swapped while that evens the sizes out.
       stratify: labels [n] of any hashable values or integers. Every fold then holds its
         share of every class, to one example, with ``groups`` to about one group; and no
         model is fitted without a class.
@@ -263,7 +264,7 @@ def _by_folds(
         if len(sizes) > 1:
             raise ValueError(
                 f"`{call}(vmap=True)` needs folds of one size, got {sizes[0]} to "
-                f"{sizes[-1]} examples: the groups do not fit. Use vmap=False."
+                f"{sizes[-1]} examples, as the groups fall. Use vmap=False."
             )
         found = jax.vmap(fold)(jnp.stack(rests), jnp.stack(blocks), fold_keys)
         parts = [jax.tree.map(lambda x, k=k: x[k], found) for k in range(num_folds)]

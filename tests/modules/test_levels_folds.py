@@ -281,12 +281,20 @@ def test_groups_stay_whole_and_classes_as_even_as_those_of_scikit_learn(kind):
     assert np.mean(ours) <= np.mean(theirs) + 1e-9
 
 
-def test_groups_alone_make_folds_as_even_as_they_fit():
-    sizes = [7, 5, 4, 4, 3, 3, 2, 1, 1]  # 30 = 3 x 10
-    groups = np.repeat(np.arange(9), sizes)
-    order = np.random.default_rng(0).permutation(30)
-    blocks = blocks_of(30, 3, groups=groups[order])
-    assert [len(block) for block in blocks] == [10, 10, 10]
+@pytest.mark.parametrize(
+    ("sizes", "folds"),
+    [
+        ([7, 5, 4, 4, 3, 3, 2, 1, 1], [10, 10, 10]),
+        ([3, 3, 2, 2, 2], [6, 6]),  # 7 and 5, each into the smallest
+        ([5, 5, 4, 4, 3, 3, 3], [9, 9, 9]),  # 8, 8 and 11
+        ([9, 2, 2], [4, 9]),
+    ],
+)
+def test_groups_alone_make_folds_as_even_as_they_fit(sizes, folds):
+    n, groups = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    order = np.random.default_rng(0).permutation(n)
+    blocks = blocks_of(n, len(folds), groups=groups[order])
+    assert sorted(len(block) for block in blocks) == folds
     assert torn(blocks, groups[order]) == 0
 
 
