@@ -172,7 +172,8 @@ def surely_above(ours, theirs):
     ids=lambda setting: setting.name,
 )
 def test_averaged_weights_beat_the_last_and_a_band_both(setting):
-    plain, flooded, banded = three(setting)
+    seeds = 48 if setting is BREAST_CANCER else 12  # whose test set is small
+    plain, flooded, banded = three(setting, range(seeds))
     averaged, strokes = flooded.averaged[:, 0], banded.averaged[:, 0]
     assert surely_above(averaged, flooded.last)
     assert surely_above(strokes, averaged)
