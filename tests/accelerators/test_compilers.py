@@ -19,10 +19,12 @@ MORE_OPTAX_FORMS = (
 )
 LOSS_FORMS = ("loss form", "shard_map, loss form")
 MEASURES = ("gradient norm", "Hessian trace", "top eigenvalue")
+# What a compiler calls so by itself: a buffer, a bound on indices, a matrix product.
+ON_DEVICE = {"AllocateBuffer", "AssumeGatherIndicesInBound", "__cublas$lt$matmul"}
 MORE_FORMS = (
     *MORE_OPTAX_FORMS,
     *("wrapper, weights and flush", "wrapper, L-BFGS", "loss form, info"),
-    *("loss form, plateau", "masked mean", "WaveBound", "AdaFlood", "RelaxLoss"),
+    *("masked mean", "WaveBound", "AdaFlood", "RelaxLoss"),
     *("penalty, objective", "penalty, forward", "penalty, backward"),
     *MEASURES,
 )
@@ -79,7 +81,7 @@ def sends_as_the_reference(row):
 
 
 def stays_on_the_device(row):
-    return not row["new_host_transfers"] and not row["new_custom_calls"]
+    return not row["new_host_transfers"] and set(row["new_custom_calls"]) <= ON_DEVICE
 
 
 @pytest.mark.parametrize("form", [*compilers.EVERY, *MORE_FORMS, *compilers.SWEEPS])
