@@ -176,7 +176,7 @@ def trap_local_value_flips_some_devices_only():
 
     # the first device's answer, whose own loss .025 is below the level
     assert abs(trap_gradient(update, check_vma=False) + 5.1) < 1e-5
-    with pytest.raises(ValueError, match="out_specs"):
+    with pytest.raises(ValueError, match="varies over the mapped axis 'data'"):
         trap_gradient(update, check_vma=True)
     for check_vma in (True, False):
         right = functools.partial(update, axis_name="data")
