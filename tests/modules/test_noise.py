@@ -373,3 +373,13 @@ def test_bad_noise_gets_its_message(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_examples_that_reach_no_threshold_are_spread_as_those_of_their_label():
+    """Of four labelled 0, two are of class 0, one of class 1, one of neither."""
+    of_zero = np.array([0.9, 0.7, 0.4, 0.05, 0.2, 0.1, 0.45], np.float32)
+    labels = np.array([0, 0, 0, 0, 1, 1, 1])  # thresholds .5125 and .75
+    matrix = levels.noise_matrix(np.stack([of_zero, 1 - of_zero], axis=1), labels)
+    flipped = (4 / 3) / (4 / 3 + 3)
+    by_hand = [[1, 0], [flipped, 1 - flipped]]
+    np.testing.assert_allclose(matrix, by_hand, rtol=1e-6)
