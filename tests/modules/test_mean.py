@@ -415,6 +415,8 @@ def test_exact_segments_take_one_more_index_per_loss(number, most):
     ):
         step = jax.jit(jax.value_and_grad(function)).lower(losses, 0.5, ids)
         taken.append(step.compile().cost_analysis()["bytes accessed"])
+    if jax.__version_info__ < (0, 10):  # whose XLA fuses less
+        most += 0.25
     assert taken[1] < most * taken[0]
 
 
