@@ -144,9 +144,9 @@ def check_key(call: str, key: Any) -> None:
     """Demands one random key, typed or raw."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed or dtype == np.uint32):
-        got = f"{key!r}: `jax.random.key(0)` is one"
-        raise TypeError(must(call, "be a random key", got))
+    if np.shape(key) != () if typed else (dtype != np.uint32 or np.ndim(key) != 1):
+        got = f"{key!r}" if dtype is None else f"{dtype} of shape {np.shape(key)}"
+        raise TypeError(must(call, "be a key, `jax.random.key(0)`", got))
 
 
 def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:

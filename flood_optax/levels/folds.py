@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import integer, number, real_array
+from flood_optax.checks import check_key, integer, number, real_array
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import compare_dtype
@@ -227,7 +227,7 @@ def _by_folds(
 ) -> Any:
     integer(f"{call}(num_examples=...)", num_examples, least=2)
     integer(f"{call}(num_folds=...)", num_folds, least=2)
-    _check_key(f"{call}(key=...)", key)
+    check_key(f"{call}(key=...)", key)
     chosen = groups is not None or stratify is not None
     if num_folds > num_examples or (vmap and num_examples % num_folds):
         rule = "divide" if vmap else "be at most"
@@ -278,15 +278,6 @@ def _by_folds(
         return jnp.zeros_like(joined).at[order].set(joined)
 
     return jax.tree.map(by_example, *parts)
-
-
-def _check_key(call: str, key: Any) -> None:
-    """Demands one key, typed or raw."""
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if np.shape(key) != () if typed else (dtype != np.uint32 or np.ndim(key) != 1):
-        got = f"{key!r}" if dtype is None else f"{dtype} of shape {np.shape(key)}"
-        raise TypeError(f"`{call}` must be a key, `jax.random.key(0)`, got {got}.")
 
 
 def _check_alike(call: str, parts: list[Any]) -> None:

@@ -365,11 +365,11 @@ def test_params_without_numbers_raise(name):
 
 
 @pytest.mark.parametrize("name", ["hessian_trace", "top_eigenvalue"])
-@pytest.mark.parametrize("key", [0, 1.5, None, np.zeros(2)])
+@pytest.mark.parametrize("key", [0, 1.5, None, np.zeros(2), np.uint32(5)])
 def test_a_number_is_no_random_key(name, key):
     given = {"num_samples": 2} if name == "hessian_trace" else {"num_iterations": 1}
     measure = functools.partial(getattr(sharpness, name), jnp.sum, jnp.ones(3), **given)
-    with pytest.raises(TypeError, match=r"must be a random key, got .*random.key\(0\)"):
+    with pytest.raises(TypeError, match=r"must be a key, `jax.random.key\(0\)`, got"):
         measure(key=key)
     for remedy in (jax.random.key(0), jax.random.PRNGKey(0)):
         measure(key=remedy)
