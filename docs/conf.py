@@ -26,11 +26,13 @@ extensions = [
     "sphinx_copybutton",
     "benchmark_figures",
     "mathml",
+    "redirects",
 ]
 exclude_patterns = ["_build", "_ext"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # `jax.grad` in a docstring is a link where it can be one
 nitpicky = False
+suppress_warnings = ["toc.not_included"]  # pages that links lead to, not the side bar
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
@@ -67,6 +69,15 @@ intersphinx_mapping = {
         "flax": "https://flax.readthedocs.io/en/latest/",
     }.items()
     if reachable(url)
+}
+
+redirects = {  # the addresses of pages that have moved
+    "changelog": "project#changelog",
+    "cite": "project#how-to-cite",
+    "contributing": "project#contributing",
+    "optax-contrib": "project",
+    "strokes": "averaging",
+    "versioning": "install#versions-and-what-they-promise",
 }
 
 html_theme = "sphinx_book_theme"

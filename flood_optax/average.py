@@ -70,7 +70,7 @@ def average_params(
     read and a write of the average, a read of the parameters, and no communication.
 
     It does not know of batch statistics, which averaged weights need of their own
-    (docs/strokes.md). A learning-rate schedule that ends at 0 leaves nothing to
+    (docs/averaging.md). A learning-rate schedule that ends at 0 leaves nothing to
     average: the weights come to rest, and the average lags behind them.
 
     Args:

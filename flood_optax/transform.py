@@ -78,8 +78,8 @@ def scale_by_flood(
     b - d after any other, also the first and one with a NaN loss: the loss sinks to
     b - d, climbs to b + d, and so on, in strokes of many steps. No step ascends from a
     loss of b + d or above. With Adam, or momentum at moderate steps, the *averaged*
-    weights gained points of accuracy under label noise (docs/strokes.md); the last ones
-    are those of some point of a stroke. A band needs a shape that turns around:
+    weights gained points of accuracy under label noise (docs/averaging.md); the last
+    ones are those of some point of a stroke. A band needs a shape that turns around:
     `pause`, which does not climb, `soft`, which rests before an end, and a dead band,
     which holds the loss below the upper end, are refused.
 

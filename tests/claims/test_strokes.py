@@ -1,4 +1,4 @@
-"""Averaged weights: the recipes of docs/strokes.md, by the code of the page.
+"""Averaged weights: the recipes of docs/averaging.md, by the code of the page.
 
 This file is also a script: what holds on several devices.
 """
@@ -23,7 +23,7 @@ from tests.claims.test_docs import blocks
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "strokes.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "averaging.md"
 
 
 # The recommended lines, in every loop, against NumPy

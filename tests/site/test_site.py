@@ -35,7 +35,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.links, self.images, self.scripts, self.ids = [], [], [], set()
         self.tags, self.text, self.titles = collections.Counter(), "", []
-        self.classes = set()
+        self.classes, self.moved = set(), False
         self._skip = self._heading = 0
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -48,6 +48,7 @@ class Page(html.parser.HTMLParser):
             self.links.append(given["href"])
         if tag == "link" and given.get("rel") == "stylesheet":
             self.scripts.append(given["href"])
+        self.moved |= given.get("http-equiv") == "refresh"
         if tag == "img" and given.get("src"):
             self.images.append(given["src"])
         if tag == "script" and given.get("src"):
@@ -218,7 +219,16 @@ def test_every_page_is_two_clicks_from_the_front(site):
         links = [(page, link) for page in reached for link in site[page].links]
         found = {site.target(page, link) for page, link in links}
         reached |= {target[0] for target in found if target and target[0] in site}
-    assert set(site) - reached <= {"genindex.html", "search.html"}
+    kept = {address for address, page in site.items() if not page.moved}
+    assert kept - reached <= {"genindex.html", "search.html"}
+
+
+def test_an_old_address_leads_to_the_page_that_has_its_text_now(site):
+    moved = {address: page for address, page in site.items() if page.moved}
+    assert {"strokes.html", "cite.html", "versioning.html"} <= set(moved)
+    for address, page in moved.items():
+        path, _ = site.target(address, page.links[0])
+        assert not site[path].moved, address
 
 
 def test_no_page_shows_a_fault_of_its_source(site):
