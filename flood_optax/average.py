@@ -12,7 +12,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from flood_optax.checks import number
+from flood_optax.checks import check_number
 from flood_optax.precision import compare_dtype, dtype_of, rounded
 
 
@@ -219,7 +219,7 @@ def _check_decay(decay: Any) -> None:
             "pass a float, or `optax.inject_hyperparams(average_params, "
             "hyperparam_dtype=jnp.float32)`."
         )
-    number(call, decay, "in [0, 1)", lambda d: 0 <= d < 1)
+    check_number(call, decay, "in [0, 1)")
 
 
 def _start(param: Any) -> Any:

@@ -1,6 +1,11 @@
-"""What a loss and a level may be: the rules every entry point enforces."""
+"""What a loss and a level may be: the rules every entry point enforces.
+
+What is named `check_...` returns nothing, `as_...` what it has checked. Numbers that a
+tracer will have are not known yet: those pass.
+"""
 
 import functools
+import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -36,17 +41,28 @@ class FloodWarning(UserWarning):
     """
 
 
+# What `check_number` may demand, in the words of its errors.
+RULES: dict[str, Callable[[float], bool]] = {
+    "finite": math.isfinite,
+    "positive and finite": lambda x: 0 < x < math.inf,
+    "non-negative and finite": lambda x: 0 <= x < math.inf,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
+
+
 def must(call: str, rule: str, got: object, remedy: str = "") -> str:
     """What every error says: where, the rule, what was given, and what to do."""
     return f"`{call}` must {rule}, got {got}.{remedy}"
 
 
-def typed(given: Any) -> str:
+def with_type(given: Any) -> str:
     """A value beside its type, where the type is what is wrong."""
     return f"{given!r} of type {type(given).__name__}"
 
 
-def taken(
+def converted(
     convert: Callable[[Any], Any], call: str, rule: str, given: Any, remedy: str = ""
 ) -> Any:
     """What JAX makes of it, which has no dtype for strings, objects and dates."""
@@ -62,20 +78,35 @@ def is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def number(call: str, given: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    """Demands one real number for which ``holds``, which a tracer is not asked."""
+def is_of_bits(bits: int, dtype: Any) -> bool:
+    """Whether it is one of real floats of so many bits at least."""
+    return jnp.issubdtype(dtype, jnp.floating) and 8 * dtype.itemsize >= bits
+
+
+def largest() -> float:
+    """The largest finite number of the widest floats that are enabled."""
+    return float(np.finfo(jnp.result_type(float)).max)
+
+
+def check_number(call: str, given: Any, rule: str) -> None:
+    """Demands one real number of which a rule holds."""
     if isinstance(given, bool) or not isinstance(given, NUMBERS):
-        raise TypeError(must(call, "be a real number", typed(given)))
-    dtype = taken(jnp.result_type, call, "be a real number", given)
+        raise TypeError(must(call, "be a real number", with_type(given)))
+    dtype = converted(jnp.result_type, call, "be a real number", given)
     if not is_real(dtype):
         raise TypeError(must(call, "be a real number", f"dtype {dtype}"))
-    scalar(call, given)
-    if not isinstance(given, Tracer) and not holds(float(given)):
+    check_scalar(call, given)
+    if isinstance(given, Tracer):
+        return
+    known = float(given)
+    if abs(known) > largest():
+        known *= math.inf  # as JAX will round it
+    if not RULES[rule](known):
         raise ValueError(must(call, f"be {rule}", given))
 
 
-def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
-    """Demands a static int that is not below ``least``, and returns it."""
+def as_integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
+    """Demands a static int that is not below ``least``."""
     try:
         if isinstance(given, bool):  # operator.index takes True for 1
             raise TypeError
@@ -87,10 +118,10 @@ def integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
     return found
 
 
-def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
-    """Demands an array of integers, in [0, below), which a tracer is not asked."""
+def as_integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
+    """Demands an array of integers, in [0, below)."""
     remedy = " `numpy.unique(names, return_inverse=True)[1]` numbers names."
-    array = taken(jnp.asarray, call, "be integers", given, remedy)
+    array = converted(jnp.asarray, call, "be integers", given, remedy)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(must(call, "be integers", array.dtype))
     known = None if below is None else known_numbers(given)
@@ -100,21 +131,20 @@ def integers(call: str, given: Any, *, below: int | None = None) -> jax.Array:
     return array
 
 
-def one_per_loss(call: str, given: jax.Array, shape: tuple[int, ...]) -> None:
+def check_one_per_loss(call: str, given: jax.Array, shape: tuple[int, ...]) -> None:
     """Demands the shape of the losses."""
     if given.shape != shape:
-        raise ValueError(
-            must(call, f"have the shape {shape} of the losses", given.shape)
-        )
+        rule = f"have the shape {shape} of the losses"
+        raise ValueError(must(call, rule, given.shape))
 
 
-def scalar(call: str, given: Any, remedy: str = "") -> None:
+def check_scalar(call: str, given: Any, remedy: str = "") -> None:
     """Demands the shape ()."""
     if np.shape(given) != ():
         raise ValueError(must(call, f"be a scalar{remedy}", f"shape {np.shape(given)}"))
 
 
-def function(call: str, given: Any, remedy: str = "") -> None:
+def check_function(call: str, given: Any, remedy: str = "") -> None:
     """Demands something to call."""
     if not callable(given):
         raise TypeError(must(call, "be callable", type(given).__name__ + remedy))
@@ -122,7 +152,7 @@ def function(call: str, given: Any, remedy: str = "") -> None:
 
 def check_raw(call: str, loss_fn: Any) -> None:
     """Demands a function, and none that `flooded` made: two floods cancel."""
-    function(call, loss_fn, ": flood a number with `flood_loss` or `flood_mean`")
+    check_function(call, loss_fn, ": flood a number with `flood_loss` or `flood_mean`")
     seen: Any = loss_fn
     while seen is not None:
         if getattr(seen, FLOODED, False) is True:
@@ -149,7 +179,7 @@ def check_key(call: str, key: Any) -> None:
         raise TypeError(must(call, "be a key, `jax.random.key(0)`", got))
 
 
-def one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
+def check_one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
     """Demands one of these words."""
     if not (isinstance(given, str) and given in words):
         *others, last = (f'"{word}"' for word in words)
@@ -175,10 +205,7 @@ def loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
 
 
 def check_level(level: Any, call: str) -> None:
-    """Refuses what is no level; tracers pass, since their numbers are not known yet.
-
-    -inf is legal and means off, negative levels are legal (densities).
-    """
+    """Demands real numbers: -inf means off, negative ones are levels of densities."""
     rule = "be a number or an array of numbers"
     if level is None:
         raise TypeError(must(call, rule, None, OFF))
@@ -186,14 +213,14 @@ def check_level(level: Any, call: str) -> None:
         got = "a schedule: call it with the step and pass the result"
         raise TypeError(must(call, "be a number or an array", got))
     if isinstance(level, bool) or not isinstance(level, NUMBERS):
-        raise TypeError(must(call, rule, typed(level), _unwrapping(level)))
-    dtype = taken(jnp.result_type, call, "be real", level)
+        raise TypeError(must(call, rule, with_type(level)))
+    dtype = converted(jnp.result_type, call, "be real", level)
     if not is_real(dtype):
         raise TypeError(must(call, "be real", f"dtype {dtype}"))
     known = known_numbers(level)
     if known is not None and np.isnan(known).any():
         raise ValueError(must(call, "not be NaN", level))
-    if known is not None and (known > np.finfo(jnp.result_type(float)).max).any():
+    if known is not None and (known > largest()).any():
         raise ValueError(must(call, "not be +inf", level, OFF))
 
 
@@ -212,7 +239,7 @@ def check_axis(call: str, axis_name: Any) -> None:
         return
     try:
         lax.axis_size(axis_name)
-    except NameError:
+    except (NameError, ValueError):  # a number is no name, but a position to JAX
         raise ValueError(
             f"`{call}` with axis_name={axis_name!r} must be called inside "
             "`jax.shard_map` or `jax.pmap` over that axis, got none that is mapped "
@@ -223,53 +250,40 @@ def check_axis(call: str, axis_name: Any) -> None:
 def check_scalar_level(level: Any, call: str) -> None:
     """As `check_level`, and refuses anything that is not one number."""
     check_level(level, call)
-    scalar(call, level, " where one loss is flooded")
+    check_scalar(call, level, " where one loss is flooded")
 
 
-def real_array(loss: Any, call: str) -> jax.Array:
+def as_real_array(loss: Any, call: str) -> jax.Array:
     """The loss as an array; only real floats of 16 bits or more can be flooded."""
     if isinstance(loss, tuple):
         remedy = "pass the loss without aux, or use has_aux=True where there is one"
         got = f"a tuple of {len(loss)}: {remedy}"
         raise TypeError(must(call, "be the loss alone", got))
-    no_array = loss is None or isinstance(loss, str | list | dict) or callable(loss)
-    if no_array or _unwrapping(loss):
-        remedy = _unwrapping(loss) or _calling(loss) or _splitting(loss)
+    if loss is None or isinstance(loss, str | list | dict) or callable(loss):
         rule = "be an array of real floats"
-        raise TypeError(must(call, rule, type(loss).__name__, remedy))
-    array = taken(jnp.asarray, call, "be of a real float dtype", loss)
+        raise TypeError(must(call, rule, type(loss).__name__, _how_to_get_one(loss)))
+    array = converted(jnp.asarray, call, "be of a real float dtype", loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(must(call, "be of a real float dtype", array.dtype))
-    if array.dtype.itemsize < 2:  # the largest of these also stands for inf or NaN
+    if not is_of_bits(16, array.dtype):  # the largest of 8 bits also stands for inf
         remedy = "compute it in a wider dtype, or cast it, `.astype(jnp.float32)`"
         got = f"{array.dtype}: {remedy}"
         raise TypeError(must(call, "have 16 bits at least", got))
     return array
 
 
-def _unwrapping(given: Any) -> str:
-    """How to get at the array in an array with named axes, which hides it from JAX."""
-    if not callable(getattr(given, "scalar", None)):
-        return ""
-    return " Pass the array in it: `.scalar()` where it has no axes, else `.array`."
+def _how_to_get_one(loss: Any) -> str:
+    """What to do with a function where its result is wanted, and with many losses."""
+    if callable(loss):
+        name = getattr(loss, "__name__", "the function")
+        return f" Call it, and pass the result of `{name}(...)`."
+    one = " One optimizer floods one loss: docs/traps.md, Two losses."
+    return one if isinstance(loss, dict) else ""
 
 
-def _calling(given: Any) -> str:
-    """What to do with a function where its result is wanted."""
-    name = getattr(given, "__name__", "the function")
-    return f" Call it, and pass the result of `{name}(...)`." if callable(given) else ""
-
-
-def _splitting(given: Any) -> str:
-    """What to do with several losses where one is wanted."""
-    if not isinstance(given, dict):
-        return ""
-    return " One optimizer floods one loss: docs/traps.md, Two losses."
-
-
-def scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
+def as_scalar_loss(loss: Any, call: str, remedy: str) -> jax.Array:
     """The loss as an array of shape (): a vector of losses is never broadcast."""
-    array = real_array(loss, call)
+    array = as_real_array(loss, call)
     if array.shape != ():
         got = f"shape {array.shape}"
         raise ValueError(must(call, "be a scalar", got, f" {remedy}"))
@@ -280,7 +294,7 @@ def broadcast_level(
     level: ArrayLike, shape: tuple[int, ...], call: str, *, of: str = "losses"
 ) -> jax.Array:
     """The level broadcast to the losses, never the losses to the level."""
-    array = taken(jnp.asarray, call, "be real", level)
+    array = converted(jnp.asarray, call, "be real", level)
     # dimensions may be symbolic, which np.broadcast_shapes does not know
     sizes = zip(array.shape[::-1], shape[::-1], strict=False)
     fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in sizes)
@@ -294,7 +308,7 @@ def broadcast_level(
     return jnp.broadcast_to(array, shape)
 
 
-def loss_mask(
+def as_mask(
     call: str, where: ArrayLike | None, shape: tuple[int, ...], *, split: bool
 ) -> jax.Array | None:
     """The mask of the losses; a batch split over devices may be empty on one."""
@@ -304,28 +318,28 @@ def loss_mask(
     if where is None:
         return None
     call = f"{call}(where=...)"
-    mask = taken(jnp.asarray, call, "be boolean", where)
+    mask = converted(jnp.asarray, call, "be boolean", where)
     if mask.dtype != jnp.bool_:
         raise TypeError(must(call, "be boolean", mask.dtype))
-    one_per_loss(call, mask, shape)
+    check_one_per_loss(call, mask, shape)
     if isinstance(where, np.ndarray) and not where.any() and not split:
         got = "a mask that is False everywhere"
         raise ValueError(must(call, "leave at least one loss", got))
     return mask
 
 
-def loss_weights(
+def as_weights(
     weights: ArrayLike | None, shape: tuple[int, ...], *, split: bool
 ) -> jax.Array | None:
     """The weights of `flood_mean`; a part of a split batch may weigh nothing."""
     if weights is None:
         return None
     call = "flood_mean(weights=...)"
-    array = taken(jnp.asarray, call, "be real numbers", weights)
+    array = converted(jnp.asarray, call, "be real numbers", weights)
     if not is_real(array.dtype):
         got = f"{array.dtype}{': a mask is `where`' * (array.dtype == jnp.bool_)}"
         raise TypeError(must(call, "be real numbers", got))
-    one_per_loss(call, array, shape)
+    check_one_per_loss(call, array, shape)
     known = known_numbers(weights)
     if known is not None and not (np.isfinite(known) & (known >= 0)).all():
         ends = f"{known.min()} to {known.max()}"
@@ -335,17 +349,18 @@ def loss_weights(
     return array
 
 
-def segments(
+def as_segments(
     segment_ids: ArrayLike | None, num_segments: object, shape: tuple[int, ...]
 ) -> tuple[jax.Array, int]:
     """The segment ids and number of `flood_mean`."""
-    if segment_ids is None:
-        raise ValueError('`flood_mean(over="segment")` needs `segment_ids`, got None.')
-    if num_segments is None:
-        raise ValueError(
-            '`flood_mean(over="segment")` needs `num_segments`, a static int, got None.'
-        )
-    count = integer("flood_mean(num_segments=...)", num_segments, least=1)
-    ids = integers("flood_mean(segment_ids=...)", segment_ids, below=count)
-    one_per_loss("flood_mean(segment_ids=...)", ids, shape)
+    needed = {
+        "`segment_ids`": segment_ids,
+        "`num_segments`, a static int": num_segments,
+    }
+    for what, given in needed.items():
+        if given is None:
+            raise ValueError(f'`flood_mean(over="segment")` needs {what}, got None.')
+    count = as_integer("flood_mean(num_segments=...)", num_segments, least=1)
+    ids = as_integers("flood_mean(segment_ids=...)", segment_ids, below=count)
+    check_one_per_loss("flood_mean(segment_ids=...)", ids, shape)
     return ids, count

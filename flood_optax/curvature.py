@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from flood_optax.checks import check_raw, loss_and_aux, scalar_loss
+from flood_optax.checks import as_scalar_loss, check_raw, is_of_bits, loss_and_aux
 from flood_optax.devices import split_like
 from flood_optax.precision import wide
 
@@ -29,7 +29,7 @@ def loss_of_params(
     check_raw(f"{call}(loss_fn)", loss_fn)
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        if not is_of_bits(16, dtype):
             raise TypeError(
                 f"`{call}(params)` must hold real floats only, of 16 bits at least, "
                 f"got dtype {dtype} at params{jax.tree_util.keystr(path)}: close over "
@@ -40,7 +40,7 @@ def loss_of_params(
         result = loss_fn(params, *args, **kwargs)
         value, aux = loss_and_aux(call, result, has_aux=has_aux)
         remedy = "Reduce it first, say by `jnp.mean`."
-        return scalar_loss(value, f"{call}(loss_fn)'s loss", remedy), aux
+        return as_scalar_loss(value, f"{call}(loss_fn)'s loss", remedy), aux
 
     return loss
 

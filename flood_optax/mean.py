@@ -11,14 +11,14 @@ from jax.typing import ArrayLike
 
 from flood_optax.bend import flood_value, nan_where, shared_mean, with_slope
 from flood_optax.checks import (
+    as_mask,
+    as_real_array,
+    as_segments,
+    as_weights,
     broadcast_level,
     check_level,
+    check_one_of,
     check_scalar_level,
-    loss_mask,
-    loss_weights,
-    one_of,
-    real_array,
-    segments,
 )
 from flood_optax.devices import (
     AxisName,
@@ -126,11 +126,13 @@ def flood_mean(
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709;
       Xie et al., iFlood, ICLR 2022; Bae et al., AdaFlood, TMLR 2024.
     """
-    losses = real_array(losses, "flood_mean(losses)")
+    losses = as_real_array(losses, "flood_mean(losses)")
     call = "flood_mean(level=...)"
     check_level(level, call)
     check_shape(shape, "flood_mean(shape=...)")
-    one_of("flood_mean(over=...)", over, ("batch", "example", "segment", "sequence"))
+    check_one_of(
+        "flood_mean(over=...)", over, ("batch", "example", "segment", "sequence")
+    )
     if over != "segment" and (segment_ids is not None or num_segments is not None):
         raise ValueError(
             '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '
@@ -139,15 +141,15 @@ def flood_mean(
     check_axes("flood_mean", losses, axis_name)
     counted = _counted(
         losses,
-        loss_mask("flood_mean", where, losses.shape, split=bool(axis_name)),
-        loss_weights(weights, losses.shape, split=bool(axis_name)),
+        as_mask("flood_mean", where, losses.shape, split=bool(axis_name)),
+        as_weights(weights, losses.shape, split=bool(axis_name)),
     )
     if over == "batch":
         check_scalar_level(level, call)
         mean = counted.sum() / _global_size(counted, axis_name)
         value, _ = flood_value(mean, jnp.asarray(level), shape, axis_name)
     elif over == "segment":
-        ids, number = segments(segment_ids, num_segments, losses.shape)
+        ids, number = as_segments(segment_ids, num_segments, losses.shape)
         levels = broadcast_level(level, (number,), call, of="segments")
         value = _over_segments(counted, ids, levels, shape, axis_name)
     else:

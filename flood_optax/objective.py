@@ -15,13 +15,13 @@ from jax.typing import ArrayLike
 from flood_optax.bend import flood_value, with_slope
 from flood_optax.checks import (
     FLOODED,
+    as_real_array,
+    as_scalar_loss,
     broadcast_level,
     check_level,
     check_raw,
     check_scalar_level,
     loss_and_aux,
-    real_array,
-    scalar_loss,
 )
 from flood_optax.devices import AxisName, check_axes, varying_like
 from flood_optax.mean import flood_mean
@@ -85,7 +85,7 @@ def flood_loss(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    losses = real_array(loss, "flood_loss(loss)")
+    losses = as_real_array(loss, "flood_loss(loss)")
     check_level(level, "flood_loss(level=...)")
     check_shape(shape, "flood_loss(shape=...)")
     levels = broadcast_level(level, losses.shape, "flood_loss(level=...)")
@@ -224,7 +224,7 @@ def flooded(
     def flooded_fn(*args: Any, **kwargs: Any) -> Any:
         result = loss_fn(*args, **kwargs)
         loss, aux = loss_and_aux("flooded", result, has_aux=has_aux)
-        loss = scalar_loss(
+        loss = as_scalar_loss(
             loss,
             "flooded(loss_fn)'s loss",
             "`flood_mean(losses, level)` says over what to average.",

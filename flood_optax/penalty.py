@@ -9,7 +9,6 @@ takes the raw loss; flood the penalised one, or its gradient, afterwards.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_raw, number, one_of
+from flood_optax.checks import check_number, check_one_of, check_raw
 from flood_optax.curvature import (
     LossOfParams,
     dot,
@@ -31,6 +30,7 @@ from flood_optax.precision import wide
 
 __all__ = ["level_set_drift", "objective", "pair_displacement", "value_and_grad"]
 
+NON_NEGATIVE = "non-negative and finite"
 Method = Literal["exact", "forward", "backward"]
 
 
@@ -72,7 +72,7 @@ def objective(
     """
     call = "penalty.objective"
     check_raw(f"{call}(loss_fn)", loss_fn)
-    _check_size(f"{call}(strength=...)", strength)
+    check_number(f"{call}(strength=...)", strength, NON_NEGATIVE)
 
     @functools.wraps(loss_fn)
     def penalised_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
@@ -140,11 +140,10 @@ def value_and_grad(
     """
     call = "penalty.value_and_grad"
     check_raw(f"{call}(loss_fn)", loss_fn)
-    _check_size(f"{call}(strength=...)", strength)
-    one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
+    check_number(f"{call}(strength=...)", strength, NON_NEGATIVE)
+    check_one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
     if radius is not None:
-        rule = "finite and above 0"
-        number(f"{call}(radius=...)", radius, rule, lambda a: 0 < a < math.inf)
+        check_number(f"{call}(radius=...)", radius, "positive and finite")
         if method == "exact":
             raise ValueError(
                 f'`{call}(radius=...)` needs method="forward" or "backward", '
@@ -216,7 +215,7 @@ def pair_displacement(
       https://arxiv.org/abs/2210.02720
     """
     call = "penalty.pair_displacement"
-    _check_size(f"{call}(learning_rate=...)", learning_rate)
+    check_number(f"{call}(learning_rate=...)", learning_rate, NON_NEGATIVE)
     loss_of = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
     )
@@ -307,7 +306,3 @@ def _add(a: optax.Params, factor: ArrayLike, b: optax.Updates) -> optax.Params:
         return (wide(x) + step).astype(y.dtype)
 
     return jax.tree.map(add, a, b)
-
-
-def _check_size(call: str, given: ArrayLike) -> None:
-    number(call, given, "finite and at least 0", lambda x: 0 <= x < math.inf)

@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 from flood_optax.bend import flood_value, nan_where, shared_mean
 from flood_optax.checks import (
+    as_integers,
+    as_mask,
+    as_real_array,
+    check_number,
     check_scalar_level,
-    integers,
-    loss_mask,
-    number,
-    real_array,
 )
 from flood_optax.devices import (
     AxisName,
@@ -75,9 +75,9 @@ def relax_loss(
     References:
       Chen, Yu and Fritz, RelaxLoss, ICLR 2022, https://arxiv.org/abs/2207.05801
     """
-    logits = real_array(logits, "relax_loss(logits)")
-    labels = integers("relax_loss(labels)", labels)
-    epoch = integers("relax_loss(epoch)", epoch)
+    logits = as_real_array(logits, "relax_loss(logits)")
+    labels = as_integers("relax_loss(labels)", labels)
+    epoch = as_integers("relax_loss(epoch)", epoch)
     fit = logits.ndim > 0 and logits.shape[:-1] == labels.shape and labels.size > 0
     if not fit or logits.shape[-1] < 2 or epoch.shape != ():
         raise ValueError(
@@ -86,9 +86,9 @@ def relax_loss(
             f"{logits.shape}, {labels.shape} and {epoch.shape}."
         )
     check_scalar_level(level, "relax_loss(level=...)")
-    number("relax_loss(upper=...)", upper, "in (0, 1]", lambda u: 0 < u <= 1)
+    check_number("relax_loss(upper=...)", upper, "in (0, 1]")
     check_axes("relax_loss", logits, axis_name)
-    mask = loss_mask("relax_loss", where, labels.shape, split=bool(axis_name))
+    mask = as_mask("relax_loss", where, labels.shape, split=bool(axis_name))
     scores, number_of = wide(logits), jnp.asarray(labels.size, wide(logits).dtype)
     if mask is not None:
         number_of = global_mean(mask.sum(dtype=scores.dtype), axis_name)

@@ -7,7 +7,6 @@ gradient is then the plain one times the multiplier ``m = phi'(loss - level)``.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from flood_optax.checks import number
+from flood_optax.checks import check_number
 
 __all__ = ["Shape", "asymmetric", "pause", "reflect", "soft"]
 
@@ -112,7 +111,7 @@ def soft(scale: float | jax.Array = 1.0) -> Shape:
       Holland and Nakatani, Soft ascent-descent as a stable and flexible alternative
       to flooding, NeurIPS 2024, https://arxiv.org/abs/2310.10006
     """
-    number("soft(scale=...)", scale, "positive and finite", _positive)
+    check_number("soft(scale=...)", scale, "positive and finite")
     return _shape("soft", _soft_value, _soft_multiplier, scale=scale)
 
 
@@ -167,8 +166,8 @@ def asymmetric(
       NeurIPS 2017, algorithm 1, https://arxiv.org/abs/1703.00593
     """
     rule = "non-negative and finite"
-    number("asymmetric(ascent=...)", ascent, rule, _not_negative)
-    number("asymmetric(dead_band=...)", dead_band, rule, _not_negative)
+    check_number("asymmetric(ascent=...)", ascent, rule)
+    check_number("asymmetric(dead_band=...)", dead_band, rule)
     return _shape(
         "asymmetric",
         _asymmetric_value,
@@ -276,11 +275,3 @@ def _nan_squared(r: jax.Array) -> jax.Array:
     # The comparisons above send NaN down one branch, whose derivative would be +-1.
     nan = jnp.where(jnp.isnan(r), r, jnp.zeros_like(r))
     return nan * nan
-
-
-def _positive(x: float) -> bool:
-    return 0 < x < math.inf
-
-
-def _not_negative(x: float) -> bool:
-    return 0 <= x < math.inf

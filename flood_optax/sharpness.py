@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_key, integer
+from flood_optax.checks import as_integer, check_key
 from flood_optax.curvature import (
     dot,
     gradient_of,
@@ -112,7 +112,7 @@ def hessian_trace(
       Laplacian smoothing splines, Communications in Statistics, 1990.
     """
     call = "sharpness.hessian_trace"
-    num_samples = integer(f"{call}(num_samples=...)", num_samples, least=2)
+    num_samples = as_integer(f"{call}(num_samples=...)", num_samples, least=2)
     check_key(f"{call}(key=...)", key)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
@@ -174,7 +174,7 @@ def top_eigenvalue(
       Golub and Van Loan, Matrix Computations, 4th ed., section 10.3.
     """
     call = "sharpness.top_eigenvalue"
-    num_iterations = integer(f"{call}(num_iterations=...)", num_iterations, least=1)
+    num_iterations = as_integer(f"{call}(num_iterations=...)", num_iterations, least=1)
     check_key(f"{call}(key=...)", key)
     loss = loss_of_params(
         call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs

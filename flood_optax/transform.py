@@ -18,10 +18,11 @@ from flood_optax.bend import Bent, bend
 from flood_optax.checks import (
     DROPS_VALUE,
     FloodWarning,
+    as_scalar_loss,
+    check_number,
     check_scalar_level,
     known_numbers,
-    number,
-    scalar_loss,
+    largest,
 )
 from flood_optax.devices import AxisName, check_axes, global_mean
 from flood_optax.dispatch import one_dispatch
@@ -259,12 +260,7 @@ def _check_band(call: str, level: Level, band: ArrayLike | None, shape: Shape) -
     """Whether there is a band, as far as it is known: 0 is none."""
     if band is None:
         return False
-    number(
-        f"{call}(band=...)",
-        band,
-        "non-negative and finite",
-        lambda d: 0 <= d <= _most(),
-    )
+    check_number(f"{call}(band=...)", band, "non-negative and finite")
     d = known_numbers(band)
     if d is not None and d == 0:
         return False
@@ -289,14 +285,10 @@ def _check_ends(call: str, level: ArrayLike, band: ArrayLike | None) -> None:
     if band is None:
         return
     b, d = known_numbers(level), known_numbers(band)
-    if b is not None and d is not None and np.isfinite(b) and abs(b) + d > _most():
+    if b is not None and d is not None and np.isfinite(b) and abs(b) + d > largest():
         raise ValueError(
             f"`{call}(band=...)` must leave both ends finite, got {band} about {level}."
         )
-
-
-def _most() -> float:
-    return float(np.finfo(jnp.result_type(float)).max)
 
 
 class BatchLoss(NamedTuple):
@@ -350,7 +342,7 @@ def batch_loss(
             f"`{call}.update(value=...)` needs the current loss, got {got}: "
             f"pass `optimizer.update(grads, state, params, value=loss)`. {DROPS_VALUE}"
         )
-    share = scalar_loss(
+    share = as_scalar_loss(
         given,
         f"{call}.update({name}=...)",
         "Pass the mean over the batch, the scalar you differentiate.",
@@ -359,8 +351,7 @@ def batch_loss(
     if weight is None:  # each device counts 1
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
         return BatchLoss(global_mean(share, axis_name), devices)
-    rule = "non-negative and finite"
-    number(f"{call}.update(weight=...)", weight, rule, lambda w: 0 <= w < np.inf)
+    check_number(f"{call}.update(weight=...)", weight, "non-negative and finite")
     part = jnp.asarray(weight, compare_dtype(share.dtype))
     # a select: the product with 0 keeps the NaN of a part that counts nothing
     counted = jnp.where(part != 0, wide(share), 0)

@@ -10,7 +10,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.checks import integer
+from flood_optax.checks import as_integer
 from flood_optax.dispatch import one_dispatch
 from flood_optax.precision import compare_dtype, dtype_of
 
@@ -85,7 +85,7 @@ def accumulation(
             " Under `optax.inject_hyperparams` pass "
             '`static_args="every_k"`; a schedule is legal too.'
         )
-        integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
+        as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
         if every_k == 1 and should_skip is None:
             return Accumulation(lambda params: (), _add_to_none)
 

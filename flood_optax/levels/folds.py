@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_key, integer, number, real_array
+from flood_optax.checks import as_integer, as_real_array, check_key, check_number
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import compare_dtype
@@ -52,15 +52,15 @@ def adaflood(
     References:
       Bae et al., AdaFlood, TMLR 2024, https://arxiv.org/abs/2311.02891
     """
-    a = real_array(held_out_loss, "adaflood(held_out_loss)")
+    a = as_real_array(held_out_loss, "adaflood(held_out_loss)")
     if not isinstance(a, Tracer) and (missing := np.isnan(a).sum()):
         raise ValueError(
             f"`adaflood(held_out_loss)` must not be NaN, got {missing} of {a.size} "
             "entries: the model of their fold has diverged, or was never evaluated."
         )
-    number("adaflood(gamma=...)", gamma, "in [0, 1]", lambda g: 0 <= g <= 1)
-    number("adaflood(alpha=...)", alpha, "finite", np.isfinite)
-    number("adaflood(beta=...)", beta, "finite", np.isfinite)
+    check_number("adaflood(gamma=...)", gamma, "in [0, 1]")
+    check_number("adaflood(alpha=...)", alpha, "finite")
+    check_number("adaflood(beta=...)", beta, "finite")
     dtype = compare_dtype(a.dtype)
     g = jnp.asarray(gamma, dtype)
     z = jnp.asarray(alpha, dtype) * a.astype(dtype) + jnp.asarray(beta, dtype)
@@ -192,7 +192,7 @@ def held_out_losses(
 
     def losses(model: Any, indices: jax.Array) -> jax.Array:
         found = evaluate(model, indices)
-        found = real_array(found, "held_out_losses(evaluate)'s losses")
+        found = as_real_array(found, "held_out_losses(evaluate)'s losses")
         if found.shape != indices.shape:
             raise ValueError(
                 "`held_out_losses(evaluate)` must return one loss per index, shape "
@@ -225,8 +225,8 @@ def _by_folds(
     groups: Any,
     stratify: Any,
 ) -> Any:
-    integer(f"{call}(num_examples=...)", num_examples, least=2)
-    integer(f"{call}(num_folds=...)", num_folds, least=2)
+    as_integer(f"{call}(num_examples=...)", num_examples, least=2)
+    as_integer(f"{call}(num_folds=...)", num_folds, least=2)
     check_key(f"{call}(key=...)", key)
     chosen = groups is not None or stratify is not None
     if num_folds > num_examples or (vmap and num_examples % num_folds):

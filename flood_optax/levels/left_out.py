@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import integer, integers, is_real
+from flood_optax.checks import as_integer, as_integers, is_real
 from flood_optax.levels.blocks import numbered
 
 WIDTHS = (0.1, 0.25, 0.5, 1.0)  # of the kernel, in root median distances
@@ -97,7 +97,7 @@ def _checked(
                 f"`leave_one_out({name})` must be known, got a tracer: call it before "
                 "training, outside of `jax.jit`."
             )
-    c = integer("leave_one_out(num_classes=...)", num_classes, least=2)
+    c = as_integer("leave_one_out(num_classes=...)", num_classes, least=2)
     x = np.asarray(features)
     if not is_real(x.dtype):
         raise TypeError(f"`{call}` must be real numbers, got dtype {x.dtype}.")
@@ -106,7 +106,7 @@ def _checked(
         raise ValueError(
             f"`{call}` must be of shape [n, d], got {x.shape}: pass `features{remedy}`."
         )
-    y = np.asarray(integers("leave_one_out(labels)", labels, below=c))
+    y = np.asarray(as_integers("leave_one_out(labels)", labels, below=c))
     if y.shape != x.shape[:1]:
         raise ValueError(
             "`leave_one_out(features, labels)` must be of shapes [n, d] and [n], got "

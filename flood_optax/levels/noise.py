@@ -12,7 +12,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flood_optax.bend import nan_where
-from flood_optax.checks import FloodWarning, integer, integers, number, real_array
+from flood_optax.checks import (
+    FloodWarning,
+    as_integer,
+    as_integers,
+    as_real_array,
+    check_number,
+)
 from flood_optax.levels.meshes import replicated, whole
 from flood_optax.levels.targets import entropies, probabilities
 from flood_optax.precision import wide
@@ -105,8 +111,8 @@ def noise_floor(
         )
     if num_classes is None:
         raise ValueError("`noise_floor(noise)` with a rate needs `num_classes`.")
-    c = integer("noise_floor(num_classes=...)", num_classes, least=2)
-    number("noise_floor(noise=...)", noise, "in [0, 1]", lambda rate: 0 <= rate <= 1)
+    c = as_integer("noise_floor(num_classes=...)", num_classes, least=2)
+    check_number("noise_floor(noise=...)", noise, "in [0, 1]")
     rate = jax.lax.stop_gradient(wide(noise))
     # Neither log is infinite at the ends, where it is multiplied by 0.
     info = jnp.finfo(rate.dtype)
@@ -173,7 +179,7 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
       Labels, JAIR 2021, https://arxiv.org/abs/1911.00068
     """
     p = probabilities(probs, "noise_matrix(probs)")
-    y = integers("noise_matrix(labels)", labels, below=p.shape[-1])
+    y = as_integers("noise_matrix(labels)", labels, below=p.shape[-1])
     if p.ndim != 2 or y.shape != p.shape[:1] or y.size == 0:
         raise ValueError(
             "`noise_matrix(probs, labels)` must be of shapes [n, c] and [n], got "
@@ -239,15 +245,15 @@ def noise_rate(
       >>> print(f"{noise_rate(scores, labels, confident=0.75):.4f}")
       0.3333
     """
-    p = replicated(wide(real_array(scores, "noise_rate(scores)")))
+    p = replicated(wide(as_real_array(scores, "noise_rate(scores)")))
     if p.ndim != 2 or p.shape[1] < 2 or np.shape(labels) != p.shape[:1] or p.size == 0:
         raise ValueError(
             "`noise_rate(scores, labels)` must be of shapes [n, c] and [n], c at least "
             f"2, got {p.shape} and {np.shape(labels)}."
         )
-    y = integers("noise_rate(labels)", labels, below=p.shape[1])
+    y = as_integers("noise_rate(labels)", labels, below=p.shape[1])
     y = replicated(y.astype(jnp.int32))
-    number("noise_rate(confident=...)", confident, "in (0, 1]", lambda q: 0 < q <= 1)
+    check_number("noise_rate(confident=...)", confident, "in (0, 1]")
     outside = ((y < 0) | (y >= p.shape[1])).any()
     missing = jnp.isnan(p).any()
     if not isinstance(missing, Tracer) and missing:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_scalar_level, integer
+from flood_optax.checks import as_integer, check_scalar_level
 
 
 def warmup(
@@ -36,7 +36,7 @@ def warmup(
     if not callable(level):
         check_scalar_level(level, "warmup(level=...)")
     if not isinstance(start_step, Tracer):
-        integer("warmup(start_step=...)", start_step, least=0)
+        as_integer("warmup(start_step=...)", start_step, least=0)
 
     def level_at(step: ArrayLike) -> jax.Array:
         now = jnp.asarray(level(jnp.asarray(step)) if callable(level) else level)

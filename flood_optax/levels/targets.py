@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import broadcast_level, real_array
+from flood_optax.checks import as_real_array, broadcast_level
 from flood_optax.precision import compare_dtype
 
 
@@ -35,7 +35,7 @@ def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:
     References:
       Cho et al., WaveBound, NeurIPS 2022, https://arxiv.org/abs/2210.14303
     """
-    loss = real_array(target_loss, "wavebound(target_loss)")
+    loss = as_real_array(target_loss, "wavebound(target_loss)")
     gap = broadcast_level(epsilon, loss.shape, "wavebound(epsilon=...)")
     if not isinstance(gap, Tracer) and not bool((jnp.isfinite(gap) & (gap >= 0)).all()):
         raise ValueError(
@@ -80,7 +80,7 @@ def _plogp(p: jax.Array) -> jax.Array:
 
 def probabilities(given: ArrayLike, call: str) -> jax.Array:
     """Rows of probabilities, float32 at least, into which no gradient flows."""
-    probs = real_array(given, call)
+    probs = as_real_array(given, call)
     if probs.shape[-1:] in ((), (0,)):
         raise ValueError(
             f"`{call}` must have an axis of classes, got shape {probs.shape}."

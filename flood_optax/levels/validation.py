@@ -13,7 +13,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import FloodWarning, integer, one_of, real_array, taken
+from flood_optax.checks import (
+    FloodWarning,
+    as_integer,
+    as_real_array,
+    check_one_of,
+    converted,
+)
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import wide
 
@@ -61,9 +67,9 @@ def at_best(
       >>> print(at_best(losses, accuracy, mode="max", window=3))
       0.75
     """
-    one_of("at_best(mode=...)", mode, ("max", "min"))
-    given = taken(jnp.asarray, "at_best(losses)", "be real floats", losses)
-    loss = replicated(real_array(given, "at_best(losses)"))
+    check_one_of("at_best(mode=...)", mode, ("max", "min"))
+    given = converted(jnp.asarray, "at_best(losses)", "be real floats", losses)
+    loss = replicated(as_real_array(given, "at_best(losses)"))
     # NumPy keeps the 64 bits of integers that JAX would wrap.
     in_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(metric))
     score = replicated(jnp.asarray(metric)) if in_jax else np.asarray(metric)
@@ -77,7 +83,7 @@ def at_best(
             "`at_best(losses, metric)` must be of one shape [steps], got "
             f"{loss.shape} and {score.shape}."
         )
-    window = integer("at_best(window=...)", window, least=1)
+    window = as_integer("at_best(window=...)", window, least=1)
     windows = loss.size - window + 1
     if windows < 1:
         raise ValueError(

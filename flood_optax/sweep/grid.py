@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flood_optax.checks import integer
+from flood_optax.checks import as_integer
 from flood_optax.sweep.extras import optional, progress_bar
 from flood_optax.sweep.inputs import (
     as_keys,
@@ -104,7 +104,7 @@ def run(
     """
     train_runs, context = placement(strategy, mesh)
     if chunk_size is not None:
-        integer("sweep.run(chunk_size=...)", chunk_size, least=1)
+        as_integer("sweep.run(chunk_size=...)", chunk_size, least=1)
     given, used = as_levels(levels, "sweep.run(levels)")
     seeds = as_keys(keys, "sweep.run(keys)")
     if progress:

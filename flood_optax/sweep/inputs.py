@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from flood_optax.checks import check_level, function, scalar_loss
+from flood_optax.checks import as_scalar_loss, check_function, check_level
 
 Array = npt.NDArray[Any]
 STACK = (
@@ -111,7 +111,7 @@ def as_keys(given: Any, call: str) -> Keys:
 @contextlib.contextmanager
 def called(call: str, given: Any, *words: str) -> Generator[None]:
     """Demands a function of these arguments, and says so of any error in it."""
-    function(call, given)
+    check_function(call, given)
     due = f"({', '.join(words)})"
     with contextlib.suppress(ValueError):  # a function of C may tell no arguments
         signature = inspect.signature(given)
@@ -241,7 +241,7 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
                 "`sweep.forked(step)` must return the raw loss as the metric 'loss', "
                 f"got {', '.join(map(repr, metrics))}."
             )
-        scalar_loss(
+        as_scalar_loss(
             metrics["loss"],
             "sweep.forked(step)'s loss",
             "Return the loss that is compared with the level.",

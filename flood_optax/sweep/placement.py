@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flood_optax.checks import one_of
+from flood_optax.checks import check_one_of
 from flood_optax.sweep.cores import number_of_cores, over_cores
 from flood_optax.sweep.inputs import Array
 from flood_optax.sweep.traced import Traced
@@ -219,7 +219,7 @@ def placement(
     if strategy is None:
         alone = "map" if jax.default_backend() == "cpu" else "vmap"
         strategy = "shard" if jax.process_count() > 1 else alone
-    one_of("sweep.run(strategy=...)", strategy, ("vmap", "map", "shard"))
+    check_one_of("sweep.run(strategy=...)", strategy, ("vmap", "map", "shard"))
     if strategy == "shard":
         mesh = mesh or Mesh(np.array(jax.devices()), ("runs",))
         return functools.partial(over_devices, mesh=mesh), no_mesh

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flood_optax.checks import FloodWarning, one_of
+from flood_optax.checks import FloodWarning, check_one_of
 from flood_optax.sweep import export
 from flood_optax.sweep.inputs import Array
 
@@ -327,7 +327,7 @@ class Result:
                 f"`Result.{call}({metric!r})` must be of real numbers, got "
                 f"{values.dtype}."
             )
-        one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
+        check_one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
         if "step" not in self._names(values):
             if at is not None:
                 raise ValueError(

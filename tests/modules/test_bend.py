@@ -218,7 +218,8 @@ class NamedArray:
         return self.array
 
 
-def test_array_with_named_axes_is_told_how_to_unwrap_itself():
+def test_array_with_named_axes_is_refused_by_its_type():
+    """docs/trainers.md says how to get at the array in it."""
     named = NamedArray(jnp.float32(0.25))
     for call in (
         lambda: flooded(lambda: named, 0.5)(),
@@ -226,7 +227,7 @@ def test_array_with_named_axes_is_told_how_to_unwrap_itself():
         lambda: flood_loss(0.5, named),
         lambda: update(scale_by_flood(0.5), named),
     ):
-        with pytest.raises(TypeError, match=r"Pass the array in it: `\.scalar\(\)`"):
+        with pytest.raises(TypeError, match="NamedArray"):
             call()
     assert flooded(lambda: named.scalar(), 0.5)() == 0.75
 

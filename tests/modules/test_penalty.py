@@ -379,9 +379,9 @@ def test_objective_squares_gradients_of_any_size(slope, strength):
 
 
 BAD_STRENGTHS = {
-    "negative": (-0.1, ValueError, "must be finite and at least 0, got -0.1"),
-    "nan": (float("nan"), ValueError, "must be finite and at least 0, got nan"),
-    "inf": (jnp.inf, ValueError, "must be finite and at least 0, got inf"),
+    "negative": (-0.1, ValueError, "must be non-negative and finite, got -0.1"),
+    "nan": (float("nan"), ValueError, "must be non-negative and finite, got nan"),
+    "inf": (jnp.inf, ValueError, "must be non-negative and finite, got inf"),
     "string": ("0.1", TypeError, "must be a real number, got '0.1' of type str"),
     "none": (None, TypeError, "must be a real number, got None"),
     "bool": (True, TypeError, "must be a real number, got True"),
@@ -413,7 +413,7 @@ def test_learning_rate_out_of_range_raises(eta):
 
 @pytest.mark.parametrize("radius", [0, -0.1, float("nan"), float("inf")])
 def test_radius_out_of_range_raises_at_construction(radius):
-    with pytest.raises(ValueError, match=rf"must be finite and above 0, got {radius}"):
+    with pytest.raises(ValueError, match=rf"must be positive and finite, got {radius}"):
         penalty.value_and_grad(loss_fn, 0.1, method="forward", radius=radius)
 
 
