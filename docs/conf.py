@@ -75,8 +75,10 @@ redirects = {  # the addresses of pages that have moved
     "changelog": "project#changelog",
     "cite": "project#how-to-cite",
     "contributing": "project#contributing",
+    "gallery": "results",
     "optax-contrib": "project",
     "strokes": "averaging",
+    "training-loss-goes-to-zero": "quickstart#training-loss-goes-to-zero-from-pytorch",
     "versioning": "install#versions-and-what-they-promise",
 }
 

@@ -168,10 +168,10 @@ def test_pages_agree_with_the_results():
 
 def test_a_changed_number_in_a_page_is_found(tmp_path):
     (tmp_path / "docs").mkdir()
-    text = (record.REPOSITORY / "README.md").read_text()
-    (tmp_path / "README.md").write_text(
+    (tmp_path / "README.md").write_text("# Title\n")
+    text = (record.REPOSITORY / "docs" / "quickstart.md").read_text()
+    (tmp_path / "docs" / "quickstart.md").write_text(
         text.replace("| plain | - | 0.0", "| plain | - | 0.1")
     )
-    assert "README.md: table quickstart differs from its result" in report.check(
-        tmp_path, record.RESULTS
-    )
+    wrong = report.check(tmp_path, record.RESULTS)
+    assert "docs/quickstart.md: table quickstart differs from its result" in wrong
