@@ -16,8 +16,8 @@ EXTRA_OF = {"torch": "rivals"}  # every other missing module is in the extra `be
 def discover() -> dict[str, str]:
     """The studies and commands, and the first line of their docstrings.
 
-    A study has `measure`, a command of its own kind `main`. They are read, not
-    imported, so a missing extra does not hide any.
+    A study has `tables`, a command of its own kind `main`. They are read, not imported,
+    so a missing extra does not hide any.
     """
     found: dict[str, str] = {}
     packages = {path.parent.name: path for path in HERE.glob("*/__init__.py")}
@@ -25,7 +25,7 @@ def discover() -> dict[str, str]:
     for name, path in sorted((packages | modules).items()):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-        if defined & {"main", "measure"}:
+        if defined & {"main", "measure", "tables"}:
             found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
     if hasattr(module, "main"):
         module.main(rest)
-    else:
+    elif hasattr(module, "measure"):
         study.conduct(module, rest)
+    else:
+        study.show(module, rest)
 
 
 if __name__ == "__main__":

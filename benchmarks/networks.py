@@ -20,32 +20,6 @@ def uniform(fan_in: int) -> Initializer:
     return init
 
 
-class BatchNorm(nn.Module):
-    """PyTorch's batch normalisation: its running variance is the unbiased one."""
-
-    momentum: float = 0.1
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width = x.shape[-1:]
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scale = self.param("scale", ones, width)
-        shift = self.param("shift", zeros, width)
-        running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(width))
-        running_var = self.variable("batch_stats", "var", lambda: jnp.ones(width))
-        if train:
-            mean, var = x.mean(0), x.var(0)
-            if not self.is_initializing():
-                unbiased = var * len(x) / (len(x) - 1)
-                new, old = self.momentum, 1 - self.momentum
-                running_mean.value = old * running_mean.value + new * mean
-                running_var.value = old * running_var.value + new * unbiased
-        else:
-            mean, var = running_mean.value, running_var.value
-        return (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + shift
-
-
 def keep(hidden: jax.Array, layer: int) -> jax.Array:
     """No dropout."""
     del layer
@@ -53,32 +27,22 @@ def keep(hidden: jax.Array, layer: int) -> jax.Array:
 
 
 class MLP(nn.Module):
-    """Hidden layers of ReLU units, with or without batch normalisation before each.
-
-    `drop` is laid over the units of each hidden layer.
-    """
+    """Hidden layers of ReLU units; `drop` is laid over the units of each."""
 
     widths: tuple[int, ...]
     num_classes: int
-    batch_norm: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         *,
-        train: bool = False,
         drop: Callable[[jax.Array, int], jax.Array] = keep,
     ) -> jax.Array:
         for layer, width in enumerate(self.widths):
             init = uniform(x.shape[-1])
-            dense = nn.Dense(
-                width, not self.batch_norm, kernel_init=init, bias_init=init
-            )
-            x = dense(x)
-            if self.batch_norm:
-                x = BatchNorm()(x, train=train)
-            x = drop(nn.relu(x), layer)
+            dense = nn.Dense(width, kernel_init=init, bias_init=init)
+            x = drop(nn.relu(dense(x)), layer)
         init = uniform(x.shape[-1])
         return nn.Dense(self.num_classes, kernel_init=init, bias_init=init)(x)
 

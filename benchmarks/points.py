@@ -1,19 +1,7 @@
-"""The paper's synthetic problems: points, exact shares of flips, the truth."""
-
-from typing import NamedTuple
+"""The paper's synthetic problems: points, and the truth."""
 
 import jax
 import jax.numpy as jnp
-
-from benchmarks import data
-
-
-class Set(NamedTuple):
-    """Inputs [n, features], labels as given to the learner, and the true ones."""
-
-    x: jax.Array
-    noisy: jax.Array
-    clean: jax.Array
 
 
 def two_gaussians(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -39,18 +27,3 @@ def sinusoid(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 GENERATORS = {"two_gaussians": two_gaussians, "spiral": spiral, "sinusoid": sinusoid}
-
-
-def flip(key: jax.Array, labels: jax.Array, rate: float) -> jax.Array:
-    """Flips an exact share of binary labels: there is one other class to go to."""
-
-    def chosen(size: int, count: int) -> tuple[jax.Array, int]:
-        return jax.random.permutation(key, size)[:count], 1
-
-    return data.flip(labels, rate, 2, chosen)
-
-
-def draw(key: jax.Array, problem: str, noise: float, points: int) -> Set:
-    points_key, flip_key = jax.random.split(key)
-    x, clean = GENERATORS[problem](points_key, points)
-    return Set(x, flip(flip_key, clean, noise), clean)

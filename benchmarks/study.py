@@ -5,22 +5,25 @@ A study is a module, or a package, whose docstring's first line is its question,
     measure(args)     what it finds, a JSON document; None where nothing is to be kept
     tables(payload)   the tables of that, by their markers in the pages
 
-and, as it needs them, `options(parser)` for options of its own, `numbers(payload)` and
-`figures(payload)` for the pages (see `report`), and `record_name(payload)` where the
-record is not called as the study is.
+A finished study has no `measure`: its record and its tables stay, and its code is at
+the commit that the record names.
+
+Where it needs them, it has `options(parser)` for options of its own, `numbers(payload)`
+and `figures(payload)` for the pages (see `report`), and `record_name(payload)` where
+the record is not called as the study is.
 """
 
 import argparse
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import record, training
+from benchmarks import record, report, training
 from flood_optax import sweep
 
 
@@ -44,6 +47,26 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
     print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
 
 
+def show(study: ModuleType, argv: Sequence[str] | None) -> None:
+    """Prints what a finished study found, and how its code is run once more."""
+    name = study.__name__.removeprefix("benchmarks.")
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks {name}", description=study.__doc__
+    )
+    parser.parse_args(argv)
+    for title, module, document in report.records(record.RESULTS):
+        if module is study:
+            commit, command = (
+                document["environment"][k] for k in ("commit", "command")
+            )
+            print("\n\n".join(study.tables(document).values()))
+            print(
+                f"\nTo run it once more, with the code of its commit:\n\n"
+                f"    git worktree add ../{title} {commit[:10]}\n"
+                f"    cd ../{title} && {command}\n"
+            )
+
+
 def sweep_options(
     parser: argparse.ArgumentParser, *, work: pathlib.Path | None = None
 ) -> None:
@@ -60,21 +83,6 @@ def sweep_options(
 def data_option(parser: argparse.ArgumentParser) -> None:
     """Where the IDX files of MNIST and Fashion-MNIST are."""
     parser.add_argument("--data", type=pathlib.Path, help="directory of the IDX files")
-
-
-def multiple_of(factor: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of times `factor`."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number % factor:
-            raise argparse.ArgumentTypeError(
-                f"must be a multiple of {factor}, got {number}"
-            )
-        return number
-
-    parse.__name__ = "int"  # what argparse calls it where it is no number
-    return parse
 
 
 @contextlib.contextmanager

@@ -46,34 +46,3 @@ def batches(key: jax.Array, size: int, batch: int) -> jax.Array:
     """One epoch of indices below `size`, [steps, batch]; a rest is left out."""
     order = jax.random.permutation(key, size)
     return order[: size - size % batch].reshape(-1, batch)
-
-
-def last_and_best(
-    epoch: Callable[[Any, Any], tuple[Any, tuple[Any, jax.Array], Any]],
-    run: Any,
-    best: tuple[Any, jax.Array],
-    *,
-    over: Any = None,
-    length: int | None = None,
-) -> tuple[Any, Any, Any]:
-    """Scans the epochs, and keeps the first model of the highest score on the way.
-
-    Args:
-      epoch: from the run so far and its part of `over` to the run, a model with its
-        score, and what is recorded of this epoch.
-      run: what changes from epoch to epoch.
-      best: a model and the score that a later one must exceed.
-      over: the inputs of the epochs, stacked.
-      length: how many epochs, where there is no `over`.
-
-    Returns:
-      The run after the last epoch, the best model, and the stacked records.
-    """
-
-    def step(carry: Any, given: Any) -> tuple[Any, Any]:
-        run, best = carry
-        run, new, seen = epoch(run, given)
-        return (run, cond(new[1] > best[1], lambda: new, lambda: best)), seen
-
-    (run, (model, _)), seen = scan(step, (run, best), over, length=length)
-    return run, model, seen

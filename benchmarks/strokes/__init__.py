@@ -1,49 +1,18 @@
-"""Strokes between the ends of a band: what they do to the drift, and whom they help."""
+"""Strokes between the ends of a band: what they do to the drift, and whom they help.
 
-import argparse
+Finished: its record names the commit that holds its code, and the command.
+"""
+
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from benchmarks import report, statistics, study
+from benchmarks import report, statistics
 from benchmarks.pictures import panels
-from benchmarks.strokes import drift, practice
 from benchmarks.strokes.formulas import RULES, Rule
 
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    small: dict[str, Any] = {}
-    settings, bands = practice.SETTINGS, drift.BANDS
-    rules, crossings, runs = tuple(RULES), drift.CROSSINGS, drift.RUNS
-    if args.smoke:
-        small = {"seeds": 2, "epochs": 4}
-        settings, bands = {0.2: (("SGD", 0.05),)}, (0.0, 2.0)
-        rules, crossings, runs = ("heavy ball 0.5",), (0, 30), 4
-    with study.double_precision():
-        by_rule = drift.by_rule(rules, crossings)
-        on_batches = drift.on_batches(bands, num_runs=runs)
-    return {
-        "protocol": {
-            "step": drift.STEP,
-            "batches": {"share": drift.SHARE, "steps": drift.STEPS, "runs": runs},
-            "training": {
-                "examples": practice.TRAIN,
-                "batch": practice.BATCH,
-                "widths": list(practice.WIDTHS),
-                "decay": practice.DECAY,
-                "epochs": small.get("epochs", practice.EPOCHS),
-                "seeds": small.get("seeds", practice.SEEDS),
-            },
-        },
-        "drift": by_rule,
-        "batches": on_batches,
-        "practice": [
-            row
-            for noise, chosen in settings.items()
-            for row in practice.rows(noise, chosen, **small)
-        ],
-    }
+POINTS = 1.0  # what counts as a gain
 
 
 def gain(row: Mapping[str, Any]) -> statistics.Interval:
@@ -53,7 +22,7 @@ def gain(row: Mapping[str, Any]) -> statistics.Interval:
 
 
 def helped(row: Mapping[str, Any]) -> bool:
-    return gain(row).mean >= practice.POINTS
+    return gain(row).mean >= POINTS
 
 
 def numbers(payload: dict[str, Any]) -> dict[str, Any]:

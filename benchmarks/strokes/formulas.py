@@ -4,9 +4,7 @@ Symbols: eta the learning rate, m the momentum, h = eta / (1 - m) the step of a 
 velocity, n the steps of a stroke. All drifts are in units of -eta^2 / 2 H g a step.
 """
 
-from typing import Any, NamedTuple, cast
-
-from scipy import optimize
+from typing import NamedTuple
 
 
 class Rule(NamedTuple):
@@ -21,11 +19,6 @@ class Rule(NamedTuple):
     momentum: float = 0.0
     nesterov: bool = False
     beta2: float | None = None
-
-    @property
-    def gain(self) -> float:
-        """The step of a formed velocity over the learning rate: h / eta."""
-        return 1.0 if self.beta2 is not None else 1 / (1 - self.momentum)
 
     def lost(self, steps: float) -> float:
         """How many of the steps of a stroke turn the velocity around, and go nowhere.
@@ -56,16 +49,6 @@ class Rule(NamedTuple):
         if self.beta2 is not None:
             return (1 + m) / (1 - m)
         return (1 + m) / (1 - m) ** 3
-
-    def steps(self, crossing: float) -> float:
-        """Of a stroke, where `crossing` steps of length h make the width of the band.
-
-        It ends with the first loss beyond the band: on average half a step beyond, on
-        either side.
-        """
-        longest = crossing + 2 + 2 * self.momentum / (1 - self.momentum)
-        away = lambda n: n - self.lost(n) - crossing - 1
-        return float(cast(Any, optimize.brentq)(away, 1e-9, longest))
 
 
 RULES = {

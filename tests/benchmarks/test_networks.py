@@ -5,40 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import networks, torch_rivals
+from benchmarks import networks, torch_rivals, training
 
 
-def test_batch_norm_is_that_of_pytorch():
-    rng = np.random.default_rng(0)
-    x = rng.normal(2.0, 3.0, (5, 3)).astype(np.float32)
-    layer = networks.BatchNorm()
-    variables = layer.init(jax.random.key(0), x, train=True)
-    np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
-    out, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
-    mean, biased = x.mean(0), x.var(0)
-    np.testing.assert_allclose(out, (x - mean) / np.sqrt(biased + 1e-5), rtol=1e-5)
-    stats = new["batch_stats"]
-    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5)
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * biased * 5 / 4, rtol=1e-5)
-    later = layer.apply({**variables, **new}, x, train=False)
-    expected = (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * biased * 5 / 4 + 1e-5)
-    np.testing.assert_allclose(later, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_mlp_has_the_layers_and_the_initialisation_of_the_paper(batch_norm):
-    net = networks.MLP((500, 400), 2, batch_norm=batch_norm)
-    params = net.init(jax.random.key(0), jnp.ones((3, 10)), train=True)["params"]
-    fan_in = {"Dense_0": 10, "Dense_1": 500, "Dense_2": 400}
-    for name, n in fan_in.items():
-        has_bias = not batch_norm or name == "Dense_2"
-        assert ("bias" in params[name]) == has_bias
+def test_mlp_has_the_layers_and_the_initialisation_of_the_paper():
+    net = networks.MLP((500, 400), 2)
+    params = net.init(jax.random.key(0), jnp.ones((3, 10)))["params"]
+    for name, n in {"Dense_0": 10, "Dense_1": 500, "Dense_2": 400}.items():
         for leaf in params[name].values():
             bound = n**-0.5
             assert float(abs(leaf).max()) <= bound
             if leaf.size > 100:
                 assert float(leaf.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
-    assert ("BatchNorm_1" in params) == batch_norm
+
+
+def test_expected_calibration_error_equals_the_sum_over_bins():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (500, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 500)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    confidence, right = p.max(1), p.argmax(1) == labels
+    expected = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            gap = abs(right[inside].mean() - confidence[inside].mean())
+            expected += inside.mean() * gap
+    got = training.expected_calibration_error(jnp.asarray(logits), labels, 15)
+    assert float(got) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])

@@ -1,47 +1,40 @@
-"""What the methods reach on the same images, each beside plain training."""
+"""Compares the methods of the family, SAM and weight decay on the same noisy images.
+
+Finished: its record names the commit that holds its code, and the command.
+"""
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from benchmarks import report, statistics
-from benchmarks.family.methods import METHODS
 from benchmarks.pictures import panels
-from flood_optax import sweep
 
-DEFAULT = "mnist-5k"
+METHODS = {  # the title of each, and the number that is picked by validation
+    "plain": ("plain training", "-"),
+    "weight_decay": ("weight decay", "decay"),
+    "sam": ("SAM", "radius"),
+    "flooding": ("flooding", "level"),
+    "pause": ("pause (no ascent)", "level"),
+    "iflood": ("iFlood", "level"),
+    "softad": ("SoftAD", "level"),
+    "class_wise": ("class-wise", "largest level"),
+    "coce": ("COCE (tail mean)", "level"),
+    "relax_loss": ("RelaxLoss", "level"),
+    "adaflood": ("AdaFlood", "gamma"),
+    "adaflood_last_layer": ("AdaFlood, last layer re-fitted", "gamma"),
+    "wavebound": ("WaveBound, whole batch", "epsilon"),
+    "accordance": ("level from accordance (Flooding-X)", "threshold"),
+    "plateau": ("level on plateau", "step"),
+}
 
 
 def record_name(payload: Mapping[str, Any]) -> str:
     """One record for each set of images."""
     name = payload["protocol"]["data"]
-    return "family" if name in (DEFAULT, "digits") else f"family-{name}"
-
-
-def summarise(name: str, noise: float, result: sweep.Result) -> list[dict[str, Any]]:
-    """At the last epoch and at the best one; the number is picked for each seed."""
-    rows: list[dict[str, Any]] = []
-    for early_stopping in (False, True):
-        which, at = ("best", "best") if early_stopping else ("last", -1)
-        picked = result.best("validation_accuracy", "max", at=cast(Any, at))
-        reached = result.curves(which, picked).astype(np.float64)
-        train_loss = result.curves("train_loss", picked)[:, -1]
-        accuracies = 100 * reached[:, 1]
-        rows.append(
-            {
-                "method": name,
-                "noise": noise,
-                "early_stopping": early_stopping,
-                "picked": picked.astype(float).tolist(),
-                "accuracies": accuracies.tolist(),
-                **statistics.summary("accuracy", accuracies),
-                **statistics.summary("test_loss", reached[:, 0]),
-                "train_loss_mean": float(train_loss.mean()),
-            }
-        )
-    return rows
+    return "family" if name == "mnist-5k" else f"family-{name}"
 
 
 def accuracy(row: Mapping[str, Any]) -> statistics.Interval:
@@ -58,12 +51,12 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
 
     def line(noise: float, name: str) -> dict[str, Any]:
         last, best = (found[noise, name, stopped] for stopped in (False, True))
-        method = METHODS[name]
-        picked = f"{method.number} {np.median(last['picked']):g}"
+        title, number = METHODS[name]
+        picked = f"{number} {np.median(last['picked']):g}"
         return {
             "noise": noise,
-            "title": method.title,
-            "picked": "-" if method.number == "-" else picked,
+            "title": title,
+            "picked": "-" if number == "-" else picked,
             "last": last,
             "last_accuracy": accuracy(last),
             "last_gain": statistics.gain(last, found[noise, "plain", False]),
@@ -132,7 +125,7 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
                 ms=4,
             )
             axis.axvline(means[0], color="C1" if stopped else "C0", lw=0.6, ls=":")
-        axis.set_yticks(range(len(names)), [METHODS[name].title for name in names])
+        axis.set_yticks(range(len(names)), [METHODS[name][0] for name in names])
         axis.invert_yaxis()
         axis.set(title=f"{noise:.0%} flips", xlabel="test accuracy, %")
         axis.label_outer()

@@ -1,69 +1,13 @@
-"""What flooding reaches on images, and what each level does."""
+"""Floods the paper's MLP on real images: accuracy, test loss, calibration, flatness.
+
+Finished: its record names the commit that holds its code, and the command.
+"""
 
 from collections.abc import Mapping
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from benchmarks import report, statistics
 from benchmarks.pixels import TITLES
-from flood_optax import sweep
-
-MEASURES = ("loss", "accuracy", "ece")
-FLATNESS = ("gradient_norm", "hessian_trace", "top_eigenvalue")
-
-
-def summarise(name: str, noise: float, result: sweep.Result) -> list[dict[str, Any]]:
-    """Without and with flooding, at the last and the best epoch.
-
-    The level is picked for each seed by validation accuracy, the lowest of the best.
-    """
-    entries: list[dict[str, Any]] = []
-    for early_stopping in (False, True):
-        which, at = ("best", "best") if early_stopping else ("last", -1)
-        seeds = result.metrics["entered"].shape[1]
-        picks = {
-            False: np.zeros(seeds),
-            True: result.best("validation_accuracy", "max", at=cast(Any, at)),
-        }
-        for flooded, levels in picks.items():
-            reached = result.curves(which, levels).astype(np.float64)
-            accuracies = 100 * reached[:, MEASURES.index("accuracy")]
-            entry: dict[str, Any] = {
-                "data": name,
-                "noise": noise,
-                "early_stopping": early_stopping,
-                "flooded": flooded,
-                "seeds": seeds,
-                **statistics.summary("accuracy", accuracies),
-                "accuracies": accuracies.tolist(),
-                **statistics.summary("level", levels),
-                "levels": levels.tolist(),
-            }
-            for measure in ("loss", "ece"):
-                values = reached[:, MEASURES.index(measure)]
-                entry |= statistics.summary(f"test_{measure}", values)
-            entries.append(entry)
-    return entries
-
-
-def by_level(name: str, noise: float, result: sweep.Result) -> list[dict[str, Any]]:
-    """Means over the seeds at the last epoch, flatness before only where it floods."""
-    rows: list[dict[str, Any]] = []
-    for i, level in enumerate(result.levels):
-        metrics = {k: v[i].astype(np.float64) for k, v in result.metrics.items()}
-        row: dict[str, Any] = {"data": name, "noise": noise, "level": float(level)}
-        row["train_loss"] = float(metrics["train_loss"][:, -1].mean())
-        row["share_below"] = float(metrics["share_below"].mean())
-        for j, measure in enumerate(MEASURES):
-            row[f"test_{measure}"] = float(metrics["last"][:, j].mean())
-        entered = bool(metrics["entered"].all())
-        for j, measure in enumerate(FLATNESS):
-            before = float(metrics["flatness_before"][:, j].mean())
-            row[f"{measure}_before"] = before if entered else None
-            row[f"{measure}_after"] = float(metrics["flatness_after"][:, j].mean())
-        rows.append(row)
-    return rows
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:

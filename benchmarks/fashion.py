@@ -1,12 +1,14 @@
-"""Their published runs and ours, every level, and the losses on the way."""
+"""Repeats iFlood and SoftAD on Fashion-MNIST beside the runs of SoftAD's authors.
 
-from collections.abc import Mapping, Sequence
+Finished: its record names the commit that holds its code, and the command.
+"""
+
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks import report, statistics
-from flood_optax import sweep
 
 SETS = ("train", "validation", "test")
 TITLES = {"plain": "plain", "iflood": "iFlood", "softad": "SoftAD"}
@@ -28,53 +30,6 @@ PUBLISHED = {
     "iflood": Published(0.15, 0.1469, 0.4194, 1.0, 0.8937, 74.63),
     "softad": Published(0.01, 0.0024, 0.4651, 1.0, 0.8963, 54.69),
 }
-
-
-def summarise(
-    name: str, epochs: int, selection: str, result: sweep.Result, levels: np.ndarray
-) -> dict[str, Any]:
-    """What the last epoch reaches at one level for each seed."""
-    reached = result.curves("reached", levels)[:, -1].astype(np.float64)
-    columns = {
-        f"{which}_{measure}": reached[:, i, j]
-        for i, which in enumerate(SETS)
-        for j, measure in enumerate(("loss", "accuracy"))
-    } | {"norm": result.curves("norm", levels)[:, -1].astype(np.float64)}
-    row: dict[str, Any] = {"method": name, "epochs": epochs, "selection": selection}
-    row["levels"] = None if name == "plain" else levels.tolist()
-    row["seeds"] = len(levels)
-    for measure, values in columns.items():
-        row |= statistics.summary(measure, values)
-    return row
-
-
-def by_level(name: str, result: sweep.Result) -> list[dict[str, Any]]:
-    """Means over the seeds, at the last epoch."""
-    reached = result.metrics["reached"][:, :, -1].astype(np.float64).mean(1)
-    return [
-        {
-            "method": name,
-            "level": float(level),
-            "train_loss": float(seen[0, 0]),
-            "train_accuracy": float(seen[0, 1]),
-            "validation_accuracy": float(seen[1, 1]),
-            "test_loss": float(seen[2, 0]),
-            "test_accuracy": float(seen[2, 1]),
-        }
-        for level, seen in zip(result.levels, reached, strict=True)
-    ]
-
-
-def curve(name: str, epochs: Sequence[int], result: sweep.Result) -> dict[str, Any]:
-    """Train and test loss on the way, means over the seeds."""
-    reached = result.metrics["reached"][0].astype(np.float64).mean(0)
-    return {
-        "method": name,
-        "epochs": list(epochs),
-        "train_loss": np.round(reached[:, 0, 0], 5).tolist(),
-        "test_loss": np.round(reached[:, 2, 0], 5).tolist(),
-        "train_accuracy": np.round(reached[:, 0, 1], 5).tolist(),
-    }
 
 
 def their_row(name: str, theirs: Published) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""What the synthetic table shows, and the paper's own beside it."""
+"""Repeats the paper's synthetic table: 36 accuracies with and without flooding.
 
-import itertools
+Finished: its record names the commit that holds its code, and the command.
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,101 +10,8 @@ import numpy as np
 
 from benchmarks import report, statistics
 from benchmarks.pictures import panels
-from flood_optax import sweep
 
 TITLES = {"two_gaussians": "Two Gaussians", "spiral": "Spiral", "sinusoid": "Sinusoid"}
-SPLITS, LABELS, MEASURES = (
-    ("train", "validation", "test"),
-    ("noisy", "clean"),
-    ("loss", "accuracy"),
-)
-# Ishida et al. 2020, Table 2: accuracy (sd) without and with flooding, level (sd).
-PAPER: dict[tuple[str, float, bool], tuple[tuple[float, float], ...]] = {
-    ("two_gaussians", 0.01, False): ((90.52, 0.71), (92.13, 0.48), (0.17, 0.10)),
-    ("two_gaussians", 0.05, False): ((84.79, 1.23), (88.03, 1.00), (0.22, 0.09)),
-    ("two_gaussians", 0.10, False): ((78.44, 0.92), (83.59, 0.92), (0.32, 0.08)),
-    ("spiral", 0.01, False): ((97.72, 0.26), (98.72, 0.20), (0.03, 0.01)),
-    ("spiral", 0.05, False): ((89.94, 0.59), (93.90, 0.90), (0.12, 0.03)),
-    ("spiral", 0.10, False): ((82.38, 1.80), (87.64, 1.60), (0.24, 0.05)),
-    ("sinusoid", 0.01, False): ((94.62, 0.89), (94.66, 1.35), (0.05, 0.04)),
-    ("sinusoid", 0.05, False): ((87.85, 1.02), (90.19, 1.41), (0.11, 0.07)),
-    ("sinusoid", 0.10, False): ((78.47, 2.39), (85.78, 1.34), (0.25, 0.08)),
-    ("two_gaussians", 0.01, True): ((90.41, 0.98), (92.13, 0.52), (0.16, 0.12)),
-    ("two_gaussians", 0.05, True): ((85.85, 2.07), (88.15, 0.72), (0.23, 0.08)),
-    ("two_gaussians", 0.10, True): ((81.09, 2.23), (83.87, 0.65), (0.32, 0.11)),
-    ("spiral", 0.01, True): ((97.72, 0.68), (98.26, 0.50), (0.02, 0.01)),
-    ("spiral", 0.05, True): ((91.37, 1.43), (93.51, 0.84), (0.10, 0.04)),
-    ("spiral", 0.10, True): ((84.48, 1.52), (88.01, 0.82), (0.22, 0.06)),
-    ("sinusoid", 0.01, True): ((94.52, 0.85), (95.42, 1.13), (0.03, 0.03)),
-    ("sinusoid", 0.05, True): ((90.56, 1.46), (91.16, 1.38), (0.13, 0.07)),
-    ("sinusoid", 0.10, True): ((83.88, 1.49), (85.10, 1.34), (0.22, 0.10)),
-}
-
-
-def summarise(data: str, noise: float, result: sweep.Result) -> list[dict[str, Any]]:
-    """The four entries of the table that one sweep gives: A and B, without and with.
-
-    The level is picked for each trial by validation accuracy, the lowest of the best.
-    """
-    entries: list[dict[str, Any]] = []
-    for early_stopping in (False, True):
-        at = "best" if early_stopping else -1
-        picks = {
-            False: np.zeros(len(result.metrics["train_loss"][0])),
-            True: result.best("validation_accuracy", "max", at=at),
-        }
-        which = "best" if early_stopping else "last"
-        paper = PAPER[data, noise, early_stopping]
-        for flooded, levels in picks.items():
-            reached = result.curves(which, levels)
-            accuracy = 100 * value(reached, "test", "noisy", "accuracy")
-            below = result.curves("train_loss", levels) < levels[:, None]
-            entry: dict[str, Any] = {
-                "data": data,
-                "noise": noise,
-                "early_stopping": early_stopping,
-                "flooded": flooded,
-                **statistics.summary("accuracy", accuracy),
-                **statistics.summary("level", levels),
-                "trials": len(levels),
-                "paper_mean": paper[flooded][0],
-                "paper_sd": paper[flooded][1],
-                "accuracies": accuracy.tolist(),
-                "levels": levels.tolist(),
-            }
-            if flooded:
-                entry |= {
-                    "paper_level_mean": paper[2][0],
-                    "paper_level_sd": paper[2][1],
-                }
-            for split, label, measure in itertools.product(SPLITS, LABELS, MEASURES):
-                mean = value(reached, split, label, measure).mean()
-                entry[f"{split}_{measure}_{label}"] = float(mean)
-            norms = result.curves(f"gradient_norm_{which}", levels)
-            entry["gradient_norm"] = float(norms.mean())
-            entry["share_below"] = float(below.mean())
-            entries.append(entry)
-    return entries
-
-
-def by_level(data: str, noise: float, result: sweep.Result) -> dict[str, Any]:
-    """Means over the trials for every level, last and best epoch."""
-    metrics = result.metrics
-    means: dict[str, Any] = {"data": data, "noise": noise}
-    means["level"] = result.levels.tolist()
-    for which in ("last", "best"):
-        for measure in MEASURES:
-            seen = value(metrics[which], "test", "noisy", measure).mean(1)
-            means[f"test_{measure}_{which}"] = np.round(seen, 5).tolist()
-    below = metrics["train_loss"] < result.levels[:, None, None]
-    means["share_below"] = np.round(below.mean((1, 2)), 5).tolist()
-    return means
-
-
-def value(reached: np.ndarray, split: str, label: str, measure: str) -> np.ndarray:
-    """One number of the [..., split, label, measure] that a run reports."""
-    index = (SPLITS.index(split), LABELS.index(label), MEASURES.index(measure))
-    return reached[..., *index].astype(np.float64)
 
 
 class Descent(NamedTuple):
