@@ -10,7 +10,7 @@ from benchmarks import report
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    """The generated table of docs/results.md."""
+    """The generated table of docs/evidence/language.md."""
     shown = [
         {**row, "signs": "-" if signs is None else f"{signs} of {row['steps']}"}
         for row in payload["rows"]

@@ -89,7 +89,7 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/results.md."""
+    """The tables of docs/evidence/accelerators.md."""
     made = summary.tables(payload["rows"])
     source = report.provenance(payload)
     return {name: f"{text}\n\n{source}" for name, text in made.items()}

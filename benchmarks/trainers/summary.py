@@ -30,8 +30,14 @@ def version(row: Row) -> str:
     return found.get(str(name).partition("[")[0]) or str(wanted)
 
 
-def title(row: Row) -> str:
-    return f"[{row['title']}](#{anchor(row['section'])}) {version(row)}"
+def title(row: Row, page: str = "") -> str:
+    """A link to its section, of the page shown or of another."""
+    return f"[{row['title']}]({page}#{anchor(row['section'])}) {version(row)}"
+
+
+def elsewhere(row: Row) -> str:
+    """The same from a page of docs/evidence."""
+    return title(row, "../trainers.md")
 
 
 def small(difference: float | None) -> str:
@@ -71,7 +77,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         for row in rows
     ]
     gave: dict[str, report.Cell] = {
-        "trainer": title,
+        "trainer": elsewhere,
         "level": "{level:g}",
         "raw loss": "{last:.4g}",
         "below": "{below:.0%}",
@@ -87,7 +93,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     wrong = [
         {
             **fault,
-            "shown": title(row),
+            "shown": elsewhere(row),
             "text": fault["effect"].format(**fault["numbers"]),
         }
         for row in ran

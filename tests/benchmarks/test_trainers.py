@@ -186,4 +186,6 @@ def test_rows_become_tables_and_numbers():
     assert "| yes | **yes** | **each micro-batch** | loss form |" in tables["trainers"]
     assert "| 0.2 | 0.205 | 50% | - | - | - | 0 |" in tables["trainers-runs"]
     assert "| `flooded` | raw loss 0.12 |" in tables["trainers-wrong"]
+    assert "](#" in tables["trainers"]
+    assert "](../trainers.md#" in tables["trainers-wrong"]
     assert summary.numbers(made)["one/wrong1/last"] == 0.123

@@ -175,17 +175,20 @@ def test_formulas_of_every_page_are_drawn(site):
 
 
 def test_figures_of_every_page_are_there(site):
-    for source in DOCS.glob("*.md"):
+    drawn = {path.name for path in (DOCS / "figures").glob("*.png")}
+    shown = set()
+    for source in DOCS.rglob("*.md"):
+        address = source.relative_to(DOCS).with_suffix(".html").as_posix()
         text = source.read_text(encoding="utf-8")
-        if source.stem == "index":  # which includes it
+        if address == "index.html":  # which includes it
             text = (ROOT / "README.md").read_text(encoding="utf-8")
         figures = re.findall(
-            r"^!\[[^\]]*\]\((?:docs/)?figures/([^)]+)\)", text, re.MULTILINE
+            r"^!\[[^\]]*\]\((?:docs/|\.\./)?figures/([^)]+)\)", text, re.MULTILINE
         )
-        images = [
-            pathlib.Path(image).name for image in site[f"{source.stem}.html"].images
-        ]
-        assert images == figures, source.name
+        images = [pathlib.Path(image).name for image in site[address].images]
+        assert images == figures, address
+        shown |= set(images)
+    assert shown == drawn
 
 
 def test_every_page_of_a_public_name_has_its_signature_and_examples(site):
