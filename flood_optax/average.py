@@ -13,7 +13,7 @@ from jax import export
 from jax.typing import ArrayLike
 
 from flood_optax.checks import check_number
-from flood_optax.precision import compare_dtype, dtype_of, rounded
+from flood_optax.precision import compare_dtype, rounded
 
 
 class AverageState(NamedTuple):
@@ -224,7 +224,7 @@ def _check_decay(decay: Any) -> None:
 
 def _start(param: Any) -> Any:
     """A copy, float32 at least, so that both can be donated."""
-    dtype = dtype_of(param)
+    dtype = jax.typeof(param).dtype
     if not jnp.issubdtype(dtype, jnp.inexact):
         return optax.MaskedNode()
     if not jnp.issubdtype(dtype, jnp.complexfloating):
@@ -262,7 +262,7 @@ def _own(param: Any, value: Any) -> Any:
     """The value as an array of its own, in the dtype of the parameter."""
     if value is param:
         return value.copy() if isinstance(value, jax.Array) else value
-    return jnp.array(value, dtype_of(param), copy=True)
+    return jnp.array(value, jax.typeof(param).dtype, copy=True)
 
 
 def _name(path: Any) -> str:

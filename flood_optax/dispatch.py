@@ -1,7 +1,8 @@
 """Op by op each operation is a dispatch of its own: many of them as one program."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -23,18 +24,25 @@ def one_dispatch(
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> Result:
-        run: Callable[..., Result] = compiled if _together(args) else function
+        leaves = jax.tree.leaves(args)
+        run: Callable[..., Result] = function
+        if not any(isinstance(x, Tracer) for x in leaves):
+            arrays = (x for x in leaves if isinstance(x, jax.Array))
+            devices = {device for x in arrays for device in x.devices()}
+            run = compiled if len(devices) < 2 else function  # each keeps its place
         return run(*args, **options)
 
     return call
 
 
-def _together(args: Any) -> bool:
-    """Whether all is known, and on one device: spread out, each keeps its place."""
-    devices: set[Any] = set()
-    for leaf in jax.tree.leaves(args):
-        if isinstance(leaf, Tracer):
-            return False
-        if isinstance(leaf, jax.Array):
-            devices |= leaf.devices()
-    return len(devices) < 2
+def on_chosen(
+    function: Callable[[list[Any]], list[Any]], tree: Any, chosen: Sequence[bool]
+) -> Any:
+    """The tree, with what a function makes of all chosen leaves in their places.
+
+    The others stay the objects that they are.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    made = iter(function([*itertools.compress(leaves, chosen)]))
+    pairs = zip(leaves, chosen, strict=True)
+    return structure.unflatten(next(made) if yes else leaf for leaf, yes in pairs)

@@ -25,11 +25,6 @@ def compare_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def dtype_of(leaf: Any) -> Any:
-    """The dtype that a leaf has: of a weak one `jnp.result_type` may tell another."""
-    return leaf.dtype if isinstance(leaf, jax.Array) else jax.dtypes.result_type(leaf)
-
-
 def rounded(x: jax.Array) -> jax.Array:
     """Rounds numbers of 16 bits at most to their dtype, which XLA may else skip."""
     if x.dtype.itemsize > 2:

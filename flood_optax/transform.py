@@ -25,7 +25,7 @@ from flood_optax.checks import (
     largest,
 )
 from flood_optax.devices import AxisName, check_axes, global_mean
-from flood_optax.dispatch import one_dispatch
+from flood_optax.dispatch import on_chosen, one_dispatch
 from flood_optax.precision import compare_dtype, wide
 from flood_optax.shape_rules import check_shape, check_turns_around, is_static
 from flood_optax.shapes import Shape, reflect
@@ -147,6 +147,7 @@ def scale_by_flood(
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
     compare = comparison("scale_by_flood", level, band, shape)
+    never_zero = shape == reflect()
 
     def init_fn(params: optax.Params) -> FloodState:
         del params
@@ -166,10 +167,11 @@ def scale_by_flood(
                 "`flood_optax.flooded(loss_fn, level)`."
             )
         before: FloodState = state_of(FloodState, state, "scale_by_flood()")
-        read = batch_loss("scale_by_flood()", extra_args, axis_name, updates, params)
-        counts = None if isinstance(read.weight, int) else read.weight != 0
-        bent, after = compare(before, read.loss, counts)
-        may_be_zero = shape != reflect() or counts is not None
+        loss, _, counts = batch_loss(
+            "scale_by_flood()", extra_args, axis_name, updates, params
+        )
+        bent, after = compare(before, loss, counts)
+        may_be_zero = counts is not None or not never_zero
         return scaled(updates, bent.multiplier, may_be_zero=may_be_zero), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -292,10 +294,17 @@ def _check_ends(call: str, level: ArrayLike, band: ArrayLike | None) -> None:
 
 
 class BatchLoss(NamedTuple):
-    """The raw loss of the whole batch; its weight, a static int if none was given."""
+    """The raw loss of the whole batch.
+
+    Attributes:
+      loss: the loss.
+      weight: what it counts; without weights the number of devices.
+      counts: whether its weight is not 0; None where no weight was given.
+    """
 
     loss: jax.Array
     weight: jax.Array | int
+    counts: jax.Array | None
 
 
 # What only flooding could mean, and no update knows: it would be ignored.
@@ -350,7 +359,7 @@ def batch_loss(
     check_axes(call, share, axis_name)
     if weight is None:  # each device counts 1
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        return BatchLoss(global_mean(share, axis_name), devices)
+        return BatchLoss(global_mean(share, axis_name), devices, None)
     check_number(f"{call}.update(weight=...)", weight, "non-negative and finite")
     part = jnp.asarray(weight, compare_dtype(share.dtype))
     # a select: the product with 0 keeps the NaN of a part that counts nothing
@@ -359,7 +368,7 @@ def batch_loss(
         # stacked, so that it is one collective
         total, part = lax.psum(jnp.stack([part * counted, part]), axis_name)
         counted = total / jnp.where(part != 0, part, 1)
-    return BatchLoss(counted.astype(share.dtype), part)
+    return BatchLoss(counted.astype(share.dtype), part, part != 0)
 
 
 def _is_scalar(tree: Any) -> bool:
@@ -383,24 +392,21 @@ def scaled(
     updates: optax.Updates, multiplier: jax.Array, *, may_be_zero: bool = True
 ) -> optax.Updates:
     """Multiplies each leaf by m, in the dtype of the leaf; 0 times inf is 0."""
-    leaves, tree = jax.tree.flatten(updates)
-    real = [x for x in leaves if _is_inexact(x)]
-    products = iter(_scaled_at_once(real, multiplier, may_be_zero=may_be_zero))
-    return tree.unflatten(next(products) if _is_inexact(x) else x for x in leaves)
+    dtypes = map(jax.dtypes.result_type, jax.tree.leaves(updates))  # of keys, too
+    inexact = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
+
+    def scale(some: list[Any]) -> list[jax.Array]:
+        return _scaled(some, multiplier, may_be_zero=may_be_zero)
+
+    return on_chosen(scale, updates, inexact)
 
 
-def _is_inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)  # of keys, too
-
-
+@functools.partial(one_dispatch, static="may_be_zero")
 def _scaled(
     updates: list[Any], multiplier: jax.Array, *, may_be_zero: bool
 ) -> list[jax.Array]:
     zero = multiplier == 0 if may_be_zero else None
     return [_scaled_leaf(jnp.asarray(x), multiplier, zero) for x in updates]
-
-
-_scaled_at_once = one_dispatch(_scaled, static="may_be_zero")
 
 
 def _scaled_leaf(

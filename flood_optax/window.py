@@ -10,9 +10,10 @@ import optax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.checks import as_integer
+from flood_optax.checks import as_integer, is_of_bits, must
 from flood_optax.dispatch import one_dispatch
-from flood_optax.precision import compare_dtype, dtype_of
+from flood_optax.precision import compare_dtype
+from flood_optax.transform import BatchLoss
 
 EveryK = int | Callable[[jax.Array], ArrayLike]
 ShouldSkip = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
@@ -49,52 +50,100 @@ export.register_namedtuple_serialization(  # as for FloodState
 )
 
 
-class Batch(NamedTuple):
-    """What one micro-batch does to its window.
+class Alone(NamedTuple):
+    """A batch that is a window of its own, by which each update is a step.
 
     Attributes:
-      emits: whether the window is complete, and holds anything to step by; True where
-        each update is a step.
-      means: gives the mean gradients and the mean loss of the window.
-      closed: gives the window after a step.
-      kept: gives the window after no step.
+      emits: whether there is anything to step by: True unless its weight may be 0.
+      grads: its gradients.
+      loss: its loss.
     """
 
     emits: jax.Array | bool
-    means: Callable[[], tuple[Any, jax.Array]]
-    closed: Callable[[], Any]
-    kept: Callable[[], Any]
+    grads: Any
+    loss: jax.Array
+
+    def means(self) -> tuple[Any, jax.Array]:
+        """The means of it alone."""
+        return self.grads, self.loss
+
+    def closed(self) -> tuple[()]:
+        """No window."""
+        return ()
+
+    def kept(self) -> tuple[()]:
+        """No window."""
+        return ()
 
 
-class Accumulation(NamedTuple):
-    """Opens a window for params, and adds a micro-batch to it."""
+class Added(NamedTuple):
+    """A micro-batch that was added to its window, all of it but its gradients.
 
-    init: Callable[[Any], Any]
-    add: Callable[..., Batch]
+    They are added in the branch that needs them: in place, or on their way into the
+    inner optimizer.
+
+    Attributes:
+      emits: whether the window is complete, and holds anything to step by.
+      before: the window without it.
+      after: the window with it, if no step is taken, and without gradients.
+      counts: whether it does; what is skipped or of weight 0 does not.
+      share: its part in the means.
+      grads: its gradients.
+      loss: its loss.
+    """
+
+    emits: jax.Array
+    before: FloodWindow
+    after: FloodWindow
+    counts: Any
+    share: jax.Array
+    grads: Any
+    loss: jax.Array
+
+    def means(self) -> tuple[Any, jax.Array]:
+        """The means of the window, of the dtypes of the gradients and of the loss."""
+
+        def like(grad: Any, mean: Any) -> Any:
+            masked = isinstance(mean, optax.MaskedNode)
+            return grad if masked else mean.astype(jax.typeof(grad).dtype)
+
+        means = jax.tree.map(like, self.grads, self._gradients())
+        return means, self.after.flood_value_mean.astype(self.loss.dtype)
+
+    def closed(self) -> FloodWindow:
+        """The window after a step."""
+        zeros = _zeros(self.before._replace(flood_skip_state=()))
+        return zeros._replace(flood_skip_state=self.after.flood_skip_state)
+
+    def kept(self) -> FloodWindow:
+        """The window after no step."""
+        return self.after._replace(flood_grad_mean=self._gradients())
+
+    def _gradients(self) -> Any:
+        old = self.before.flood_grad_mean
+        return _pick(self.counts, _add_gradients(old, self.grads, self.share), old)
 
 
-def accumulation(
-    every_k: EveryK,
-    should_skip: ShouldSkip | None,
-    accumulator_dtype: DTypeLike | None,
-) -> Accumulation:
-    """Windows of ``every_k`` micro-batches; no window where each is a step."""
-    dtype = _accumulator_dtype(accumulator_dtype)
-    if not callable(every_k):
-        remedy = (
-            " Under `optax.inject_hyperparams` pass "
-            '`static_args="every_k"`; a schedule is legal too.'
-        )
-        as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
-        if every_k == 1 and should_skip is None:
-            return Accumulation(lambda params: (), _add_to_none)
+class Windows(NamedTuple):
+    """Windows of so many micro-batches.
 
-    def init(params: Any) -> FloodWindow:
+    Attributes:
+      every_k: how many, or a schedule of it.
+      should_skip: the rule of what is skipped, if there is one.
+      dtype: of the mean gradients; None is float32 at least.
+    """
+
+    every_k: EveryK
+    should_skip: ShouldSkip | None
+    dtype: np.dtype | None
+
+    def opened(self, params: Any) -> FloodWindow:
+        """The first window, for params."""
         zeros = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
-        _, skip_state = _verdict(should_skip, *zeros, params, jnp.zeros([]))
+        _, skip_state = self._verdict(*zeros, params, jnp.zeros([]))
         return FloodWindow(
             flood_mini_step=jnp.zeros([], jnp.int32),
-            flood_grad_mean=jax.tree.map(lambda p: _accumulator(p, dtype), params),
+            flood_grad_mean=jax.tree.map(self._accumulator, params),
             flood_value_mean=jnp.zeros([]),  # each an array of its own, to be donated
             flood_skip_state=skip_state,
             flood_weight=jnp.zeros([]),
@@ -102,119 +151,122 @@ def accumulation(
             flood_value_rest=jnp.zeros([]),
         )
 
-    # What is known before tracing (that nothing is skipped, that all weigh 1) stays a
-    # NumPy bool here, so that no select is made for it: one costs memory.
     def add(
+        self,
         window: Any,
-        updates: Any,
-        loss: jax.Array,
-        weight: jax.Array | int,
+        grads: Any,
+        batch: BatchLoss,
         *,
         flush: ArrayLike,
         number: jax.Array,
         params: Any,
-    ) -> Batch:
-        _check_flush(flush)
+    ) -> Added:
+        """Adds a micro-batch to the window of this number."""
         window = _complete(window)
-        skip, skip_state = _verdict(should_skip, updates, number, params, loss)
+        # What is known before tracing (that nothing is skipped, that all weigh 1) stays
+        # a NumPy bool here, so that no select is made for it: one costs memory.
+        weighs = np.True_ if batch.counts is None else batch.counts
+        skip, skip_state = self._verdict(grads, number, params, batch.loss)
         # A micro-batch of weight 0 is not skipped: it takes its place in the window, as
         # the rows of padding that it stands for in a large batch.
-        weighs = np.True_ if isinstance(weight, int) else weight != 0
         skip &= weighs
         skip_state = _pick(weighs, skip_state, window.flood_skip_state)
         counts = ~skip & weighs
-        before = window._replace(flood_grad_mean=(), flood_skip_state=())
-        scalars, share = _add_loss(before, loss, weight)
-        scalars = _pick(counts, scalars, before)
-        full = (window.flood_mini_step >= _size(every_k, number) - 1) & ~skip
+        scalars = window._replace(flood_grad_mean=(), flood_skip_state=())
+        with_it, share = _add_loss(scalars, batch.loss, batch.weight)
+        scalars = _pick(counts, with_it, scalars)
+        step = window.flood_mini_step
+        full = (step >= self._size(number) - 1) & ~skip
         full = full if flush is False else full | flush
-
-        # These are called in the branch that needs them, so that the gradients are
-        # added in place, or on their way into the inner optimizer.
-        def gradients() -> Any:
-            old = window.flood_grad_mean
-            return _pick(counts, _add_gradients(old, updates, share), old)
-
-        def closed() -> FloodWindow:
-            zeros = _zeros(window._replace(flood_skip_state=()))
-            return zeros._replace(flood_skip_state=skip_state)
-
-        def kept() -> FloodWindow:
+        step = jnp.where(skip, step, step + 1)
+        after = scalars._replace(
             # A full window that does not emit holds nothing: all is zero but its step.
-            step = window.flood_mini_step
-            step = jnp.where(skip, step, step + 1)
-            return scalars._replace(
-                flood_mini_step=jnp.where(full, jnp.zeros_like(step), step),
-                flood_grad_mean=gradients(),
-                flood_skip_state=skip_state,
-            )
-
-        return Batch(
-            emits=full & (scalars.flood_weight != 0),
-            means=lambda: _means(gradients(), updates, scalars.flood_value_mean, loss),
-            closed=closed,
-            kept=kept,
+            flood_mini_step=jnp.where(full, jnp.zeros_like(step), step),
+            flood_skip_state=skip_state,
         )
+        emits = full & (after.flood_weight != 0)
+        return Added(emits, window, after, counts, share, grads, batch.loss)
 
-    return Accumulation(init, add)
+    def _size(self, number: jax.Array) -> jax.Array | int:
+        """How many micro-batches the window of this number takes."""
+        if not callable(self.every_k):
+            return self.every_k
+        k = jnp.asarray(self.every_k(number))
+        if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
+            call, got = "flood(every_k=schedule)", f"shape {k.shape} of dtype {k.dtype}"
+            raise TypeError(must(call, "return an integer scalar", got))
+        return k.astype(jnp.int32)
+
+    def _verdict(
+        self, grads: Any, number: jax.Array, params: Any, loss: jax.Array
+    ) -> tuple[Any, Any]:
+        """Whether to skip this micro-batch, and what the rule wants to keep."""
+        if self.should_skip is None:
+            return np.False_, ()
+        skip, skip_state = self.should_skip(grads, number, params)
+        dtype, shape = jnp.result_type(skip), jnp.shape(skip)
+        if (dtype, shape) != (jnp.bool_, ()):
+            call = "flood(should_skip_update_fn=...)"
+            got = f"shape {shape} of dtype {dtype}"
+            raise ValueError(must(call, "return a boolean scalar first", got))
+        if self.should_skip is optax.skip_not_finite:
+            skip = skip | ~jnp.isfinite(loss)
+        return jnp.asarray(skip), skip_state
+
+    def _accumulator(self, param: Any) -> Any:
+        """Zeros, in float32 at least unless told; none of a leaf without gradient."""
+        dtype = jax.typeof(param).dtype  # of keys, too
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return optax.MaskedNode()
+        if not jnp.issubdtype(dtype, jnp.complexfloating):
+            dtype = self.dtype or compare_dtype(np.dtype(dtype))
+        return jnp.zeros_like(param, dtype)
 
 
-def _size(every_k: EveryK, number: jax.Array) -> jax.Array | int:
-    """How many micro-batches the window of this number takes."""
+def accumulation(
+    every_k: EveryK,
+    should_skip: ShouldSkip | None,
+    accumulator_dtype: DTypeLike | None,
+) -> Windows | None:
+    """Windows of ``every_k`` micro-batches; None where each update is a step."""
+    dtype = None if accumulator_dtype is None else _as_dtype(accumulator_dtype)
     if not callable(every_k):
-        return every_k
-    k = jnp.asarray(every_k(number))
-    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
-        raise TypeError(
-            "`flood(every_k=schedule)` must return an integer scalar, got shape "
-            f"{k.shape} of dtype {k.dtype}."
+        remedy = (
+            " Under `optax.inject_hyperparams` pass "
+            '`static_args="every_k"`; a schedule is legal too.'
         )
-    return k.astype(jnp.int32)
+        every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
+        if every_k == 1 and should_skip is None:
+            return None
+    return Windows(every_k, should_skip, dtype)
 
 
-def _add_to_none(
-    window: Any,
-    updates: Any,
-    loss: jax.Array,
-    weight: jax.Array | int,
-    *,
-    flush: ArrayLike,
-    **others: Any,
-) -> Batch:
-    """Without accumulation each update is a window of its own."""
-    del others
-    _check_flush(flush)
+def check_flush(flush: Any) -> None:
+    """Demands a boolean scalar."""
+    dtype, shape = getattr(flush, "dtype", np.dtype(type(flush))), np.shape(flush)
+    if (dtype, shape) != (jnp.bool_, ()):
+        call = "flood(inner).update(flush=...)"
+        raise TypeError(must(call, "be a boolean scalar", repr(flush)))
+
+
+def check_no_window(window: Any) -> None:
+    """Demands the state of an optimizer that does not accumulate."""
     if window != ():
         raise ValueError(
             "`flood(inner, level).update(state)` does not accumulate, got a state with "
             "a window, as of `every_k`. Close the window there (`flush=True`), then "
             "`state._replace(flood_window=())`."
         )
-    emits = True if isinstance(weight, int) else weight != 0
-    return Batch(emits, lambda: (updates, loss), tuple, tuple)
 
 
-def _check_flush(flush: Any) -> None:
-    dtype, shape = getattr(flush, "dtype", np.dtype(type(flush))), np.shape(flush)
-    if (dtype, shape) != (jnp.bool_, ()):
-        raise TypeError(
-            f"`flood(inner).update(flush=...)` must be a boolean scalar, got {flush!r}."
-        )
-
-
-def _accumulator_dtype(given: DTypeLike | None) -> np.dtype | None:
-    """The dtype of the mean gradients; None where it is float32 at least."""
-    if given is None:
-        return None
+def _as_dtype(given: DTypeLike) -> np.dtype:
     try:
         dtype = jnp.dtype(given)
     except TypeError:
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-        raise TypeError(
-            "`flood(accumulator_dtype=...)` must be a real float dtype of 16 bits at "
-            f"least, or None for float32 at least, got {given!r}."
-        )
+    if dtype is None or not is_of_bits(16, dtype):
+        rule = "be a real float dtype of 16 bits at least, or None for float32 at least"
+        raise TypeError(must("flood(accumulator_dtype=...)", rule, repr(given)))
     return dtype
 
 
@@ -238,37 +290,6 @@ def _complete(window: Any) -> FloodWindow:
             flood_value_rest=jnp.zeros_like(mean),
         )
     return window
-
-
-def _accumulator(param: Any, chosen: np.dtype | None) -> Any:
-    """Zeros in float32 at least; a leaf that has no gradient has no accumulator."""
-    dtype = dtype_of(param)  # of keys, too
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return optax.MaskedNode()
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        dtype = compare_dtype(np.dtype(dtype)) if chosen is None else chosen
-    return jnp.zeros_like(param, dtype)
-
-
-def _verdict(
-    should_skip: ShouldSkip | None,
-    updates: Any,
-    number: jax.Array,
-    params: Any,
-    loss: jax.Array,
-) -> tuple[Any, Any]:
-    """Whether to skip this micro-batch, and what the rule wants to keep."""
-    if should_skip is None:
-        return np.False_, ()
-    skip, skip_state = should_skip(updates, number, params)
-    if (jnp.result_type(skip), jnp.shape(skip)) != (jnp.bool_, ()):
-        raise ValueError(
-            "`flood(should_skip_update_fn=...)` must return a boolean scalar first, "
-            f"got shape {jnp.shape(skip)} of dtype {jnp.result_type(skip)}."
-        )
-    if should_skip is optax.skip_not_finite:
-        skip = skip | ~jnp.isfinite(loss)
-    return jnp.asarray(skip), skip_state
 
 
 @one_dispatch
@@ -323,19 +344,6 @@ def _two_sum(
     r, t, x = (jnp.where(finite, y, jnp.zeros_like(y)) for y in (rounded, total, x))
     back = r - t
     return rounded, (t - (r - back)) + (x - back)
-
-
-def _means(
-    grads: Any, updates: Any, value: jax.Array, loss: jax.Array
-) -> tuple[Any, jax.Array]:
-    """The means, of the dtypes of the updates and of the loss."""
-
-    def merged(update: Any, mean: Any) -> Any:
-        if isinstance(mean, optax.MaskedNode):
-            return update
-        return mean.astype(dtype_of(update))
-
-    return jax.tree.map(merged, updates, grads), value.astype(loss.dtype)
 
 
 _zeros = one_dispatch(optax.tree.zeros_like)

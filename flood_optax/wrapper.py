@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 from flood_optax.bend import Bent
 from flood_optax.checks import check_raw
 from flood_optax.devices import AxisName
-from flood_optax.dispatch import one_dispatch
+from flood_optax.dispatch import on_chosen, one_dispatch
 from flood_optax.objective import flooded
-from flood_optax.precision import dtype_of
 from flood_optax.shapes import Shape, reflect
 from flood_optax.transform import (
     FloodState,
@@ -30,7 +29,15 @@ from flood_optax.transform import (
     scaled,
     state_of,
 )
-from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
+from flood_optax.window import (
+    Alone,
+    EveryK,
+    FloodWindow,
+    ShouldSkip,
+    accumulation,
+    check_flush,
+    check_no_window,
+)
 
 __all__ = ["FloodWindow", "FloodWrapperState", "flood"]
 
@@ -147,14 +154,17 @@ def flood(
     """
     inner = _optimizer(inner)
     compare = comparison("flood", level, band, shape)
+    never_zero = shape == reflect()
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
-    # Types, and what makes no update of them: tracing a step costs more than a step.
-    remembered: tuple[Any, Any] = None, None
+    # Types of what an update is given, and the dtypes of the inner optimizer's update:
+    # to trace it costs more than a step.
+    remembered: tuple[Any, list[Any]] = None, []
 
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
         _refuse_floods_and_windows(inner_state)
-        return FloodWrapperState(initial_state(), inner_state, windows.init(params))
+        window = () if windows is None else windows.opened(params)
+        return FloodWrapperState(initial_state(), inner_state, window)
 
     def update_fn(
         updates: optax.Updates,
@@ -165,26 +175,32 @@ def flood(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         before: FloodWrapperState = state_of(FloodWrapperState, state, "flood(inner)")
+        check_flush(flush)
         _check_search(
             extra_args,
             windows=before.flood_window != (),
             weighted=axis_name is not None and extra_args.get("weight") is not None,
         )
-        read = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
-        batch = windows.add(
-            before.flood_window,
-            updates,
-            *read,
-            flush=flush,
-            number=before.flood_state.flood_step,
-            params=params,
-        )
+        given = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
+        if windows is None:
+            check_no_window(before.flood_window)
+            emits = True if given.counts is None else given.counts
+            batch = Alone(emits, updates, given.loss)
+        else:
+            batch = windows.add(
+                before.flood_window,
+                updates,
+                given,
+                flush=flush,
+                number=before.flood_state.flood_step,
+                params=params,
+            )
 
         def step() -> tuple[Any, FloodWrapperState]:
             means, mean_loss = batch.means()
             bent, flood_state = compare(before.flood_state, mean_loss)
             stepped, inner_state = inner.update(
-                scaled(means, bent.multiplier, may_be_zero=shape != reflect()),
+                scaled(means, bent.multiplier, may_be_zero=not never_zero),
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
@@ -197,15 +213,15 @@ def flood(
         if batch.emits is True:
             return step()
 
-        given = updates, before.flood_inner_state, params, read.loss
-        leaves, tree = jax.tree.flatten(given)
-        types = tree, [_type_of(leaf) for leaf in leaves]
+        leaves, tree = jax.tree.flatten(
+            (updates, before.flood_inner_state, params, given.loss)
+        )
+        types = tree, [*map(jax.typeof, leaves)]
 
         def emit() -> tuple[Any, FloodWrapperState]:
             nonlocal remembered
             stepped, after = step()
-            if remembered[0] != types:
-                remembered = types, _no_update_like(stepped)
+            remembered = types, [x.dtype for x in jax.tree.leaves(stepped)]
             # An inner state may come back in another dtype, as a bf16 moment in
             # float32, which no branch of a cond, and no loop around it, would take.
             inner_state = jax.tree.map(
@@ -216,7 +232,8 @@ def flood(
         def wait() -> tuple[Any, FloodWrapperState]:
             if remembered[0] != types:  # no step was traced or taken before
                 jax.eval_shape(emit)
-            return remembered[1](updates), before._replace(flood_window=batch.kept())
+            nothing = _no_update(updates, remembered[1])
+            return nothing, before._replace(flood_window=batch.kept())
 
         if isinstance(batch.emits, Tracer):
             return lax.cond(batch.emits, emit, wait)
@@ -288,32 +305,20 @@ def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
 
 def _cast_like(new: Any, old: Any) -> Any:
     # astype knows no key, which needs none
-    dtype = dtype_of(old)
-    same = dtype_of(new) == dtype
-    return new if same else jnp.asarray(new).astype(dtype)
+    dtype = jax.typeof(old).dtype
+    return new if jax.typeof(new).dtype == dtype else jnp.asarray(new).astype(dtype)
 
 
-def _type_of(leaf: Any) -> tuple[Any, bool]:
-    return getattr(leaf, "dtype", type(leaf)), getattr(leaf, "weak_type", False)
-
-
-def _no_update_like(stepped: Any) -> Callable[[Any], Any]:
-    """Makes zeros of the dtypes that the inner optimizer gave."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(stepped)]
+def _no_update(updates: Any, dtypes: list[Any]) -> Any:
+    """Zeros of the dtypes that the inner optimizer gives; keys and float0 have none."""
     numeric = [jnp.issubdtype(dtype, np.number) for dtype in dtypes]
+    of_numbers = tuple(itertools.compress(dtypes, numeric))
+    return on_chosen(lambda some: _zeros(some, dtypes=of_numbers), updates, numeric)
 
-    @one_dispatch
-    def zeros(leaves: list[Any]) -> list[Any]:
-        return list(map(jnp.zeros_like, leaves, itertools.compress(dtypes, numeric)))
 
-    def no_update(updates: Any) -> Any:
-        leaves, tree = jax.tree.flatten(updates)
-        made = iter(zeros(list(itertools.compress(leaves, numeric))))
-        # no zero for a float0 or a key
-        pairs = zip(leaves, numeric, strict=True)
-        return tree.unflatten(next(made) if yes else leaf for leaf, yes in pairs)
-
-    return no_update
+@functools.partial(one_dispatch, static="dtypes")
+def _zeros(leaves: list[Any], *, dtypes: tuple[Any, ...]) -> list[jax.Array]:
+    return [*map(jnp.zeros_like, leaves, dtypes)]
 
 
 # ---- what may be wrapped ----
