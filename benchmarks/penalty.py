@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, FAINT, GREEN, INCHES, INK, RED, panels, say
 
 LEAN = 0.4  # of the bowl (1 + LEAN x) |w|^2 / 2, flattest at one point of a level set
 
@@ -103,25 +103,42 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
 def figures(payload: dict[str, Any]) -> dict[str, Any]:
     """Contours of the leaning bowl, its level set, the iterates and the flow."""
     seen = payload["paths"]
-    span = np.linspace(-1.6, 1.3, 300)
+    span = np.linspace(-1.7, 1.3, 150)
     grid = np.stack(np.meshgrid(span, span), -1)
     loss = 0.5 * (1 + LEAN * grid[..., 0]) * (grid**2).sum(-1)
-    figure, (axes,) = panels(1, 1, size=(6, 5.2))
-    axes.contour(span, span, loss, levels=12, colors="0.85", linewidths=0.8)
-    axes.contour(span, span, loss, levels=[seen["level"]], colors="k", linewidths=0.8)
-    axes.plot([], [], "k", linewidth=0.8, label=f"level set, L = {seen['level']}")
+    figure, (axes,) = panels(1, 1, size=(INCHES, 5.4))
+    lines = axes.contour(
+        span, span, loss, levels=[0.1, 0.2, 0.3, 0.7, 1.0], colors=FAINT, linewidths=0.6
+    )
+    axes.clabel(lines, fontsize=9.5, fmt="%g")
+    axes.contour(span, span, loss, levels=[seen["level"]], colors=INK, linewidths=1.8)
 
     def draw(name: str, *style: Any, **options: Any) -> None:
         axes.plot(*np.array(seen[name]).T, *style, **options)
 
-    draw("plain", "-", color="C7", label="SGD")
-    draw("flooded", ".", color="C0", markersize=2, label="flooded SGD")
-    draw("flooded_first", "-", color="C0", linewidth=0.6)
-    draw("flow", "-", color="C1", linewidth=2, label="gradient-penalty flow")
-    axes.plot(*seen["start"], "o", color="k", markersize=4, label="start")
+    draw("plain", "-", color=GREEN, linewidth=2)
+    draw("flow", "-", color=RED, linewidth=5, alpha=0.5)
+    draw("flooded", ".", color=BLUE, markersize=2)
+    draw("flooded_first", "-", color=BLUE, linewidth=0.6)
+    axes.plot(*seen["start"], "o", color=INK, markersize=5)
     ends = np.roots([LEAN, 1.0, 0.0, -2 * seen["level"]]).real
     flattest = ends[np.argmin(abs(ends + 1.5))]
-    axes.plot(flattest, 0, "*", color="C3", markersize=10, label="flattest point")
-    axes.set(aspect="equal", xlabel="x", ylabel="y", xlim=(-1.6, 1.3), ylim=(-1.3, 1.3))
-    axes.legend(loc="lower right", fontsize="small")
+    axes.plot(flattest, 0, "*", color=INK, markersize=12)
+    say(axes, "start", tuple(seen["start"]), (8, 4))
+    say(axes, "SGD runs to the minimum", (0, 0), (-10, -12), color=GREEN, ha="center")
+    middle = seen["flow"][len(seen["flow"]) // 40]
+    say(
+        axes,
+        "flooded SGD (dots)\nalong the flow of\nthe gradient penalty",
+        middle,
+        (34, 44),
+        color=BLUE,
+        ha="center",
+        va="bottom",
+    )
+    say(axes, "flattest point\nof the level set", (flattest, 0), (12, 0))
+    axes.set(aspect="equal", xlabel="w₁", ylabel="w₂", xlim=(-1.7, 1.3))
+    axes.set(
+        ylim=(-1.3, 1.3), title=f"loss; the thick line is its level set {seen['level']}"
+    )
     return {"penalty": figure}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import flood_optax
 from benchmarks import data, report, statistics, study
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, INCHES, INK, RED, panels, say
 from benchmarks.training import cross_entropy
 
 TRAIN, NOISE, WIDTH, LEARNING_RATE = 300, 0.2, 256, 1e-3
@@ -171,21 +171,28 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Train and test loss over epochs, plain and flooded, with the level drawn in."""
+    """Train and test loss over epochs, plain and flooded, with plain's best epoch."""
     level = payload["curves"]["level"]
-    fig, axes = panels(1, 2, size=(9, 3.4), sharey=True)
+    epoch, best = best_epoch(payload)
+    lowest = best["test_loss"]
+    fig, axes = panels(1, 2, size=(INCHES, 3.4), sharey=True)
     titles = {"plain": "plain", "flooded": f"flooded at {level}"}
     for axis, (run, title) in zip(axes, titles.items(), strict=True):
         curves = np.asarray(payload["curves"][run])  # [seeds, epochs, metrics]
-        for i, (name, colour) in enumerate((("train", "C0"), ("test", "C3"))):
-            lines = curves[:, :, i]
-            axis.plot(lines.T, color=colour, alpha=0.3, lw=0.8)
-            axis.plot(lines.mean(0), color=colour, label=f"{name} loss, mean")
-        axis.plot([], [], color="0.6", lw=0.8, label=f"each of {len(curves)} seeds")
+        mean = curves.mean(0)
+        last = len(mean) - 1
+        for i, (name, colour) in enumerate((("train", BLUE), ("test", RED))):
+            axis.plot(curves[:, :, i].T, color=colour, alpha=0.35, lw=0.6)
+            axis.plot(mean[:, i], color=colour, lw=2)
+            above = -10 if run == "flooded" and name == "train" else 9
+            text = f"{name} loss {mean[-1, i]:.2f}"
+            say(axis, text, (last, mean[-1, i]), (0, above), color=colour, ha="right")
+        axis.axhline(lowest, color=INK, lw=1, ls=":")
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.5))
-        axis.axhline(level, color="k", ls=":", lw=1, label=f"level {level}")
-    axes[0].set_ylabel("raw cross-entropy")
-    axes[0].legend()
+    axes[0].plot(epoch - 1, lowest, "o", color=RED, mec=INK)
+    best_text = f"best epoch, {epoch}: {lowest:.2f}"
+    say(axes[0], best_text, (epoch - 1, lowest), (30, -12), ha="left")
+    axes[0].set_ylabel("cross-entropy, not flooded")
     return {"quickstart": fig}
 
 

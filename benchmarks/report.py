@@ -220,9 +220,8 @@ def figures(repository: pathlib.Path, results: pathlib.Path) -> list[pathlib.Pat
     for _, module, payload in records(results):
         if hasattr(module, "figures"):
             for name, fig in module.figures(payload).items():
-                target = repository / "docs" / "figures" / f"{name}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fig.savefig(target, dpi=150, metadata={"Software": None})
+                target = repository / "docs" / "figures" / f"{name}.svg"
+                fig.write(target)
                 drawn.append(target)
     return drawn
 

@@ -43,7 +43,7 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
     document = record.read(name, args.out)
     if hasattr(study, "figures"):
         for title, figure in study.figures(document).items():
-            figure.savefig(args.out / f"{title}.png", dpi=150)
+            figure.write(args.out / f"{title}.svg")
     print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import report, statistics
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, FAINT, GREEN, INCHES, RED, panels, say
+from flood_optax import levels as levels_of
 
 TITLES = {"two_gaussians": "Two Gaussians", "spiral": "Spiral", "sinusoid": "Sinusoid"}
 
@@ -170,37 +171,66 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curves_figure(payload: Mapping[str, Any]) -> Any:
-    """A panel for each data set: plain and flooded, the second descent marked."""
+    """A panel for each data set: plain and flooded.
+
+    Dots mark a peak and the minimum after it, where the loss descends a second time.
+    """
     curves = payload["curves"]
     names = list(dict.fromkeys(curve["data"] for curve in curves))
-    fig, axes = panels(1, len(names))
+    fig, axes = panels(len(names), 1, size=(INCHES, 2.3 * len(names)), sharex=True)
     for axis, name in zip(axes, names, strict=True):
         mine = [curve for curve in curves if curve["data"] == name]
-        for colour, curve in zip(("C3", "C0"), mine, strict=False):
+        for colour, curve in zip((RED, BLUE), mine, strict=False):
             loss, level = curve["test_loss"], curve["level"]
             found = second_descent(loss)
-            label = f"level {level:.2f}" if level else "no flooding"
-            label += ": no second descent" if found is None else ": second descent"
-            axis.plot(loss, color=colour, label=label)
+            axis.plot(loss, color=colour)
+            text = f"flooded at {level:.2f}" if level else "not flooded"
+            end = (len(loss) - 1, loss[-1])
+            say(axis, text, end, (0, 10), color=colour, ha="right")
             if found is not None:
-                ends = [found.peak, found.second_trough]
-                axis.plot(ends, [loss[i] for i in ends], "o", color=colour)
-        axis.set(title=f"{TITLES[name]}, {mine[0]['noise']:.0%} flips", xlabel="epoch")
-        axis.legend(fontsize="small")
-    axes[0].set_ylabel("test cross-entropy")
+                peak, low = found.peak, found.second_trough
+                axis.plot([peak, low], [loss[peak], loss[low]], "o", color=colour)
+        axis.margins(y=0.15)
+        axis.set(title=f"{TITLES[name]}, {mine[0]['noise']:.0%} of the labels wrong")
+        axis.set_ylabel("test loss")
+    axes[-1].set_xlabel("epoch; dots: a peak, and the minimum after it")
     return fig
 
 
 def levels_figure(payload: Mapping[str, Any]) -> Any:
-    """A panel for each cell: test accuracy of the last and the best epoch."""
+    """A panel for each data set: the gain over the level, at the last epoch.
+
+    A dot marks the entropy of the flips, a ring the mean of the levels that validation
+    picked.
+    """
     cells = payload["by_level"]
-    columns = min(3, len(cells))
-    fig, axes = panels(-(-len(cells) // columns), columns)
-    for axis, cell in zip(axes, cells, strict=False):
-        for which, label in (("last", "last epoch"), ("best", "early stopping")):
-            accuracy = 100 * np.array(cell[f"test_accuracy_{which}"])
-            axis.plot(cell["level"], accuracy, ".-", label=label)
-        axis.set(title=f"{TITLES[cell['data']]}, {cell['noise']:.0%} flips")
-        axis.set(xlabel="level", ylabel="test accuracy, %")
-    axes[0].legend(fontsize="small")
+    picked = {
+        (cell["data"], cell["noise"]): cell["level_mean"]
+        for cell in payload["cells"]
+        if cell["flooded"] and not cell["early_stopping"]
+    }
+    names = list(dict.fromkeys(cell["data"] for cell in cells))
+    fig, axes = panels(
+        len(names), 1, size=(INCHES, 2.4 * len(names)), sharex=True, sharey=True
+    )
+    for axis, name in zip(axes, names, strict=True):
+        mine = [cell for cell in cells if cell["data"] == name]
+        for colour, cell in zip((BLUE, GREEN, RED), mine, strict=False):
+            levels, noise = np.array(cell["level"]), cell["noise"]
+            accuracy = 100 * np.array(cell["test_accuracy_last"])
+            gains = accuracy - accuracy[0]
+            axis.plot(levels, gains, color=colour)
+            for at, face in (
+                (levels_of.noise_floor(noise, 2), colour),
+                (picked[name, noise], "none"),
+            ):
+                gain = np.interp(float(at), levels, gains)
+                axis.plot(float(at), gain, "o", color=colour, mfc=face, ms=8, mew=1.5)
+            inside = np.flatnonzero(gains > -9)[-1]
+            end = (levels[inside], gains[inside])
+            by = (5, 0 if inside == len(levels) - 1 else 9)
+            say(axis, f"{noise:.0%} wrong", end, by, color=colour)
+        axis.axhline(0, color=FAINT, lw=0.6)
+        axis.set(title=TITLES[name], ylabel="points gained", ylim=(-10, 10))
+    axes[-1].set_xlabel("level; dot: entropy of the flips, ring: picked by validation")
     return fig

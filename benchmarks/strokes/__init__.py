@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report, statistics
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, FAINT, GREEN, INCHES, INK, RED, panels, say
 from benchmarks.strokes.formulas import RULES, Rule
 
 POINTS = 1.0  # what counts as a gain
@@ -176,32 +176,37 @@ def _practice(rows: list[dict[str, Any]]) -> str:
     )
 
 
+LOOKS = {  # colour and line, and where its name stands: steps of a stroke, and by
+    "SGD": (INK, "-", 60, (0, 9)),
+    "heavy ball 0.5": (BLUE, "-", 60, (0, -12)),
+    "heavy ball 0.9": (RED, "-", 40, (-8, 6)),
+    "Nesterov 0.9": (GREEN, "--", 10, (8, -8)),
+    "Adam": (BLUE, "-", 60, (0, -14)),
+}
+
+
 def figures(payload: dict[str, Any]) -> dict[str, Any]:
     """The drift over the length of a stroke: formulas as lines, runs as dots."""
-    figure, (momentum, adam) = panels(1, 2, size=(9, 3.6))
+    figure, (momentum, adam) = panels(2, 1, size=(INCHES, 6.4), sharex=True)
     steps = np.geomspace(1, 500, 200)
-    for index, (name, rule) in enumerate(RULES.items()):
-        seen = [row for row in payload["drift"] if row["rule"] == name]
+    for name, rule in RULES.items():
         axes = momentum if rule.beta2 is None else adam
-        colour = f"C{index}"
-        axes.plot(
-            steps, [rule.ratio(n) for n in steps], color=colour, label=name, linewidth=1
-        )
-        banded = [row for row in seen if row["crossing"]]
+        colour, line, at, by = LOOKS[name]
+        axes.plot(steps, [rule.ratio(n) for n in steps], line, color=colour)
+        side = "right" if by[0] < 0 else "left"
+        say(axes, name, (at, rule.ratio(at)), by, color=colour, ha=side)
+        banded = [
+            row for row in payload["drift"] if row["rule"] == name and row["crossing"]
+        ]
         dots = [row["steps"] for row in banded], [row["ratio"] for row in banded]
         axes.plot(*dots, "o", color=colour)
-    momentum.set(xscale="log", yscale="log", ylabel="drift / (-η²/2 P H g)")
+    momentum.set(xscale="log", yscale="log", title="lines: formulas, dots: runs")
+    momentum.set_ylabel("drift, times\nthat of plain SGD")
     alone = Rule(RULES["Adam"].momentum, beta2=1.0)
-    adam.plot(
-        steps,
-        [alone.ratio(n) for n in steps],
-        ":",
-        color="C7",
-        label="its first moment alone",
-    )
-    adam.axhline(0, color="k", linewidth=0.5)
-    adam.set(xscale="log", ylim=(-22, 20), ylabel="drift / (-η²/2 P D H D g)")
-    for axes in (momentum, adam):
-        axes.set_xlabel("steps of a stroke")
-        axes.legend(fontsize="small")
+    adam.plot(steps, [alone.ratio(n) for n in steps], ":", color=FAINT)
+    say(adam, "without the second moment", (70, alone.ratio(70)), (-8, 8), ha="right")
+    adam.axhline(0, color=FAINT, linewidth=0.6)
+    say(adam, "below 0: towards larger gradients", (1, 0), (0, -10))
+    adam.set(ylim=(-22, 20), ylabel="drift, times one step\nin Adam's metric")
+    adam.set_xlabel("steps of a stroke")
     return {"strokes": figure}

@@ -20,7 +20,7 @@ def test_quickstart_smoke_shows_that_the_forms_coincide(tmp_path, capsys):
         "loss form",
         "optax form",
     ]
-    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert (tmp_path / "quickstart.svg").stat().st_size > 10_000
     assert quickstart.tables(result)["quickstart"] in capsys.readouterr().out
     assert jnp.zeros([]).dtype == jnp.float32  # the precision is put back
 
@@ -64,10 +64,15 @@ def test_quickstart_table_has_one_line_for_two_forms_that_print_the_same():
     assert apart.count("| flooded | 0.4 |") == 2
 
 
-def test_quickstart_figure_says_what_its_thin_lines_are():
+def test_quickstart_figure_marks_the_best_epoch_of_plain_training_on_both_panels():
     (figure,) = quickstart.figures(planted(0.0)).values()
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == [
-        *("train loss, mean", "test loss, mean", "each of 2 seeds", "level 0.4")
-    ]
+    said = {text.get_text() for axis in figure.axes for text in axis.texts}
+    assert said == {
+        *("train loss 0.20", "test loss 0.85", "train loss 0.60", "test loss 0.70"),
+        "best epoch, 2: 0.70",
+    }
+    for axis in figure.axes:
+        assert [0.7, 0.7] in [list(line.get_ydata()) for line in axis.lines]
+    (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dot.get_xydata(), [[1, 0.7]])  # drawn from epoch 0
     assert figure.axes[1].get_title() == "flooded at 0.4"
