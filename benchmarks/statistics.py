@@ -176,6 +176,11 @@ def verdicts_of(family: Iterable[Effect]) -> list[str]:
     ]
 
 
+def marked(one: Effect, verdict: str, spec: str = "+.1f") -> str:
+    """The difference and its interval, bold where it is not left open."""
+    return f"{one:{spec}}" if verdict == OPEN else f"**{one:{spec}}**"
+
+
 def cross_fitted(group: Mapping[str, Sequence[float] | np.ndarray]) -> np.ndarray:
     """What the best of a group reaches [seeds], chosen on the other half of the seeds.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks import study
-from benchmarks.choosing import findings, settings, wrong_labels
+from benchmarks.choosing import findings, other_noise, settings, wrong_labels
 from benchmarks.choosing.runs import Runner, outcomes
 from benchmarks.choosing.settings import SETTINGS, Constants
 
@@ -34,30 +34,46 @@ def options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the share of wrong labels that is found without training, alone",
     )
+    parser.add_argument(
+        "--other-noise",
+        action="store_true",
+        help="noise that depends on the class or on the input, alone",
+    )
     study.data_option(parser)
 
 
+PARTS: dict[str, Any] = {  # by what their record holds
+    "settings": findings,
+    "wrong_labels": wrong_labels,
+    "noise": other_noise,
+}
+
+
+def part_of(payload: Mapping[str, Any]) -> Any:
+    return next(part for name, part in PARTS.items() if name in payload)
+
+
 def record_name(payload: Mapping[str, Any]) -> str:
-    return wrong_labels.RECORD if "wrong_labels" in payload else "choosing"
+    return getattr(part_of(payload), "RECORD", "choosing")
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    part = wrong_labels if "wrong_labels" in payload else findings
-    return part.tables(payload)
+    return part_of(payload).tables(payload)
 
 
 def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    part = wrong_labels if "wrong_labels" in payload else findings
-    return part.numbers(payload)
+    return part_of(payload).numbers(payload)
 
 
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    return {} if "wrong_labels" in payload else findings.figures(payload)
+    return findings.figures(payload) if "settings" in payload else {}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.wrong_labels:
         return wrong_labels.measure(args)
+    if args.other_noise:
+        return other_noise.measure(args)
     constants, seeds, names, work = Constants(), args.seeds, args.settings, args.work
     if args.smoke:
         constants, seeds, names = settings.SMOKE, 2, ["wine-0.2-even-full-adam"]
