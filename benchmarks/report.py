@@ -240,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.names is not None:
         for name, value in numbers(results).items():
             if all(word in name for word in args.names):
-                print(f"{name}  {value:.6g}")
+                shown = value if isinstance(value, str) else f"{value:.6g}"
+                print(f"{name}  {shown}")
         return
     if not args.check:
         made, known = tables(results), numbers(results)

@@ -77,6 +77,7 @@ redirects = {  # the addresses of pages that have moved
     "contributing": "project#contributing",
     "gallery": "evidence/index",
     "optax-contrib": "project",
+    "optax-examples": "trainers#optimizers-and-patterns",
     "results": "evidence/index",
     "strokes": "averaging",
     "training-loss-goes-to-zero": "quickstart#training-loss-goes-to-zero-from-pytorch",

@@ -1,24 +1,25 @@
 """Trains with flooding in the trainers that people use, each where it is installed.
 
-A trainer is a module of this folder, `NAME.py`, and runs in a virtual environment of
-its own. To add one, write
+A trainer is a module of this folder, `NAME.py`, and runs in an environment of its own,
+made by `uv run --with`. To add one, write
 
 * `TITLE`, how the table names it; `SECTION`, the heading of docs/trainers.md under
-  which its recipe stands; `REQUIREMENTS`, what pip installs, pinned, the trainer's
-  package first; if needed `PYTHON` ("3.12") and `VARIABLES` of the process. These are
-  literals: they are read, not imported, because the module imports the trainer;
-* `measure(run)`, which trains by the trainer's own loop and returns a `rows.Row`. The
-  recipe is not repeated but taken from the page: `run.recipe(name=object, ...)`
-  executes the code under "Recipes", then that under the heading, given those names,
-  and returns what it has defined. `run.steps(200)` is fewer in a smoke run, `run.work`
-  an empty folder.
+  which its recipe stands; `REQUIREMENTS`, what is installed, pinned, the trainer's
+  package first; if needed `PYTHON` ("3.12"), `VARIABLES` of the process, and `ABSENT`,
+  why it cannot be run at all. These are literals: they are read, not imported, because
+  the module imports the trainer;
+* `measure(run)`, which trains by the trainer's own loop and returns a `rows.Row`, by
+  `own_loop.measure` if that loop is the user's. The recipe is not repeated but taken
+  from the page: `run.recipe(name=object, ...)` executes the code under "Recipes", then
+  that under the heading, given those names, and returns what it has defined.
+  `run.steps(200)` is fewer in a smoke run, `run.work` an empty folder;
+* its place in `environments.ORDER`.
 
 Then `python -m benchmarks trainers NAME --smoke`. A trainer that fails, or cannot be
 installed, keeps a row that says why.
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,28 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = environments.trainers()
     parser = record.arguments("trainers", (__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
-    parser.add_argument(
-        "--envs",
-        type=pathlib.Path,
-        default=environments.default(),
-        help="where the trainers are installed (FLOOD_OPTAX_TRAINERS, or the cache)",
-    )
-    parser.add_argument(
-        "--install", action="store_true", help="install the trainers, nothing else"
-    )
     args = parser.parse_args(argv)
     if unknown := set(args.names) - known.keys():
         parser.error(f"no trainer {sorted(unknown)}; there are: {', '.join(known)}")
     record.check_destination(args.out)
     wanted = {name: known[name] for name in args.names or known}
-    if args.install:
-        for trainer in wanted.values():
-            try:
-                environments.install(trainer, args.envs)
-            except RuntimeError as error:
-                print(error)
-        return
-
     args.out.mkdir(parents=True, exist_ok=True)
     journal = args.out / "trainers.jsonl"
     done: dict[str, dict[str, Any]] = {}
@@ -77,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if kept.get("sources") == sources and "error" not in kept:
             continue
         print(f"{name} ...", flush=True)
-        row = environments.run(trainer, args.envs, smoke=args.smoke)
+        row = environments.run(trainer, smoke=args.smoke)
         done[name] = row = {"trainer": name, "sources": sources, **row}
         with journal.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -2,4 +2,8 @@
 
 TITLE = "big_vision `train.py`"
 SECTION = "big_vision"
-REQUIREMENTS = ("big_vision==0.0.0",)  # any release would do; there is none
+REQUIREMENTS = ("big_vision",)
+ABSENT = (
+    "It is a repository of scripts and no package, so there is nothing to install. "
+    "A stand-in of its loss and step is in the tests."
+)

@@ -14,7 +14,7 @@ from flood_optax import scale_by_flood
 
 TITLE = "Brax `bc.train`"
 SECTION = "Brax"
-REQUIREMENTS = ("brax==0.14.2", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("brax==0.14.2", "jax==0.12.0.1", "optax==0.2.8")
 
 LEVEL = 0.05
 
@@ -69,6 +69,8 @@ def measure(run: rows.Run) -> rows.Row:
     assert "needs the current loss" in no_value, no_value
     return rows.Row(
         form="loss form",
+        line="`losses.bc_loss = flooded(plain, b, has_aux=True)`",
+        logs="`actor_loss` of its metrics, raw",
         level=LEVEL,
         losses=rows.floats(flood),
         value="no",

@@ -20,7 +20,6 @@ from flood_optax import flood_loss, scale_by_flood
 
 TITLE = "EasyDeL `Trainer`"
 SECTION = "EasyDeL"
-PYTHON = "3.12"
 REQUIREMENTS = (
     "easydel==0.3.0",
     "jax==0.9.2",
@@ -171,7 +170,9 @@ def measure(run: rows.Run) -> rows.Row:
     after = range(EVERY, steps, EVERY)  # an evaluation comes before the next step
     raw = [whole.losses[step] for step in after] + [raw_loss(whole.state)] * 2
     return rows.Row(
-        form="`flood_loss` on `outputs.loss`",
+        form="`flood_loss`",
+        line="`outputs.replace(loss=flood_loss(outputs.loss, b))`, in `compute_loss`",
+        logs="`train/loss` and `eval/loss`, raw",
         level=LEVEL,
         losses=whole.losses,
         value="no",

@@ -1,6 +1,7 @@
-"""Installs trainers, each in an environment of its own, and runs them there."""
+"""Runs trainers, each in an environment of its own that uv makes and keeps."""
 
 import ast
+import datetime
 import hashlib
 import json
 import os
@@ -18,12 +19,20 @@ from benchmarks import record
 from benchmarks.trainers import page
 
 HERE = pathlib.Path(__file__).parent
-LIMIT = 1800  # seconds for one trainer
+LIMIT = 3600  # seconds for one trainer, with what it takes to install it
 PROCESS = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
 }
+LITERALS = ("TITLE", "SECTION", "REQUIREMENTS", "PYTHON", "VARIABLES", "ABSENT")
+# Those with more downloads from the package index come first, those that it does not
+# rank by how often they are cited.
+ORDER = (
+    *("keras", "nnx", "muon", "gan", "linen", "sums", "equinox", "grain", "haiku"),
+    *("schedule_free", "numpyro", "optimistix", "tunix", "brax", "maxtext"),
+    *("big_vision", "levanter", "easydel", "kauldron", "gpjax", "flowjax", "penzai"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Trainer:
     requirements: tuple[str, ...]
     python: str
     variables: dict[str, str]
+    absent: str
 
     def described(self) -> dict[str, Any]:
         """What its row says whether it runs or not."""
@@ -46,67 +56,56 @@ class Trainer:
         }
 
 
-def described(path: pathlib.Path) -> Trainer | None:
-    """What a module says of itself, without importing it; None if it is no trainer."""
+def described(path: pathlib.Path) -> Trainer:
+    """What a module says of itself, without importing it."""
     found: dict[str, Any] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("TITLE", "SECTION", "REQUIREMENTS", "PYTHON", "VARIABLES"):
+            if name in LITERALS:
                 found[name] = ast.literal_eval(node.value)
-    if "REQUIREMENTS" not in found:
-        return None
     return Trainer(
         name=path.stem,
         title=found["TITLE"],
         section=found["SECTION"],
         requirements=tuple(found["REQUIREMENTS"]),
-        python=found.get("PYTHON", "3.11"),
+        python=found.get("PYTHON", "3.13"),
         variables=found.get("VARIABLES", {}),
+        absent=found.get("ABSENT", ""),
     )
 
 
 def trainers() -> dict[str, Trainer]:
-    """The trainers of this folder, by name."""
-    every = (described(path) for path in sorted(HERE.glob("*.py")))
-    return {trainer.name: trainer for trainer in every if trainer}
-
-
-def default() -> pathlib.Path:
-    """Where the trainers are kept: `FLOOD_OPTAX_TRAINERS`, or the user's cache."""
-    given = os.environ.get("FLOOD_OPTAX_TRAINERS")
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(given or pathlib.Path(cache) / "flood_optax" / "trainers")
+    """The trainers of this folder, by name, what people use most first."""
+    return {name: described(HERE / f"{name}.py") for name in ORDER}
 
 
 def fingerprint(trainer: Trainer, *, smoke: bool) -> str:
     """What a row depends on: our sources, the module, the recipe, the versions."""
     digest = hashlib.sha256(repr((trainer, smoke)).encode())
-    own = [HERE / f"{name}.py" for name in (trainer.name, "rows", "problem", "worker")]
-    for source in sorted((record.REPOSITORY / "flood_optax").rglob("*.py")) + own:
+    own = ("rows", "problem", "worker", "own_loop", trainer.name)
+    sources = (record.REPOSITORY / "flood_optax").rglob("*.py")
+    for source in [*sorted(sources), *(HERE / f"{name}.py" for name in own)]:
         digest.update(source.read_bytes())
     for block in page.blocks(page.SHARED) + page.blocks(trainer.section):
         digest.update(block.strip().encode())
     return digest.hexdigest()[:16]
 
 
-def python_of(trainer: Trainer, envs: pathlib.Path) -> pathlib.Path:
-    return envs / trainer.name / "bin" / "python"
-
-
-def interpreter(version: str) -> str:
-    """A Python of this version.
+def command(trainer: Trainer) -> list[str]:
+    """What starts Python where the trainer is installed.
 
     Raises:
-      RuntimeError: if there is none on the path.
+      RuntimeError: if there is no uv.
     """
-    if f"{sys.version_info.major}.{sys.version_info.minor}" == version:
-        return sys.executable
-    found = shutil.which(f"python{version}")
-    asked = [found or "", "-V"]
-    if not found or subprocess.run(asked, check=False, capture_output=True).returncode:
-        raise RuntimeError(f"There is no python{version} on the path.")
-    return found
+    beside = pathlib.Path(sys.executable).parent  # where pip puts it
+    uv = shutil.which("uv") or shutil.which("uv", path=beside)
+    if not uv:
+        raise RuntimeError("uv is not installed: `pip install uv`.")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    python = sys.executable if trainer.python == here else trainer.python
+    wanted = (f"--with={requirement}" for requirement in trainer.requirements)
+    return [uv, "run", "--no-project", "--quiet", "--python", python, *wanted, "python"]
 
 
 def why(said: str) -> str:
@@ -114,34 +113,7 @@ def why(said: str) -> str:
     lines = [line.strip() for line in said.splitlines()] or ["no output"]
     errors = (number for number, line in enumerate(lines) if "error" in line.lower())
     first = next(errors, len(lines) - 1)
-    return " ".join(lines[first : first + 2])[:300]
-
-
-def install(trainer: Trainer, envs: pathlib.Path) -> None:
-    """Makes the environment: the trainer, and this repository as it stands.
-
-    Raises:
-      RuntimeError: with the installer's first error, if it cannot be installed.
-    """
-    home = envs / trainer.name
-    mark = home / "requirements.json"
-    wanted = [trainer.python, *trainer.requirements]
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
-        return
-    print(f"Installing {', '.join(trainer.requirements)} in {home}.", flush=True)
-    make = [interpreter(trainer.python), "-m", "venv", "--clear", str(home)]
-    python = str(python_of(trainer, envs))
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
-    if uv := shutil.which(
-        "uv"
-    ):  # pip tries releases for hours where this needs seconds
-        pip = [uv, "pip", "install", "--quiet", "--no-cache", "--python", python]
-    steps = (make, [*pip, *trainer.requirements, "-e", str(record.REPOSITORY)])
-    for step in steps:
-        done = subprocess.run(step, check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"Cannot be installed: {anonymous(why(done.stderr))}")
-    mark.write_text(json.dumps(wanted), encoding="utf-8")
+    return " ".join(lines[first : first + 2])
 
 
 def anonymous(text: str) -> str:
@@ -149,13 +121,12 @@ def anonymous(text: str) -> str:
     return re.sub(r"(?<![\w.])(?:/[\w.+@-]+){2,}/?", "PATH", text)
 
 
-def run(trainer: Trainer, envs: pathlib.Path, *, smoke: bool) -> dict[str, Any]:
+def run(trainer: Trainer, *, smoke: bool) -> dict[str, Any]:
     """The row of a trainer, by a process in its environment."""
-    row = trainer.described()
-    try:
-        install(trainer, envs)
-    except RuntimeError as error:
-        return row | {"error": str(error)}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    row = trainer.described() | {"date": today}
+    if trainer.absent:
+        return row | {"error": trainer.absent}
     variables = {**os.environ, **PROCESS, **trainer.variables}
     variables["PYTHONPATH"] = str(record.REPOSITORY)
     start = time.monotonic()
@@ -163,12 +134,11 @@ def run(trainer: Trainer, envs: pathlib.Path, *, smoke: bool) -> dict[str, Any]:
         work = pathlib.Path(name)
         (work / "work").mkdir()
         result, log = work / "row.json", work / "log.txt"
-        given = [trainer.name, str(result), str(work / "work")]
+        worker = ["-m", "benchmarks.trainers.worker", trainer.name]
         with log.open("wb") as stream:
             try:
-                code = subprocess.run(
-                    [str(python_of(trainer, envs)), "-m", "benchmarks.trainers.worker"]
-                    + given
+                subprocess.run(
+                    [*command(trainer), *worker, str(result), str(work / "work")]
                     + ["--smoke"] * smoke,
                     check=False,
                     cwd=record.REPOSITORY,
@@ -176,15 +146,15 @@ def run(trainer: Trainer, envs: pathlib.Path, *, smoke: bool) -> dict[str, Any]:
                     stdout=stream,
                     stderr=stream,
                     timeout=LIMIT,
-                ).returncode
+                )
             except subprocess.TimeoutExpired:
-                code = f"a timeout, after {LIMIT} s"
+                row["error"] = f"It did not end within {LIMIT} s."
         said = log.read_text(encoding="utf-8", errors="replace").strip()
         if result.exists():
             row |= json.loads(result.read_text(encoding="utf-8"))
-        else:
-            row["error"] = f"It ended with {code}."
+        elif "error" not in row:  # Python did not start, or died
+            row["error"] = why(said)
         if "error" in row:
             print(said[-3000:])
-            row["error"] = anonymous(row["error"])[:500]
+            row["error"] = anonymous(row["error"])[:300]
     return row | {"seconds": round(time.monotonic() - start, 1)}

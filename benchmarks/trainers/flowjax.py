@@ -18,7 +18,7 @@ from flood_optax import flooded, scale_by_flood
 
 TITLE = "FlowJAX `fit_to_data`"
 SECTION = "FlowJAX"
-REQUIREMENTS = ("flowjax==19.1.2", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("flowjax==19.1.2", "jax==0.12.0.1", "optax==0.2.8")
 
 LEVEL = 2.0
 KEY = jax.random.key(3)
@@ -95,7 +95,9 @@ def measure(run: rows.Run) -> rows.Row:
     chosen_loss = validation_loss(chosen)
     assert floor >= LEVEL > best
     return rows.Row(
-        form="loss form, `raw_value`",
+        form="loss form, raw value",
+        line="`flooded(MaximumLikelihoodLoss(), b, raw_value=True)`",
+        logs="the raw loss, in training and validation",
         level=LEVEL,
         losses=losses["train"],
         value="no",

@@ -69,7 +69,9 @@ def measure(run: rows.Run) -> rows.Row:
     raw, last = searched(flooded(nll, LEVEL))
     wrong, _ = searched(flooded(nll, LEVEL, raw_value=True))
     return rows.Row(
-        form="loss form, `raw_value`",
+        form="loss form, raw value",
+        line="`objective=flooded(nll, b, raw_value=True)`",
+        logs="the raw objective",
         level=LEVEL,
         losses=rows.floats(history),
         value="no",

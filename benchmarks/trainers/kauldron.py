@@ -13,9 +13,9 @@ from benchmarks.trainers.problem import LEVEL, VALID_X, VALID_Y, X, Y
 from flood_optax import flood_loss, scale_by_flood
 
 kd: Any = _kd
-TITLE = "kauldron"
+TITLE = "Kauldron"
 SECTION = "Kauldron"
-REQUIREMENTS = ("kauldron==1.4.2", "flax==0.12.8", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("kauldron==1.4.4", "flax==0.12.12", "jax==0.12.0.1", "optax==0.2.8")
 
 
 class Linear(nn.Module):
@@ -80,7 +80,7 @@ def trainer(loss: Any, optimizer: Any, steps: int, workdir: Any, **changed: Any)
 
 
 def measure(run: rows.Run) -> rows.Row:
-    recipe = run.recipe(kd=kd)
+    recipe = run.recipe(kd=kd, flax=flax)
     loss = recipe["FloodedL2"]
     steps = run.steps(200)
     adam = optax.adam(0.05)
@@ -122,7 +122,9 @@ def measure(run: rows.Run) -> rows.Row:
     saved(steps // 2)
     resumed = saved(steps)
     return rows.Row(
-        form="`flooded` in the loss's state, with `raw_value=True`",
+        form="loss form, raw value",
+        line="`flooded(super().compute, b, raw_value=True)()`, in a state's `compute`",
+        logs="the raw loss, in training and evaluation",
         level=LEVEL,
         losses=losses,
         value="no",

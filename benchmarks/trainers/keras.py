@@ -9,9 +9,9 @@ import numpy as np
 from benchmarks.trainers import problem, rows
 from flood_optax import flood_loss, flooded
 
-TITLE = "keras 3 on JAX"
+TITLE = "Keras 3 on JAX"
 SECTION = "Keras"
-REQUIREMENTS = ("keras==3.15.1", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("keras==3.15.1", "jax==0.12.0.1", "optax==0.2.8")
 VARIABLES = {"KERAS_BACKEND": "jax"}
 LEVEL = problem.LEVEL
 X, Y = problem.X, problem.Y[:, None]
@@ -144,7 +144,9 @@ def measure(run: rows.Run) -> rows.Row:
     summed.compile(adam(), keras.losses.MeanSquaredError("sum"), metrics=["mse"])
     by_sum = fit(summed, steps)
     return rows.Row(
-        form="`flooded` around `compute_loss`, with `raw_value=True`",
+        form="loss form, raw value",
+        line="`model.compute_loss = flooded(plain, b, raw_value=True)`",
+        logs="`loss` and `val_loss`, raw",
         level=LEVEL,
         losses=log["loss"].tolist(),
         value="it takes no optax",

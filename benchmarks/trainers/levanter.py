@@ -10,7 +10,6 @@ import jax
 import optax
 from levanter.checkpoint import CheckpointerConfig
 from levanter.data.dataset import ListAsyncDataset
-from levanter.distributed import RayConfig
 from levanter.optim import AdamConfig
 from levanter.tracker import Tracker, TrackerConfig
 from levanter.trainer import Trainer, TrainerConfig
@@ -20,14 +19,10 @@ from flood_optax import flood_loss, scale_by_flood
 
 TITLE = "Levanter `Trainer`"
 SECTION = "Levanter"
-PYTHON = "3.12"
 REQUIREMENTS = (
-    "levanter==1.2.dev1644",
-    "haliax==1.4.dev453",
-    "jax==0.8.3",
-    "optax==0.2.8",
-    "gitpython==3.2.1",  # imported, and not among its own requirements
-    "chex==0.1.92",
+    "marin-levanter==0.2.227.dev40316220070",  # it takes jax < 0.12, optax < 0.2.7
+    "jax==0.11.2",
+    "optax==0.2.6",
 )
 LEVEL = problem.LEVEL
 
@@ -130,12 +125,10 @@ def measure(run: rows.Run) -> rows.Row:
             per_device_parallelism=Batch.size // parts,
             per_device_eval_parallelism=Valid.size,
             steps_per_eval=EVERY,
-            fsdp_axis=None,
             checkpointer=CheckpointerConfig(
                 base_path=str(run.work / "checkpoints"), keep=[{"every": half}]
             ),
             require_accelerator=False,
-            ray=RayConfig(auto_start_cluster=False),
         )
 
     def trained(
@@ -200,6 +193,8 @@ def measure(run: rows.Run) -> rows.Row:
     assert "optim/learning_rate" not in silent.log
     return rows.Row(
         form="optax form",
+        line="`optax.chain(scale_by_flood(b), config.build(steps))`",
+        logs="`train/loss` and `eval/loss`, raw",
         level=LEVEL,
         losses=whole.log["train/loss"][:steps],
         value="yes, as `loss=`",

@@ -15,10 +15,9 @@ from flood_optax import flooded, scale_by_flood
 
 TITLE = "MaxText `pre_train`"
 SECTION = "MaxText"
-PYTHON = "3.12"
 REQUIREMENTS = (
     "maxtext==0.2.5",  # it names none of what it imports
-    "jax==0.12.0",
+    "jax==0.12.0.1",
     "flax==0.12.12",
     "optax==0.2.8",
     "orbax-checkpoint==0.12.8",
@@ -164,6 +163,8 @@ def measure(run: rows.Run) -> rows.Row:
     after = range(1, steps, EVERY)  # an evaluation comes after its step
     return rows.Row(
         form="optax form",
+        line="`optax.chain(scale_by_flood(b), plain(...))`, in `get_optimizer`",
+        logs="`learning/loss` and `evaluation/loss`, raw",
         level=LEVEL,
         losses=log["learning/loss"],
         value="with `skip_step_on_spikes`, as `loss=`",

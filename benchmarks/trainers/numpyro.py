@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import optax
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
@@ -12,12 +14,17 @@ from numpyro.infer.autoguide import AutoDelta
 from benchmarks.trainers import problem, rows
 from flood_optax import flood, flooded, scale_by_flood
 
-TITLE = "numpyro `SVI`"
+TITLE = "NumPyro `SVI`"
 SECTION = "NumPyro"
-REQUIREMENTS = ("numpyro==0.22.0", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("numpyro==0.22.0", "jax==0.12.0.1", "optax==0.2.8")
 LEVEL = 75.0
 X, Y = jnp.asarray(problem.X), jnp.asarray(problem.Y)
 KEY = jax.random.key(4)
+
+
+def model(x: Any, y: Any) -> None:
+    weights = numpyro.sample("w", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
+    numpyro.sample("y", dist.Normal(x @ weights, 1.0).to_event(1), obs=y)
 
 
 def negative_log_density(weights: Any, x: Any, y: Any) -> float:
@@ -27,8 +34,9 @@ def negative_log_density(weights: Any, x: Any, y: Any) -> float:
 
 
 def measure(run: rows.Run) -> rows.Row:
-    recipe = run.recipe(x=X, y=Y)
-    model, svi = recipe["regression"], recipe["svi"]
+    svi = run.recipe(
+        SVI=SVI, model=model, guide=AutoDelta(model), Trace_ELBO=Trace_ELBO
+    )["svi"]
     steps = run.steps(200)
 
     def weights(state: Any, svi: Any = svi) -> Any:
@@ -87,7 +95,9 @@ def measure(run: rows.Run) -> rows.Row:
         Trace_ELBO(),
     ).run(KEY, steps, X, Y, progress_bar=False)
     return rows.Row(
-        form="optax form, on the negative ELBO",
+        form="optax form",
+        line="`SVI(model, guide, optax.chain(scale_by_flood(b), optimizer), elbo)`",
+        logs="`losses`, the raw negative ELBO",
         level=LEVEL,
         losses=np.asarray(whole.losses).tolist(),
         value="yes",

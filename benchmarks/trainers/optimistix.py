@@ -12,21 +12,27 @@ import optimistix as optx
 from benchmarks.trainers import rows
 from flood_optax import flood, flooded, scale_by_flood
 
-TITLE = "optimistix `OptaxMinimiser`"
+TITLE = "Optimistix `OptaxMinimiser`"
 SECTION = "Optimistix"
-REQUIREMENTS = ("optimistix==0.1.0", "equinox==0.13.8", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("optimistix==0.1.0", "equinox==0.13.8", "jax==0.12.0.1", "optax==0.2.8")
 LEVEL = 0.5
+START = jnp.array([1.0, -0.5])
+
+
+def fn(w: Any, args: Any) -> Any:
+    del args
+    return jnp.sum(jnp.exp(w) - w - 1.0)
 
 
 def raw(w: Any) -> float:
-    """The function of the page, in NumPy."""
+    """The function, in NumPy."""
     w = np.asarray(w, np.float64)
     return float(np.sum(np.exp(w) - w - 1.0))
 
 
 def measure(run: rows.Run) -> rows.Row:
-    recipe = run.recipe()
-    fn, start = recipe["fn"], recipe["start"]
+    recipe = run.recipe(optx=optx, fn=fn, start=START)
+    start = START
     seen: list[tuple[int, float]] = []
 
     def watch(num_steps: Any, loss_this_step: Any, **_: Any) -> None:
@@ -72,7 +78,9 @@ def measure(run: rows.Run) -> rows.Row:
     kept = optx.minimise(fn, best, start, max_steps=steps, throw=False)
     assert eqx.is_array(kept.value)
     return rows.Row(
-        form="`flood(optimizer, level)`, or the loss form",
+        form="optax form, by `flood`",
+        line="`optx.OptaxMinimiser(flood(optimizer, b), rtol, atol)`",
+        logs="the raw value, to `verbose`",
         level=LEVEL,
         losses=losses,
         value="yes, with `grad` and `value_fn`",

@@ -14,7 +14,7 @@ from flood_optax import flooded, scale_by_flood
 
 TITLE = "Penzai `StatefulTrainer`"
 SECTION = "Penzai"
-REQUIREMENTS = ("penzai==0.2.5", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("penzai==0.2.5", "jax==0.12.0.1", "optax==0.2.8")
 
 DATA = {"x": pz.nx.wrap(X, "batch", "features"), "y": Y}
 
@@ -52,7 +52,9 @@ def measure(run: rows.Run) -> rows.Row:
     triple = refused(loss_fn=flooded(recipe["loss_fn"], LEVEL, has_aux=True))
     assert "tuple" in triple, triple
     return rows.Row(
-        form="loss form",
+        form="`flood_loss`",
+        line="`return flood_loss(loss, b), state, loss`, in `loss_fn`",
+        logs="what `step` returns, the raw loss",
         level=LEVEL,
         losses=losses,
         value="no",

@@ -34,9 +34,9 @@ class Run(NamedTuple):
     def steps(self, number: int) -> int:
         return max(number // 5, 2 * LAST) if self.smoke else number
 
-    def recipe(self, **given: Any) -> dict[str, Any]:
+    def recipe(self, section: str = "", **given: Any) -> dict[str, Any]:
         """Executes the code under the trainer's heading; what it defines."""
-        return page.execute(self.section, given)
+        return page.execute(section or self.section, given)
 
 
 def floats(values: Any) -> list[float]:
@@ -49,6 +49,8 @@ class Row:
 
     Attributes:
       form: the form that the recipe uses, in Markdown.
+      line: the line that floods, in Markdown.
+      logs: what the trainer logs during the run by the recipe.
       level: the level.
       losses: raw training loss of each step, of the run by the recipe.
       value: whether `value=` reaches the optimizer, as it was seen to; in Markdown.
@@ -70,6 +72,8 @@ class Row:
     """
 
     form: str
+    line: str
+    logs: str
     level: float
     losses: Sequence[float]
     value: str

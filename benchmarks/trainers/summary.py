@@ -31,8 +31,9 @@ def version(row: Row) -> str:
 
 
 def title(row: Row, page: str = "") -> str:
-    """A link to its section, of the page shown or of another."""
-    return f"[{row['title']}]({page}#{anchor(row['section'])}) {version(row)}"
+    """Its name, which leads to its recipe on this page or another, and the version."""
+    place = f"{page}#{anchor(row['section'])}"
+    return f"[{row['title']}]({place}) {version(row)}".strip()
 
 
 def elsewhere(row: Row) -> str:
@@ -53,29 +54,38 @@ def evaluates(row: Row) -> str:
 
 
 def accumulates(row: Row) -> str:
-    if row["accumulates"] is None:
-        return NONE
-    if row["accumulates"] == "each micro-batch":
-        return "**each micro-batch**"
-    return row["accumulates"]
+    bold = row["accumulates"] == "each micro-batch"
+    return "**each micro-batch**" if bold else row["accumulates"] or NONE
+
+
+def head(row: Row) -> str:
+    """What a recipe begins with: how it was installed and when it was run."""
+    if "error" in row:
+        return f"not run: {row['error']}"
+    first, *rest = row["requirements"]
+    few = [first, *rest] if len(rest) < 6 else [first]
+    more = "" if len(rest) < 6 else f" and what `{row['trainer']}.py` names"
+    python = row["versions"]["python"]
+    return (
+        f"`pip install {' '.join(few)}`{more}, Python {python}, {row.get('date', NONE)}"
+    )
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """What each trainer does, what its recipe gave, and what wrong forms give."""
+    """What to write, what each trainer does, what its recipe and wrong forms gave."""
     ran = [row for row in rows if "error" not in row]
+    lines = [
+        [title(row), row["form"], row.get("line", NONE), row.get("logs", NONE)]
+        if "error" not in row
+        else [title(row), f"not run: {row['error']}".replace("|", "/"), "", ""]
+        for row in rows
+    ]
     does: dict[str, report.Cell] = {
-        "trainer": title,
+        "trainer": elsewhere,
         "does `value=` reach the optimizer?": "{value}",
         "does it evaluate with the training loss?": evaluates,
         "its accumulation floods": accumulates,
-        "use": "{form}",
     }
-    lines = [
-        [cell(row) if callable(cell) else cell.format(**row) for cell in does.values()]
-        if "error" not in row
-        else [title(row), f"not run: {row['error']}".replace("|", "/"), "", "", ""]
-        for row in rows
-    ]
     gave: dict[str, report.Cell] = {
         "trainer": elsewhere,
         "level": "{level:g}",
@@ -100,7 +110,10 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         for fault in row["wrong"]
     ]
     return {
-        "trainers": report.markdown(list(does), lines),
+        "trainers": report.markdown(
+            ["trainer", "form", "the line to write", "what it logs"], lines
+        ),
+        "trainers-does": report.table(ran, does),
         "trainers-runs": report.table(ran, gave),
         "trainers-wrong": report.table(
             wrong,
@@ -120,12 +133,13 @@ def _numbers(row: Row) -> Iterator[tuple[str, float | None]]:
             yield f"wrong{number}/{name}", value
 
 
-def numbers(rows: Sequence[Row]) -> dict[str, float]:
-    """Every number by TRAINER/NAME."""
-    return {
+def numbers(rows: Sequence[Row]) -> dict[str, float | str]:
+    """Every number by TRAINER/NAME, and by TRAINER/head how it was installed."""
+    found = {
         f"{row['trainer']}/{name}": value
         for row in rows
         if "error" not in row
         for name, value in _numbers(row)
         if value is not None
     }
+    return found | {f"{row['trainer']}/head": head(row) for row in rows}

@@ -13,9 +13,9 @@ from benchmarks.trainers import problem, rows
 from benchmarks.trainers.problem import VALID_X, VALID_Y, X, Y
 from flood_optax import flood, flooded, scale_by_flood
 
-TITLE = "tunix `PeftTrainer`"
+TITLE = "Tunix `PeftTrainer`"
 SECTION = "Tunix"
-REQUIREMENTS = ("google-tunix==0.1.7", "flax==0.12.8", "jax==0.10.2", "optax==0.2.8")
+REQUIREMENTS = ("google-tunix==0.1.7", "flax==0.12.12", "jax==0.12.0.1", "optax==0.2.8")
 LEVEL = 0.5
 
 
@@ -127,7 +127,9 @@ def measure(run: rows.Run) -> rows.Row:
     trained(recipe(steps // 2, **folder)["trainer"])
     resumed, _ = trained(recipe(steps, **folder)["trainer"])
     return rows.Row(
-        form="loss form, with `raw_value=True`",
+        form="loss form, raw value",
+        line="`with_loss_fn(flooded(loss_fn, b, raw_value=True))`",
+        logs="the raw loss, in training and evaluation",
         level=LEVEL,
         losses=history(whole, "train"),
         value="no",

@@ -1,6 +1,6 @@
 """The patterns of optax's own examples, each with flooding added by one line.
 
-docs/optax-examples.md lists them. The oracle of each: with the line the raw loss stays
+docs/trainers.md lists them. The oracle of each: with the line the raw loss stays
 at the level, some steps being below it and some not; with the level at -inf, which is
 plain training, the same program ends below it.
 """

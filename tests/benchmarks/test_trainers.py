@@ -13,10 +13,20 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import __main__ as command, report
+from benchmarks import __main__ as benchmarks, report
 from benchmarks.trainers import environments, page, rows, summary
 
 KNOWN = environments.trainers()
+
+
+def test_every_trainer_has_its_place_in_the_table():
+    modules = {
+        path.stem
+        for path in environments.HERE.glob("*.py")
+        if "REQUIREMENTS = " in path.read_text(encoding="utf-8")
+    }
+    assert list(KNOWN) == list(environments.ORDER)
+    assert modules == KNOWN.keys()
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -24,7 +34,7 @@ def test_trainer_pins_its_versions_and_has_a_recipe_on_the_page(name):
     trainer = KNOWN[name]
     assert trainer.requirements
     for requirement in trainer.requirements:
-        assert "==" in requirement or "@" in requirement, requirement
+        assert trainer.absent or "==" in requirement, requirement
     code = page.blocks(trainer.section)
     assert code
     for block in code:
@@ -54,6 +64,8 @@ LOSSES = [0.3] * 30 + [0.19, 0.22] * 10
 def test_row_tells_what_the_run_gave():
     made = rows.Row(
         form="loss form",
+        line="`flooded(loss_fn, b)`",
+        logs="the raw loss",
         level=0.2,
         losses=LOSSES,
         value="yes",
@@ -79,6 +91,8 @@ def test_row_tells_what_the_run_gave():
 def test_row_of_a_run_that_does_not_show_it_is_refused(change, message):
     row = rows.Row(
         form="loss form",
+        line="`flooded(loss_fn, b)`",
+        logs="the raw loss",
         level=0.2,
         losses=LOSSES,
         value="yes",
@@ -90,40 +104,59 @@ def test_row_of_a_run_that_does_not_show_it_is_refused(change, message):
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path):
-    """Trainers of one folder, run by the Python that runs the tests."""
-    monkeypatch.setattr(
-        environments, "python_of", lambda *_: pathlib.Path(sys.executable)
-    )
+def here(monkeypatch):
+    """Trainers that are run by the Python that runs the tests, without uv."""
+    monkeypatch.setattr(environments, "command", lambda _: [sys.executable])
 
-    def install(trainer, envs):
-        if trainer.requirements[0].startswith("absent"):
-            raise RuntimeError("Cannot be installed: no such release | none")
 
-    monkeypatch.setattr(environments, "install", install)
-    one, *_ = KNOWN.values()
-    absent = dataclasses.replace(one, name="absent", requirements=("absent==1",))
-    failing = dataclasses.replace(one, name="nowhere", requirements=("nowhere==1",))
-    monkeypatch.setattr(
-        environments, "trainers", lambda: {"absent": absent, "nowhere": failing}
-    )
+def test_trainers_that_cannot_run_keep_rows_that_say_why(here, monkeypatch, tmp_path):
+    def command(trainer):
+        """What uv does with a package that is in no registry."""
+        if trainer.name != "absent":
+            return [sys.executable]
+        said = "error: No solution found\n  cause: no such release | none\n"
+        return [sys.executable, "-c", f"raise SystemExit({said!r})"]
+
+    monkeypatch.setattr(environments, "command", command)
+    one = dataclasses.replace(KNOWN["equinox"], requirements=("equinox==0",))
+    made = {
+        name: dataclasses.replace(one, name=name, absent="A script." * (name == "none"))
+        for name in ("absent", "nowhere", "none")
+    }
+    monkeypatch.setattr(environments, "trainers", lambda: made)
     monkeypatch.setattr(environments, "fingerprint", lambda *_, **__: "same")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "out"
-
-
-def test_trainers_that_cannot_run_keep_rows_that_say_why(here, capsys):
-    command.main(["trainers", "--smoke", "--out", str(here)])
-    payload = json.loads((here / "trainers.json").read_text())
-    absent, failing = payload["rows"]
-    assert absent["error"] == "Cannot be installed: no such release | none"
-    assert failing["error"].startswith("ModuleNotFoundError: No module named")
-    table = report.tables(here)["trainers"]
-    assert "not run: Cannot be installed: no such release / none" in table
+    command_line = ["trainers", "--smoke", "--out", str(tmp_path)]
+    benchmarks.main(command_line)
+    rows = json.loads((tmp_path / "trainers.json").read_text())["rows"]
+    absent, failing, none = (row["error"] for row in rows)
+    assert absent == "error: No solution found cause: no such release | none"
+    assert failing.startswith("ModuleNotFoundError: No module named")
+    assert none == "A script."
+    table = report.tables(tmp_path)["trainers"]
+    assert "not run: error: No solution found cause: no such release / none" in table
     assert "not run: ModuleNotFoundError" in table
 
 
-INSTALLED = ("equinox", "haiku", "keras", "linen", "nnx", "numpyro", "optimistix")
+def test_environment_is_what_uv_makes_of_the_requirements(monkeypatch):
+    monkeypatch.setattr(environments.shutil, "which", lambda *_, **__: "uv")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    trainer = dataclasses.replace(KNOWN["equinox"], python=here)
+    uv, *words = environments.command(trainer)
+    assert uv == "uv"
+    assert {f"--with={each}" for each in trainer.requirements} < set(words)
+    assert words[words.index("--python") + 1] == sys.executable
+    other = environments.command(dataclasses.replace(trainer, python="3.99"))
+    assert other[other.index("--python") + 1] == "3.99"
+    monkeypatch.setattr(environments.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="uv is not installed: `pip install uv`"):
+        environments.command(trainer)
+
+
+# those that the tests have installed: the one real run of each
+INSTALLED = (
+    *("equinox", "gan", "haiku", "keras", "linen", "muon", "nnx", "numpyro"),
+    *("optimistix", "schedule_free", "sums"),
+)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +167,10 @@ INSTALLED = ("equinox", "haiku", "keras", "linen", "nnx", "numpyro", "optimistix
     ],
 )
 def test_trainer_that_the_tests_have_floods_by_its_recipe(
-    name, monkeypatch, tmp_path, capsys
+    name, here, monkeypatch, tmp_path, capsys
 ):
     """The whole way: a process of its own, the page's recipe, the checked row."""
-    monkeypatch.setattr(environments, "python_of", lambda *_: sys.executable)
-    monkeypatch.setattr(environments, "install", lambda *_: None)
-    command.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
+    benchmarks.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
     (row,) = json.loads((tmp_path / "trainers.json").read_text())["rows"]
     assert "error" not in row, row["error"]
     assert row["versions"]["jax"] == jax.__version__
@@ -147,9 +178,9 @@ def test_trainer_that_the_tests_have_floods_by_its_recipe(
 
     # the row is kept, and made again once what it depends on has changed
     monkeypatch.setattr(environments, "run", lambda *_, **__: pytest.fail("again"))
-    command.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
+    benchmarks.main(["trainers", name, "--smoke", "--out", str(tmp_path)])
     with pytest.raises(pytest.fail.Exception, match="again"):
-        command.main(["trainers", name, "--out", str(tmp_path)])
+        benchmarks.main(["trainers", name, "--out", str(tmp_path)])
 
 
 def test_messages_lose_the_paths_of_the_machine():
@@ -169,10 +200,12 @@ def test_refusal_of_an_installer_is_its_first_error_and_the_cause():
     assert environments.why("one\ntwo") == "two"
 
 
-def test_rows_become_tables_and_numbers():
-    trainer, *_ = KNOWN.values()
+def test_rows_become_tables_numbers_and_heads():
+    trainer = KNOWN["equinox"]
     row = rows.Row(
         form="loss form",
+        line="`flooded(loss_fn, b)`",
+        logs="the raw loss",
         level=0.2,
         losses=LOSSES,
         value="yes",
@@ -181,11 +214,21 @@ def test_rows_become_tables_and_numbers():
         resume=0.0,
         wrong=[rows.Wrong("`flooded`", "raw loss {last:.2f}", {"last": 0.123})],
     ).checked()
-    made = [{"trainer": "one", **trainer.described(), **row, "seconds": 1.0}]
-    tables = summary.tables(made)
-    assert "| yes | **yes** | **each micro-batch** | loss form |" in tables["trainers"]
+    made = {"trainer": "one", **trainer.described(), **row, "seconds": 1.0}
+    made |= {"date": "2026-12-01", "versions": {"python": "3.13.0", "equinox": "1.2"}}
+    tables = summary.tables([made])
+    link = "[Equinox](#equinox) 1.2"
+    assert (
+        f"| {link} | loss form | `flooded(loss_fn, b)` | the raw loss |"
+        in (tables["trainers"])
+    )
+    assert "| yes | **yes** | **each micro-batch** |" in tables["trainers-does"]
     assert "| 0.2 | 0.205 | 50% | - | - | - | 0 |" in tables["trainers-runs"]
     assert "| `flooded` | raw loss 0.12 |" in tables["trainers-wrong"]
-    assert "](#" in tables["trainers"]
     assert "](../trainers.md#" in tables["trainers-wrong"]
-    assert summary.numbers(made)["one/wrong1/last"] == 0.123
+    known = summary.numbers([made])
+    assert known["one/wrong1/last"] == 0.123
+    installed = " ".join(trainer.requirements)
+    assert known["one/head"] == f"`pip install {installed}`, Python 3.13.0, 2026-12-01"
+    failed = {"trainer": "two", **trainer.described(), "error": "why", "date": ""}
+    assert summary.numbers([failed])["two/head"] == "not run: why"

@@ -8,6 +8,7 @@ own code. `python -m benchmarks trainers` runs the same code in the trainers the
 import dataclasses
 from types import SimpleNamespace as Namespace
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from tests.standins import (
     squares,
 )
 
-# ---- kauldron 1.4.2: a loss is a sum and a count until it is computed ----
+# ---- kauldron 1.4.4: a loss is a sum and a count until it is computed ----
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +77,7 @@ def kauldron_train(losses, optimizer, steps=STEPS):
 
 def test_kauldron_floods_the_mean_of_a_loss_and_evaluates_it_raw():
     kd = Namespace(losses=Namespace(Loss=Namespace(State=State), L2=L2))
-    recipe = page.execute("Kauldron", {"kd": kd})
+    recipe = page.execute("Kauldron", {"kd": kd, "flax": flax})
     loss = recipe["FloodedL2"]()
     _, train, valid, path = kauldron_train([loss], optax.sgd(0.1))
     settles(train, 0.2)
@@ -102,7 +103,7 @@ def test_kauldron_floods_the_mean_of_a_loss_and_evaluates_it_raw():
 
 def test_kauldron_leaves_the_other_losses_alone():
     kd = Namespace(losses=Namespace(Loss=Namespace(State=State), L2=L2))
-    loss = page.execute("Kauldron", {"kd": kd})["FloodedL2"]()
+    loss = page.execute("Kauldron", {"kd": kd, "flax": flax})["FloodedL2"]()
 
     class Decay(L2):
         def state(self, w, x, y):
@@ -230,7 +231,7 @@ def test_tunix_floods_the_window_by_the_recipe_and_micro_batches_without():
     assert not np.allclose(each, due, rtol=0.1)
 
 
-# ---- flax 0.12.8: a plain checkpoint goes on in a flooded optimizer ----
+# ---- flax 0.12.12: a plain checkpoint goes on in a flooded optimizer ----
 
 
 def test_nnx_optimizer_state_moves_behind_a_flood():

@@ -245,7 +245,7 @@ def test_brax_under_pmap_floods_the_mean_over_devices_given_its_axis():
     assert not np.allclose(each[:30], whole[:30], rtol=1e-2)
 
 
-# ---- levanter 1.2.dev1644: `loss=`, the mean over micro-batches ----
+# ---- marin-levanter 0.2.227.dev: `loss=`, the mean over micro-batches ----
 
 
 class Trainer:

@@ -1,0 +1,128 @@
+"""A loop of the user's own, as the examples of a library of models write it."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from benchmarks.trainers import problem, rows
+from benchmarks.trainers.problem import VALID_X, VALID_Y, X, Y
+from flood_optax import flood, scale_by_flood
+
+Carry = Sequence[Any]  # the model, and what else a step changes
+
+
+def returned(train_step: Any, carry: Carry, x: Any, y: Any) -> tuple[Carry, Any]:
+    """A step that returns what it has changed."""
+    *carry, loss = train_step(*carry, x, y)
+    return carry, loss
+
+
+def in_place(train_step: Any, carry: Carry, x: Any, y: Any) -> tuple[Carry, Any]:
+    """A step that changes what it is given."""
+    return carry, train_step(*carry, x, y)
+
+
+class Library(NamedTuple):
+    """What such a library is asked for.
+
+    Attributes:
+      start: (optimizer, seed) -> what the step takes before its batch, the model first.
+      predict: (model, inputs) -> outputs.
+      jit: the library's `jax.jit`.
+      through_store: (carry, carry of another seed, folder) -> the carry, as its store
+        gives it back.
+      params: model -> a tree of its parameters.
+      step: how the recipe's `train_step` is called.
+    """
+
+    start: Callable[[Any, int], Carry]
+    predict: Callable[[Any, Any], Any]
+    jit: Callable[..., Any]
+    through_store: Callable[[Carry, Carry, pathlib.Path], Carry]
+    params: Callable[[Any], Any] = lambda model: model
+    step: Callable[..., tuple[Carry, Any]] = returned
+
+
+def measure(
+    run: rows.Run, library: Library, recipe: Callable[[], dict[str, Any]], **said: Any
+) -> rows.Row:
+    """Trains by the recipe's `train_step`, with its `tx`.
+
+    Args:
+      run: the run.
+      library: the library.
+      recipe: () -> what the page's code defines.
+      **said: further fields of the row.
+    """
+    own, steps = recipe(), run.steps(200)
+    tx = own["tx"]
+
+    @library.jit
+    def evaluate(model: Any) -> Any:
+        return jax.numpy.mean((library.predict(model, VALID_X) - VALID_Y) ** 2)
+
+    def trained(carry: Carry, steps: int) -> tuple[Carry, rows.Path]:
+        return rows.follow(
+            lambda carry: library.step(own["train_step"], carry, X, Y),
+            carry,
+            steps,
+            lambda carry: evaluate(carry[0]),
+            lambda carry: problem.mse(library.predict(carry[0], VALID_X), VALID_Y),
+        )
+
+    unbroken, path = trained(library.start(tx, 0), steps)
+    half, _ = trained(library.start(tx, 0), steps // 2)
+    again = library.through_store(half, library.start(tx, 1), run.work)
+    resumed, _ = trained(again, steps - steps // 2)
+    fields: dict[str, Any] = {
+        "form": "optax form, or the loss form",
+        "level": problem.LEVEL,
+        "value": "you call `update`",
+        "logs": "what the step returns, the raw loss",
+        **windows(library, recipe),
+        **said,
+    }
+    return rows.Row(
+        losses=path.losses,
+        evaluation=path.evaluation,
+        evaluation_raw=path.evaluation_raw,
+        resume=rows.distance(*(library.params(end[0]) for end in (unbroken, resumed))),
+        **fields,
+    )
+
+
+def windows(library: Library, recipe: Callable[[], Any]) -> dict[str, Any]:
+    """A window of micro-batches, at a level just below the loss of the whole batch."""
+    start = library.start(optax.identity(), 0)[0]
+    outputs = library.predict(start, X)
+    level = problem.mse(outputs, Y) * 0.999
+    sgd = optax.chain(scale_by_flood(level), optax.sgd(0.01))
+    parts = problem.parts(outputs)
+
+    def window(tx: Any, batches: Any) -> Any:
+        own = recipe()
+        own["tx"] = tx  # which the recipe's step may read
+        carry = library.start(tx, 0)
+        for x, y in batches:
+            carry, _ = library.step(own["train_step"], carry, x, y)
+        return library.params(carry[0])
+
+    whole = window(sgd, [(X, Y)])
+    by_flood = window(flood(optax.sgd(0.01), level, every_k=4), parts)
+    by_steps = window(optax.MultiSteps(sgd, 4).gradient_transformation(), parts)
+    off = rows.off_by(by_steps, whole, library.params(start))
+    return {
+        "accumulates": "the window, by `every_k`",
+        "accumulation": rows.distance(whole, by_flood),
+        "wrong": [
+            rows.Wrong(
+                "`optax.MultiSteps(tx, 4)` with the flood in `tx`",
+                "the last micro-batch's loss decides: the step is off the whole "
+                "batch's by {off:.0%} of its length",
+                {"off": off},
+            )
+        ],
+    }
