@@ -32,12 +32,6 @@ EAGER: dict[str, Any] = {  # PyTorch compiles nothing, and says nothing of these
 }
 
 
-SHORT = (  # of the variants, for the README
-    *("plain, again", "loss form", "optax form", "wrapper", "jnp.abs one-liner"),
-    *("PyTorch, one-liner", "SAM", "exact penalty"),
-)
-
-
 COMPARED = (  # with the reference
     *("time_ratio_median", "flops_ratio", "temp_memory_ratio"),
     *("more_kernels", "compile_ratio", "compiles"),
@@ -224,17 +218,6 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
             "traces": most("compiles", 0),
         },
     )
-    in_readme = {line["variant"]: line for line in lines}
-    short = report.table(
-        [in_readme[name] for name in SHORT if name in in_readme],
-        {
-            "step": "{variant}",
-            "against": "{against}",
-            "time, median": middle("time_ratio_median"),
-            "FLOPs, max": most("flops_ratio"),
-            "memory, median": middle("temp_memory_ratio"),
-        },
-    )
     full = report.table(
         rows,
         {
@@ -251,7 +234,6 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     source = report.provenance(payload)
     return {
         "overhead": f"{whole}\n\n{source}",
-        "overhead-short": f"{short}\n\n{source}",
         "overhead-all": full,
     }
 

@@ -75,23 +75,21 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# header, cell, and whether the README's short table has the column too
 COLUMNS = (
-    ("data", "{title}", True),
-    ("flips", "{plain[noise]:.0%}", True),
-    ("early stopping", "{stopped}", False),
-    ("without", "{plain[accuracy_mean]:.2f} ({plain[accuracy_sd]:.2f})", True),
-    ("paper", "{plain[paper_mean]:.2f} ({plain[paper_sd]:.2f})", True),
-    ("off by (sd)", "{plain_apart:+.1f}", False),
-    ("with", "{flooded[accuracy_mean]:.2f} ({flooded[accuracy_sd]:.2f})", True),
-    ("paper", "{flooded[paper_mean]:.2f} ({flooded[paper_sd]:.2f})", True),
-    ("off by (sd)", "{flooded_apart:+.1f}", False),
-    ("gain", "{gain:+.2f}", True),
-    ("level", "{flooded[level_mean]:.2f} ({flooded[level_sd]:.2f})", False),
+    ("data", "{title}"),
+    ("flips", "{plain[noise]:.0%}"),
+    ("early stopping", "{stopped}"),
+    ("without", "{plain[accuracy_mean]:.2f} ({plain[accuracy_sd]:.2f})"),
+    ("paper", "{plain[paper_mean]:.2f} ({plain[paper_sd]:.2f})"),
+    ("off by (sd)", "{plain_apart:+.1f}"),
+    ("with", "{flooded[accuracy_mean]:.2f} ({flooded[accuracy_sd]:.2f})"),
+    ("paper", "{flooded[paper_mean]:.2f} ({flooded[paper_sd]:.2f})"),
+    ("off by (sd)", "{flooded_apart:+.1f}"),
+    ("gain", "{gain:+.2f}"),
+    ("level", "{flooded[level_mean]:.2f} ({flooded[level_sd]:.2f})"),
     (
         "paper",
         "{flooded[paper_level_mean]:.2f} ({flooded[paper_level_sd]:.2f})",
-        False,
     ),
 )
 
@@ -123,14 +121,9 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
         f"in {behind}; in the other {len(rows) - ahead - behind} the 95% interval of "
         "the paired gain includes 0."
     )
-    whole = report.table(rows, [(header, cell) for header, cell, _ in COLUMNS])
-    short = report.table(
-        [row for row in rows if row["stopped"] == "no"],
-        [(header, cell) for header, cell, in_short in COLUMNS if in_short],
-    )
+    whole = report.table(rows, COLUMNS)
     return {
         "synthetic": "\n\n".join((whole, summary, report.provenance(payload))),
-        "synthetic-short": f"{short}\n\n{summary}",
         "synthetic-descent": descents(payload["curves"]),
     }
 

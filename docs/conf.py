@@ -78,6 +78,7 @@ redirects = {  # the addresses of pages that have moved
     "gallery": "evidence/index",
     "optax-contrib": "project",
     "optax-examples": "trainers#optimizers-and-patterns",
+    "own-loop": "choosing-b#use-one-plain-run",
     "results": "evidence/index",
     "strokes": "averaging",
     "training-loss-goes-to-zero": "quickstart#training-loss-goes-to-zero-from-pytorch",

@@ -127,32 +127,6 @@ def mean_of_shares(settings: Settings, rule: str) -> float:
     return float(np.mean(own))
 
 
-def criterion(payload: Mapping[str, Any]) -> str:
-    """By how much each rule of flooding reaches or misses what was asked."""
-    settings = payload["settings"]
-
-    def cell(least: float, most: float, group: str) -> report.Cell:
-        def write(row: Mapping[str, Any]) -> str:
-            one = row["shares"].get(group)
-            if one is None or row["cost"] > most:
-                return "-"
-            return f"{100 * (one.share - least):+.0f} ({100 * (one.low - least):+.0f})"
-
-        return write
-
-    lines: list[dict[str, Any]] = [
-        {"title": RULES[rule], "cost": cost(settings, rule), "shares": by_group}
-        for rule, by_group in shares(payload).items()
-        if rule not in RIVALS | NO_RULE
-    ]
-    columns: dict[str, report.Cell] = {"rule": "{title}", "cost": "{cost:.2f}"}
-    for least, most in TARGETS:
-        for group, title in (("all", "all"), ("new", "new ones")):
-            head = f"{least:.0%} for {most:g}, {title}"
-            columns[head] = cell(least, most, group)
-    return report.table([line for line in lines if line["cost"] <= 2], columns)
-
-
 def setting_title(setting: Mapping[str, Any]) -> str:
     known = {"two_gaussians": "two Gaussians", "breast_cancer": "breast cancer"}
     known |= pixels.TITLES
@@ -164,10 +138,9 @@ def setting_title(setting: Mapping[str, Any]) -> str:
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    """Rules by share and cost, settings by accuracy, and what was asked."""
+    """Rules by share and cost, and settings by accuracy."""
     return {
         "choosing": rule_table(payload),
-        "choosing-criterion": criterion(payload),
         "choosing-settings": setting_table(payload),
         "choosing-help": help_table(payload),
     }

@@ -51,4 +51,3 @@ def test_overhead_tables_compare_each_row_with_its_own_reference():
     assert lines["| PyTorch, one-liner"].startswith(
         "| PyTorch, one-liner | PyTorch | 1.500 | 1.500 to 1.500 | - | - | - | - | - |"
     )
-    assert "MultiSteps" not in made["overhead-short"]

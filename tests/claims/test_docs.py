@@ -21,8 +21,8 @@ def blocks(text):
 # their blocks train or compile for five seconds or more; the others run every time
 SLOW = (
     "choosing-b.md",
+    "distributed.md",
     "family.md",
-    "own-loop.md",
     "quickstart.md",
     "sharpness.md",
     "trainers.md",

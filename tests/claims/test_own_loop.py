@@ -1,4 +1,4 @@
-"""The recipes of docs/own-loop.md, with the code of the page itself."""
+"""Levels in a loop of your own, by the code of choosing-b.md and distributed.md."""
 
 import math
 import os
@@ -19,18 +19,19 @@ import optuna
 import orbax.checkpoint as ocp
 import pytest
 
-from flood_optax import flood
+from flood_optax import flood, levels
 from tests import databases, processes
 from tests.claims.test_docs import blocks
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "own-loop.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+STOP_AND_FLOOD, SEARCH = DOCS / "choosing-b.md", DOCS / "distributed.md"
 EPOCHS = 12
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 
 
-def code(definition):
+def code(page, definition):
     """The block of the page that has the definition."""
-    (block,) = [text for text in blocks(PAGE.read_text()) if definition in text]
+    (block,) = [text for text in blocks(page.read_text()) if definition in text]
     return block.partition("\nwith ")[0]  # without the page's own run
 
 
@@ -39,9 +40,10 @@ def code(definition):
 
 def loop():
     """The names that the page defines, for a shorter training."""
-    names = {"__name__": "own_loop"}
+    names = {"__name__": "own_loop", "levels": levels}
     for definition in ("def train_epoch", "def train_on"):
-        exec(compile(code(definition), str(PAGE), "exec"), names)
+        text = code(STOP_AND_FLOOD, definition)
+        exec(compile(text, str(STOP_AND_FLOOD), "exec"), names)
     names["EPOCHS"] = EPOCHS
     return types.SimpleNamespace(**names), names
 
@@ -217,7 +219,7 @@ FILTERS = "error", "ignore:RetryHeartbeat", "ignore:Argument ``"
 
 def recipe():
     """The page's code for the search, which gives a run up after two seconds."""
-    text = code("def create_study")
+    text = code(SEARCH, "def create_study")
     for minutes, seconds in ("interval=60", "interval=1"), ("period=120", "period=2"):
         assert minutes in text
         text = text.replace(minutes, seconds)
@@ -226,8 +228,8 @@ def recipe():
 
 def searching(curve=OVERFITTING):
     names = {"__name__": "own_loop"}
-    exec(compile(recipe(), str(PAGE), "exec"), names)
-    exec(code("def give_back"), names)
+    exec(compile(recipe(), str(SEARCH), "exec"), names)
+    exec(code(SEARCH, "def give_back"), names)
     exec(curve, names)
     names["optuna"].logging.set_verbosity(names["optuna"].logging.WARNING)
     return types.SimpleNamespace(**names)
@@ -389,7 +391,7 @@ def test_runs_that_are_behind_are_pruned_but_not_before_levels_differ():
 @pytest.mark.skipif(shutil.which("uv") is None, reason="Its environment needs uv.")
 def test_ray_tune_trains_the_levels_of_the_page_on_two_workers(tmp_path):
     (text,) = re.findall(
-        r"```py\n(from ray import .*?)```", PAGE.read_text(), re.DOTALL
+        r"```py\n(from ray import .*?)```", SEARCH.read_text(), re.DOTALL
     )
     script = tmp_path / "ray_tune.py"
     script.write_text(
