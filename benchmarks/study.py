@@ -15,10 +15,12 @@ the record is not called as the study is.
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +137,21 @@ def run(
 def journal(work: pathlib.Path | None, *words: object) -> pathlib.Path | None:
     """The file of one sweep, a line for each finished run; None if none are kept."""
     return None if work is None else work / f"{'-'.join(map(str, words))}.jsonl"
+
+
+def kept(
+    path: pathlib.Path, header: Any, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What the file holds, if its header is the same; made and written otherwise."""
+    header = json.loads(json.dumps(header))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["header"] == header:
+            return found["row"]
+    row = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"header": header, "row": row}), encoding="utf-8")
+    part.replace(path)
+    print(f"{path.stem}", flush=True)
+    return row

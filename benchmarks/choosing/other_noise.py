@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import networks, pixels, pools, report, statistics, training
+from benchmarks import networks, pixels, pools, report, statistics, study, training
 from benchmarks.choosing import noise
 from benchmarks.choosing.noise import Noise
 from benchmarks.choosing.settings import Constants
@@ -257,7 +256,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         constants = Constants(widths=(8,), steps=24)
         seeds, chosen, work = 2, [SMOKE], args.out / "choosing-smoke"
     rows = [
-        kept(
+        study.kept(
             work / f"noise-{setting.name}.json",
             [dataclasses.asdict(setting), dataclasses.asdict(constants), seeds],
             functools.partial(measure_setting, setting, constants, seeds, args.data),
@@ -278,24 +277,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         },
         "noise": rows,
     }
-
-
-def kept(
-    path: pathlib.Path, header: Any, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What the file holds, if it is of the same header; made and written otherwise."""
-    header = json.loads(json.dumps(header))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["header"] == header:
-            return found["row"]
-    row = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"header": header, "row": row}), encoding="utf-8")
-    part.replace(path)
-    print(f"{path.stem}", flush=True)
-    return row
 
 
 SHOWN = {  # rules, and the heads of their columns
