@@ -24,7 +24,6 @@ SLOW = (
     "distributed.md",
     "family.md",
     "quickstart.md",
-    "sharpness.md",
     "trainers.md",
 )
 

@@ -1,4 +1,4 @@
-"""What the obvious code does, in numbers: docs/traps.md and docs/logging.md."""
+"""What the obvious code does, in numbers: docs/traps.md."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import flood_optax
 from flood_optax import flood, flood_mean, flooded, scale_by_flood
@@ -56,7 +57,7 @@ def raw_step(w):
 CHAIN = optax.chain(scale_by_flood(LEVEL), optax.sgd(RATE))
 
 
-# ---- what to read in flood_below: the table of docs/logging.md ----
+# ---- what to read in flood_below: the table of the page ----
 
 
 def test_share_below_tends_to_a_half_at_the_level():
@@ -205,6 +206,41 @@ def test_vmap_of_the_gradient_of_a_flooded_loss_floods_each_example():
     raw = jax.vmap(jax.grad(loss_fn), (None, 0, 0))(w, jnp.float32(X), jnp.float32(Y))
     whole, _ = transform.update(raw.mean(0), transform.init(w), value=losses(w).mean())
     np.testing.assert_allclose(whole, -gradients.mean(0), rtol=1e-4)
+
+
+def test_hessian_of_a_flooded_loss_is_minus_the_raw_one_below_the_level():
+    w = jnp.array([0.9, -1.9, 0.3])
+    hessian = 2 / 64 * X.T @ X
+    assert loss_fn(w) < LEVEL
+    np.testing.assert_allclose(jax.hessian(loss_fn)(w), hessian, rtol=1e-4)
+    bent = jax.hessian(flooded(loss_fn, LEVEL))(w)
+    np.testing.assert_allclose(bent, -hessian, rtol=1e-4)
+
+
+# ---- an adapter ----
+
+
+def test_adapter_of_nnx_floats_at_the_level_and_the_rest_stays():
+    layer = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    model = nnx.LoRA(3, 2, 1, base_module=layer, rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(
+        model, optax.chain(scale_by_flood(0.2), optax.adam(0.02)), wrt=nnx.LoRAParam
+    )
+    frozen = np.asarray(layer.kernel[...])
+    x, y = jnp.float32(X), jnp.float32(Y)[:, None]
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.mean((model(x) - y) ** 2)
+        of_adapter = nnx.DiffState(0, nnx.LoRAParam)
+        value, grads = nnx.value_and_grad(loss, argnums=of_adapter)(model)
+        optimizer.update(model, grads, value=value)
+        return value
+
+    assert step(model, optimizer) > 0.4
+    curve = np.array([step(model, optimizer) for _ in range(300)])
+    assert abs(curve[-50:].mean() - 0.2) < 0.02
+    np.testing.assert_array_equal(layer.kernel[...], frozen)
 
 
 # ---- losses of tokens, [B, T] ----

@@ -175,7 +175,7 @@ def test_formulas_of_every_page_are_drawn(site):
 
 
 def test_figures_of_every_page_are_there(site):
-    drawn = {path.name for path in (DOCS / "figures").glob("*.png")}
+    drawn = {path.name for path in (DOCS / "figures").glob("*.svg")}
     shown = set()
     for source in DOCS.rglob("*.md"):
         address = source.relative_to(DOCS).with_suffix(".html").as_posix()
