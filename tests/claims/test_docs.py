@@ -21,7 +21,6 @@ def blocks(text):
 # their blocks train or compile for five seconds or more; the others run every time
 SLOW = (
     "choosing-b.md",
-    "distributed.md",
     "family.md",
     "quickstart.md",
     "trainers.md",
