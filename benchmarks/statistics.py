@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 AHEAD, BEHIND, OPEN = "ahead", "behind", "not told apart"
-DRAWS = 10_000  # of a bootstrap
+DRAWS = 4_000  # of a bootstrap
 
 
 class Interval(NamedTuple):

@@ -179,29 +179,3 @@ def validated(trunk: Trunk, ends: np.ndarray) -> Outcome:
     every = np.concatenate([trunk.seen[-1:], ends])
     picked = every[int(every[:, VALID_ACCURACY].argmax())]
     return Outcome(picked[REACHED], len(every))
-
-
-def share(gains: Mapping[str, np.ndarray], grid: Mapping[str, np.ndarray]) -> float:
-    """The mean gain of the settings as a share of the grid's; gains by setting."""
-    own = np.mean([np.mean(gains[name]) for name in grid])
-    return float(own / np.mean([np.mean(values) for values in grid.values()]))
-
-
-def share_interval(
-    gains: Mapping[str, np.ndarray],
-    grid: Mapping[str, np.ndarray],
-    *,
-    draws: int = 2000,
-) -> tuple[float, float]:
-    """Its 95% bootstrap interval: settings are drawn, and of each its seeds."""
-    names = list(grid)
-    both = np.array([[gains[name], grid[name]] for name in names])
-    rng = np.random.default_rng(0)
-    number, seeds = len(names), both.shape[2]
-    which = rng.integers(0, number, (draws, number))
-    of = rng.integers(0, seeds, (draws, number, seeds))
-    drawn = both[which[..., None], :, of]  # [draws, settings, seeds, 2]
-    own, grids = drawn.mean((1, 2)).T
-    gaining = grids > 0  # few draws at most, where every setting gains
-    low, high = np.quantile(own[gaining] / grids[gaining], (0.025, 0.975))
-    return float(low), float(high)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import choosing, points, study
+from benchmarks import choosing, points, statistics, study
 from benchmarks.choosing import (
     findings,
     rules,
@@ -123,69 +123,79 @@ def test_the_grid_is_chosen_by_validation_and_costs_its_runs():
     assert (better.reached[0], better.cost) == (0.3, 3)
 
 
-def test_shares_are_quotients_of_mean_gains():
-    grid = {"a": np.array([2.0, 4.0]), "b": np.array([0.0, 1.0])}
-    own = {"a": np.array([1.0, 3.0]), "b": np.array([1.0, 1.0])}
-    assert rules.share(own, grid) == pytest.approx((2 + 1) / (3 + 0.5))
-    assert rules.share_interval(grid, grid) == (1.0, 1.0)
-    low, high = rules.share_interval(
-        {"a": np.array([1.5, 1.5])}, {"a": np.array([1.0, 2.0])}
-    )
-    # Of two seeds drawn with replacement the mean is 1, 1.5 or 2.
-    assert (low, high) == (0.75, 1.5)
-    own = {"a": np.array([1.0, 1.0]), "b": np.array([3.0, 3.0])}
-    twos = dict.fromkeys(own, np.array([2.0, 2.0]))
-    assert rules.share_interval(own, twos) == (0.5, 1.5)  # settings are drawn as well
-
-
 def make_payload():
-    """Three settings of three seeds, in two of which the grid gains."""
-    given = {  # accuracies of plain training, then what grid and floor gain
-        "a": (60.0, [4.0, 5.0, 6.0], [3.0, 5.0, 5.5]),
-        "b": (70.0, [1.9, 2.0, 2.1], [2.0, 3.0, 4.0]),
-        "c": (90.0, [-1.0, 0.0, 1.0], [-2.0, -2.1, -2.2]),
+    """Three settings of two data sets, and what grid, floor and its average gain."""
+    given = {
+        "a": ("wine", 0.2, None, [4.0, 5.0, 6.0], [3.0, 5.0, 5.5], [1.0, 2.0, 3.0]),
+        "b": ("wine", 0.4, 10, [1.9, 2.0, 2.1], [2.0, 3.0, 4.0], [5.0, 5.0, 8.0]),
+        "c": ("spiral", 0.1, 10, [-1.0, 0.0, 1.0], [-2.0, -2.1, -2.2], [0.0, 1.0, 2.0]),
+        "d": ("spiral", 0.0, None, [0.0, 0.0, 0.3], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]),
     }
     rows = []
-    for name, (plain, grid, floor) in given.items():
-        gain = {rule: [0.0, 0.0, 0.0] for rule in findings.RULES}
-        gain |= {"grid": grid, "floor": floor}
+    for name, (data, flips, batch, grid, floor, average) in given.items():
+        gain = {rule: [0.0, 0.0, 0.0] for rule in ["plain", *findings.RULES]}
+        gain |= {"grid": grid, "floor": floor, "floor_average": average}
         reached = {
             rule: {
-                "accuracies": [plain + one for one in gains],
+                "accuracies": [60.0 + one for one in gains],
                 "losses": [1.0, 2.0, 3.0],
                 "ece": 0.1,
                 "cost": 3.0 if rule == "grid" else 1.0,
             }
             for rule, gains in gain.items()
         }
-        setting = {"data": "wine", "flips": 0.2, "optimizer": "adam", "batch": None}
+        setting = {"data": data, "flips": flips, "optimizer": "adam", "batch": batch}
         setting |= {"setting": name, "pair": False, "development": name == "a"}
         rows.append(setting | {"rules": reached})
-    protocol = {"seeds": 3, "grid": [0.1, 0.2]}
+    sizes = {"wine": [60, 60, 1000], "spiral": [200, 200, 1000]}
+    protocol = {"seeds": 3, "grid": [0.1, 0.2], "sizes": sizes}
     environment = dict.fromkeys(("command", "dirty", "jax", "optax", "cpu"), "x")
     environment |= {"commit": "0" * 40, "cpu_count": 2}
     return {"settings": rows, "protocol": protocol, "environment": environment}
 
 
-def test_findings_share_the_gain_of_the_settings_where_the_grid_gains():
+def test_gains_are_means_over_all_noisy_settings_with_data_sets_as_the_unit():
     payload = make_payload()
     found = findings.numbers(payload)
-    assert (found["settings"], found["gaining"]) == (3, 2)
-    own, grid = (4.5 + 3) / 2, (5 + 2) / 2
+    assert (found["settings"], found["noisy"], found["data"]) == (4, 3, 2)
+    own, grid = (4.5 + 3 - 2.1) / 3, (5 + 2 + 0) / 3
+    assert found["floor/all/gain"] == pytest.approx(own)
     assert found["floor/all/share"] == pytest.approx(own / grid)
-    assert found["floor/new/share"] == pytest.approx(3 / 2)
-    assert found["floor/all/mean_of_shares"] == pytest.approx((4.5 / 5 + 3 / 2) / 2)
-    assert found["b/floor/gain"] == pytest.approx(3.0)
-    assert found["floor/many/gain"] == pytest.approx((4.5 + 3 - 2.1) / 3)
-    assert (found["floor/ahead-of/plain"], found["floor/behind/plain"]) == (2, 1)
-    made = findings.tables(payload)
-    line = next(
-        text
-        for text in made["choosing"].splitlines()
-        if text.startswith("| `noise_floor`, rate known |")
+    assert found["floor/mini/gain"] == pytest.approx((3 - 2.1) / 2)
+    rows = {s["setting"]: findings.gains(s, "floor") for s in payload["settings"]}
+    due = statistics.clustered({"wine": [rows["a"], rows["b"]], "spiral": [rows["c"]]})
+    assert found["floor/all/gain_half"] == pytest.approx(due.interval.half)
+    # Of wine's 178 examples 58 are tested; the spiral has no pool.
+    wide = statistics.corrected(rows["b"], 58 / 120).interval
+    assert found["b/floor/gain_half"] == pytest.approx(wide.half)
+    assert found["c/floor/gain_half"] == pytest.approx(
+        statistics.interval(rows["c"]).half
     )
-    assert line.split(" | ")[2].startswith(f"{own / grid:.0%} ")
-    assert "| 20 to 40 %, full batch | 3 |" in made["choosing-help"]
+
+
+def test_the_rule_of_the_weights_is_chosen_on_other_data_sets():
+    payload = make_payload()
+    noisy = findings.chosen(payload, "all")
+    a, b, c = noisy
+    # Wine's mini-batches do best with the average, the spiral's too.
+    assert findings.without(noisy, b) == findings.without(noisy, c) == "floor_average"
+    worse = {**c, "rules": {**c["rules"], "floor": c["rules"]["floor_average"]}}
+    worse["rules"]["floor_average"] = c["rules"]["floor"]
+    assert findings.without([a, b, worse], b) == "floor"
+    assert findings.without([a, b, worse], worse) == "floor_average"
+    assert [findings.by_batch(s) for s in noisy] == ["floor"] + ["floor_average"] * 2
+
+
+def test_tables_say_where_flooding_is_off_and_hold_every_rule():
+    made = findings.tables(make_payload())
+    rule = made["choosing"].splitlines()
+    assert len(findings.RULES) == len([line for line in rule if "|" in line]) - 2
+    floor = next(line for line in rule if "share known | last" in line)
+    assert floor.split(" | ")[-3] == "off"
+    help_lines = made["choosing-help"].splitlines()
+    assert help_lines[2].startswith("| none | 1 | off | +0.0 (0, 0) |")
+    # On mini-batches the averaged weights: (6 + 1) / 2.
+    assert help_lines[-1].startswith("| 10 to 40 %, mini-batches | 2 | +3.5 (")
 
 
 @pytest.mark.slow  # compiles four trainings

@@ -87,11 +87,11 @@ def test_clusters_have_the_error_of_every_two_stage_resample():
                 for setting in seeds[name]
             ]
             means.append(np.mean(values))
-    found = statistics.clustered(seeds)
+    found = statistics.clustered(seeds, draws=20_000)
     assert found.mean == pytest.approx(np.mean([1.5, 2.5, 4.0, 2.5]))
     assert found.error == pytest.approx(1.5**0.5 * np.std(means), rel=0.02)
     assert found.freedom == 2
-    assert found == statistics.clustered(seeds)  # the key is fixed
+    assert found == statistics.clustered(seeds, draws=20_000)  # the key is fixed
     assert statistics.clustered({"a": seeds["a"]}).interval == (1.5, math.inf)
 
 
@@ -101,7 +101,9 @@ def test_seeds_are_drawn_setting_by_setting_where_their_numbers_differ():
     # means, (1/2 + 8/3) / 4, counted as often as it is drawn, half the time.
     within = (1 / 2 + 8 / 3) / 4
     due = (2 / 1) ** 0.5 * (within / 2 / 2) ** 0.5
-    assert statistics.clustered(ragged).error == pytest.approx(due, rel=0.03)
+    assert statistics.clustered(ragged, draws=20_000).error == pytest.approx(
+        due, rel=0.03
+    )
 
 
 def test_intervals_over_data_sets_cover_and_those_over_all_seeds_do_not():
