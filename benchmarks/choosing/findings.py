@@ -116,14 +116,18 @@ def in_setting(
     return statistics.corrected(gains(setting, rule, over), ratio)
 
 
-def over_data(
-    settings: Settings, rule: Callable[[Setting], str] | str, over: Any = "plain"
-) -> Effect:
-    """The mean over the settings, data sets being the unit; rules may depend on it."""
+Named = str | Callable[[Setting], str]  # a rule, or which one it is of a setting
+
+
+def over_data(settings: Settings, rule: Named, over: Named = "plain") -> Effect:
+    """The mean over the settings, data sets being the unit."""
+
+    def of(setting: Setting, name: Named) -> str:
+        return name if isinstance(name, str) else name(setting)
+
     sets: dict[str, list[np.ndarray]] = {}
     for s in settings:
-        one, other = (name(s) if callable(name) else name for name in (rule, over))
-        sets.setdefault(s["data"], []).append(gains(s, one, other))
+        sets.setdefault(s["data"], []).append(gains(s, of(s, rule), of(s, over)))
     return statistics.clustered(sets)
 
 
