@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import study
 from benchmarks.unlearning import problems, settings
-from benchmarks.unlearning.findings import figures, numbers, tables
+from benchmarks.unlearning.findings import figures, tables
 from benchmarks.unlearning.measures import COLUMNS, DEEP, gap
 from benchmarks.unlearning.methods import METHODS, recipes
 from benchmarks.unlearning.settings import SETTINGS, Constants
@@ -25,7 +25,7 @@ from benchmarks.unlearning.training import (
     unlearner,
 )
 
-__all__ = ["figures", "measure", "numbers", "options", "tables"]
+__all__ = ["figures", "measure", "options", "tables"]
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,12 @@
 """What comes closest to the golds, what ties, and what each method does beside it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report, statistics
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, GREEN, INCHES, INK, PINK, RED, panels, say
 from benchmarks.statistics import Interval
 
 # Named before the study was run, from a probe with other seeds and another program:
@@ -40,6 +40,7 @@ MEASURES = {  # title, factor, digits
     "verbatim": ("verbatim characters", 1, 1),
     "relearn": ("steps to relearn", 1, 0),
 }
+TOP = 100  # times tau, up to where the figure shows a loss
 Payload = Mapping[str, Any]
 
 
@@ -118,7 +119,7 @@ def rivals(setting: Setting) -> list[str]:
 
 
 def words(differences: Sequence[Interval]) -> str:
-    """In how many cells surely closer, not told apart, surely farther; and the mean."""
+    """In how many cells closer, not told apart, farther; and the mean."""
     if not differences:
         return "-"
     farther, closer = statistics.verdicts(differences)
@@ -128,7 +129,7 @@ def words(differences: Sequence[Interval]) -> str:
 
 
 def passes(setting: Setting) -> bool:
-    """Whether no rival is surely closer than the named form in any cell."""
+    """Whether no rival is closer than the named form in any cell."""
     found = [setting.differences(BEST[setting.name], one) for one in rivals(setting)]
     return not any(one.above for differences in found for one in differences)
 
@@ -279,59 +280,26 @@ def tables(payload: Payload) -> dict[str, str]:
     return {name: f"{table}\n\n{source}" for name, table in made.items()}
 
 
-def numbers(payload: Payload) -> dict[str, Any]:
-    """The verdicts, the gaps, and the measures at the middle rate and horizon."""
-    found: dict[str, Any] = {}
-    for s in settings_of(payload):
-        best, runs_of = BEST[s.name], [*MODELS, *s.methods]
-        found[f"{s.name}/passes"] = int(best in s.methods and passes(s))
-        found[f"{s.name}/seeds"] = len(s.tau)
-        found[f"{s.name}/tau"] = float(s.tau.mean())
-        for method in runs_of:
-            for rate, steps in s.cells:
-                name = f"{s.name}/{method}/{rate:g}/{steps}"
-                found |= report.named_interval(
-                    name, "gap", s.interval(method, rate, steps)
-                )
-            for column, (_, scale, _) in MEASURES.items():
-                seen = scale * s.by_seed(method, s.middle, s.measured, column)
-                if np.isfinite(seen).any():
-                    found[f"{s.name}/{method}/{column}"] = float(np.nanmean(seen))
-        for rival in rivals(s):
-            found |= counted(f"{s.name}/best/{rival}", s.differences(best, rival))
-        for one, other in PAIRS:
-            found |= counted(
-                f"{s.name}/{one}/beside/{other}", s.differences(one, other)
-            )
-    return found
-
-
-def counted(base: str, differences: Iterable[Interval]) -> dict[str, float]:
-    seen = list(differences)
-    if not seen:
-        return {}
-    farther, closer = statistics.verdicts(seen)
-    mean = float(np.mean([one.mean for one in seen]))
-    return {f"{base}/closer": closer, f"{base}/farther": farther, f"{base}/mean": mean}
-
-
 def figures(payload: Payload) -> dict[str, Any]:
-    """The forget loss over the steps: runaway, short, held."""
-    settings = settings_of(payload)
-    fig, axes = panels(1, len(settings), size=(4 * len(settings), 3.4))
+    """The mean forget loss over the steps: short, runaway, held."""
+    every = settings_of(payload)
+    settings = every[:: max(1, len(every) - 1)]  # the first and the last: two fit
+    fig, axes = panels(1, len(settings), size=(INCHES, 3.6))
     for axis, s in zip(axes, settings, strict=True):
-        for method in ("retain", "graddiff", "npo", "clamp_batch", BEST[s.name]):
+        tau = float(s.tau.mean())
+        held = BEST[s.name]
+        drawn = {"retain": GREEN, "graddiff": RED, "npo": PINK, held: BLUE}
+        for method, colour in drawn.items():
             if method in s.methods:
-                run = s.runs[method, s.middle, 1.0]
-                losses = np.array(run["course"], float)
-                axis.plot(s.checks, losses, label=s.titles[method], lw=1.2)
-        axis.axhline(float(s.tau.mean()), color="gray", ls="--", lw=0.8, label="tau")
-        golds = s.by_seed("gold", 0, 0, "forget_loss").mean()
-        axis.axhline(float(golds), color="black", ls=":", lw=0.8, label="gold")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_title(s.title, fontsize=9)
-        axis.set_xlabel("steps of unlearning")
-    axes[0].set_ylabel("mean loss of the forget set")
-    axes[0].legend(fontsize=7)
+                losses = np.array(s.runs[method, s.middle, 1.0]["course"], float)
+                axis.plot(s.checks, losses / tau, color=colour, lw=2)
+                shown = int(np.flatnonzero(losses < TOP * tau)[-1])
+                name = "held" if method == held else s.titles[method]
+                at = s.checks[shown], losses[shown] / tau
+                near = method != held and 0.2 < at[1] < 2  # what is held has its name
+                say(axis, name, at, (-4, -11 if near else 8), color=colour, ha="right")
+        axis.axhline(1, color=INK, lw=1, ls=":")
+        axis.set(xscale="log", yscale="log", ylim=(0.5 / TOP, 2 * TOP))
+        axis.set(title=s.title, xlabel="steps")
+    axes[0].set_ylabel("forget loss / τ")
     return {"unlearning": fig}
