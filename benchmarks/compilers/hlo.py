@@ -115,6 +115,10 @@ class Program:
         """How often each function outside the program is called."""
         return Counter(one.target for one in self.instructions if one.target)
 
+    def conditionals(self) -> int:
+        """Branches that are taken at run time."""
+        return sum(one.opcode == "conditional" for one in self.instructions)
+
     def host_transfers(self) -> list[str]:
         """Whatever leaves the device for the host, or waits for it."""
         return [

@@ -10,7 +10,7 @@ import jax
 import optax
 from levanter.checkpoint import CheckpointerConfig
 from levanter.data.dataset import ListAsyncDataset
-from levanter.optim import AdamConfig
+from levanter.optim.config import AdamConfig
 from levanter.tracker import Tracker, TrackerConfig
 from levanter.trainer import Trainer, TrainerConfig
 

@@ -1,8 +1,12 @@
-"""What is read out of a compiled program, without a compiler."""
+"""What is read out of a compiled program, without a compiler for accelerators."""
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 from benchmarks.compilers import hlo, summary
+from flood_optax import flood
 
 # Two all-reduces of one channel, and one all-gather driven on by two kernels.
 PROGRAM = """\
@@ -86,3 +90,74 @@ def test_rows_are_compared_with_their_own_reference():
     assert (flooded["more_collectives"], flooded["more_collective_bytes"]) == (1, 4)
     assert (window["memory_bytes_ratio"], window["more_kernels"]) == (0.75, -5)
     assert window["new_custom_calls"] == ["callback"]
+
+
+# --- a window of micro-batches: what of it is a branch at run time ---
+
+PARAMS = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+BATCHES = jnp.ones((4, 2, 8))
+
+
+def accumulation(level):
+    return flood(optax.adam(1e-2), level, every_k=2)
+
+
+def multi_steps(level):
+    del level
+    return optax.MultiSteps(optax.adam(1e-2), 2)
+
+
+def step(optimizer, carry, x, scale=1.0):
+    params, state = carry
+    loss_fn = lambda p: scale * jnp.mean((jnp.tanh(x @ p["w"]) + p["b"]) ** 2)
+    value, grads = jax.value_and_grad(loss_fn)(params)
+    given = {} if isinstance(optimizer, optax.MultiSteps) else {"value": value}
+    updates, state = optimizer.update(grads, state, params, **given)
+    return optax.apply_updates(params, updates), state
+
+
+def start(optimizer):
+    return PARAMS, optimizer.init(PARAMS)
+
+
+def trained(make, level, scale=1.0):
+    """A training whose window begins with it, and ends alike at every level."""
+    optimizer = make(level)
+    move = lambda carry, x: (step(optimizer, carry, x, scale), None)
+    return jax.lax.scan(move, start(optimizer), BATCHES)[0]
+
+
+def one_update(make):
+    return jax.jit(lambda carry, x: step(make(0.5), carry, x)), start(make(0.5))
+
+
+def mapped_states(make):
+    """Each run has a window of its own, as for all that is known of it."""
+    stack = lambda leaf: jnp.stack([leaf] * 3)
+    several = jax.vmap(lambda carry, x: step(make(0.5), carry, x), (0, None))
+    return jax.jit(several), jax.tree.map(stack, start(make(0.5)))
+
+
+def mapped_levels(make):
+    """As `sweep.run` maps: the runs differ by their level, not by their windows."""
+    several = jax.vmap(lambda level, _: trained(make, level, level), (0, None))
+    return jax.jit(several), jnp.array([0.1, 0.2, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("make", "mapped", "branches"),
+    [
+        (accumulation, one_update, 1),
+        (accumulation, mapped_levels, 1),
+        (accumulation, mapped_states, 0),
+        (multi_steps, one_update, 0),
+        (multi_steps, mapped_levels, 0),
+    ],
+)
+def test_window_is_a_branch_unless_runs_have_windows_of_their_own(
+    make, mapped, branches
+):
+    """docs/accelerators.md: a conditional skips the inner optimizer, a select not."""
+    function, first = mapped(make)
+    program = hlo.Program(function.lower(first, BATCHES[0]).compile().as_text())
+    assert program.conditionals() == branches

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from flood_optax import average_params, averaged, flood, scale_by_flood
 from flood_optax.flax import TrainState
@@ -246,11 +248,30 @@ def test_a_run_without_an_average_goes_on_with_one():
     assert_close(params, trained(ours.train_step, ours.optimizer, many)[1][-1])
 
 
+def on(devices):
+    """The step of the page in `shard_map`, with the average inside of the wrapper."""
+    ours = page()
+    spread = flood(ours.inner, ours.level, band=ours.level / 5, axis_name="data")
+
+    def step(params, state, x, y):
+        local = lax.pcast(params, "data", to="varying")
+        value, grads = jax.value_and_grad(ours.loss_fn)(local, x, y)
+        grads = lax.pmean(grads, "data")
+        updates, state = spread.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    specs = (P(), P(), P("data"), P("data"))
+    return jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+    ), spread
+
+
 def average_on_four_devices_is_that_on_one():
     ours, parts = page(), [slice(start, start + 32) for start in (0, 32, 64)]
     rows = [(ours.x[part], ours.y[part]) for part in parts]
     alone, visited = trained(ours.train_step, ours.optimizer, rows)
-    state, seen = trained(ours.on(jax.devices()[:4]), ours.spread, rows)
+    state, seen = trained(*on(jax.devices()[:4]), rows)
     average = averaged(state, seen[-1])
     assert all(leaf.sharding.is_fully_replicated for leaf in average)
     assert_close(average, averaged(alone, visited[-1]), atol=1e-5)
@@ -277,8 +298,22 @@ def test_model_of_the_averaged_weights_leaves_the_trained_one_alone():
 # Batch statistics
 
 
+class Net(linen.Module):
+    """Two normalised layers, the momentum a field."""
+
+    momentum: float = 0.99
+
+    @linen.compact
+    def __call__(self, x, train):
+        for width in (64, 64):
+            x = linen.Dense(width, use_bias=False)(x)
+            x = linen.BatchNorm(not train, momentum=self.momentum)(x)
+            x = linen.relu(x)
+        return linen.Dense(10)(x)
+
+
 class Normed(nnx.Module):
-    """The network of the page, in NNX."""
+    """The same in NNX."""
 
     def __init__(self, sizes, rngs):
         pairs = itertools.pairwise(sizes)
@@ -323,7 +358,7 @@ PARTS = {"one batch": [200], "three batches": [90, 90, 20]}
 def test_reestimated_statistics_are_those_of_the_activations(sizes):
     ours = page()
     parts = np.split(ours.x[: sum(sizes)], np.cumsum(sizes)[:-1])
-    net = ours.Net()
+    net = Net()
     variables = net.init(jax.random.key(0), ours.x[:2], train=False)
     spoiled = jax.tree.map(lambda a: a + 3, variables["batch_stats"])
     got = ours.reestimated(net, variables["params"], spoiled, parts)
@@ -346,7 +381,7 @@ def test_reestimated_statistics_are_those_of_the_activations(sizes):
 
 def test_averaged_weights_with_the_statistics_of_the_last_ones_are_wrong():
     ours = page()
-    net = ours.Net(momentum=0.9)
+    net = Net(momentum=0.9)
     variables = net.init(jax.random.key(0), ours.x[:2], train=False)
     optimizer = optax.chain(
         scale_by_flood(ours.level, band=ours.level / 5), optax.adam(1e-2)

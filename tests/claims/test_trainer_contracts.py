@@ -6,6 +6,7 @@ own code. `python -m benchmarks trainers` runs the same code in the trainers the
 """
 
 import dataclasses
+import functools
 import sys
 from types import SimpleNamespace as Namespace
 
@@ -216,6 +217,28 @@ def test_brax_floods_by_the_loss_of_the_module_and_logs_the_raw_one(monkeypatch)
     refuses_a_flood_in_the_optimizer(
         lambda optimizer: brax_train(bc_loss, optimizer, steps=1), optax.sgd(0.1)
     )
+
+
+def test_recipe_run_twice_keeps_a_penalty_that_wraps_the_loss(monkeypatch):
+    """Its wrapper names the bare loss, so `inspect.unwrap` would strip the penalty."""
+
+    def bare(w):
+        loss = scaled(0.05, w)
+        return loss, {"actor_loss": loss}
+
+    @functools.wraps(bare)
+    def penalised(w):
+        loss = bare(w)[0] + 0.5 * jnp.sum(w**2)
+        return loss, {"actor_loss": loss}
+
+    losses = module(monkeypatch, "brax.training.agents.bc.losses", bc_loss=penalised)
+    for _ in range(2):
+        page.execute("Brax", {})
+    w = jnp.array([1.0, -2.0, 0.5, 0.0])
+    residual = np.asarray(X, np.float64) @ np.asarray(w) - np.asarray(Y)
+    due = 0.25 * 2 / 64 * np.asarray(X).T @ residual + np.asarray(w)  # far above .05
+    grads, _ = jax.grad(losses.bc_loss, has_aux=True)(w)
+    np.testing.assert_allclose(grads, due, rtol=1e-5)
 
 
 def test_brax_under_pmap_floods_the_mean_over_devices_given_its_axis():

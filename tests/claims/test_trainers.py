@@ -1,63 +1,23 @@
-"""What trainers do with a loss and an optimizer: the statements of docs/trainers.md.
-
-The trainers themselves are not installed, except Keras: a stand-in does what the source
-of the named version does, in the few lines that matter to flooding.
-"""
+"""`raw_value`, for trainers that log and evaluate by their training loss; and Keras."""
 
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from flood_optax import flooded, scale_by_flood, shapes
+from flood_optax import flooded, shapes
 from tests import processes
 
 X = jax.random.normal(jax.random.key(0), (64, 4))
 Y = jnp.sin(X[:, 0]) + 0.3 * X[:, 1]
-VALID = X[::-1] * 0.5, jnp.sin(X[::-1, 0] * 0.5) + 0.15 * X[::-1, 1]
 START = jnp.zeros(4)
-LEVEL = 0.2
 
 
 def loss_fn(w, x, y):
     return jnp.mean((x @ w - y) ** 2)
-
-
-# ---- a trainer that evaluates with its training loss ----
-
-
-def fit_by_its_own_loss(function, steps=80):
-    """Flowjax 19.1.2, `fit_to_data`; tunix 0.1.7, `with_loss_fn`: one loss for both."""
-    optimizer = optax.sgd(0.1)
-
-    def step(carry, _):
-        w, state = carry
-        value, grads = jax.value_and_grad(function)(w, X, Y)
-        updates, state = optimizer.update(grads, state, w)
-        return (optax.apply_updates(w, updates), state), (value, function(w, *VALID), w)
-
-    carry = START, optimizer.init(START)
-    _, (train, valid, path) = jax.lax.scan(step, carry, length=steps)
-    raw = jax.vmap(lambda w: loss_fn(w, *VALID))(path)
-    return np.asarray(train), np.asarray(valid), np.asarray(raw)
-
-
-def test_flooded_loss_given_to_a_trainer_floods_its_evaluation():
-    _, valid, raw = fit_by_its_own_loss(flooded(loss_fn, LEVEL))
-    assert raw.min() < LEVEL / 2
-    assert valid.min() >= LEVEL  # the criterion has a floor
-    assert valid.argmin() != raw.argmin()
-
-
-def test_raw_value_with_flooded_gradient_leaves_evaluation_raw():
-    train, valid, raw = fit_by_its_own_loss(flooded(loss_fn, LEVEL, raw_value=True))
-    np.testing.assert_allclose(valid, raw, rtol=1e-6)
-    assert abs(train[-20:].mean() - LEVEL) < 0.03  # it floods, and its log is raw
-    assert train.min() < LEVEL
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["below", "above"])
@@ -123,61 +83,6 @@ def test_raw_value_over_an_axis_is_the_global_mean():
     value, grads = jax.jit(split)(w, x[:1])
     np.testing.assert_allclose(value, 0.05, rtol=1e-6)
     np.testing.assert_allclose(grads, -x[0], rtol=1e-6)
-
-
-# ---- a loss that comes as (sum, count) ----
-
-
-def test_sum_and_count_are_divided_before_the_flood():
-    """As in steps of Hugging Face's Flax examples: the padding counts nothing."""
-    mask = jnp.arange(64) % 3 > 0
-
-    def sum_and_count(w):
-        return jnp.sum((X @ w - Y) ** 2, where=mask), mask.sum()
-
-    def mean_loss(w):
-        total, count = sum_and_count(w)
-        return total / count
-
-    optimizer = optax.chain(scale_by_flood(LEVEL), optax.sgd(0.1))
-
-    def step(carry, _):
-        w, state = carry
-        value, grads = jax.value_and_grad(mean_loss)(w)
-        updates, state = optimizer.update(grads, state, w, value=value)
-        return (optax.apply_updates(w, updates), state), value
-
-    carry = START, optimizer.init(START)
-    _, values = jax.lax.scan(step, carry, length=80)
-    assert abs(values[-20:].mean() - LEVEL) < 0.03
-    rows = np.asarray(mask)
-    expected = np.mean(np.asarray(Y, np.float64)[rows] ** 2)
-    np.testing.assert_allclose(values[0], expected, rtol=1e-6)
-
-
-# ---- trainers that say `loss=` ----
-
-
-def skip_spikes(inner, limit):
-    """MaxText 0.2: takes `loss` out of the extra arguments, skips above a limit."""
-
-    def update(updates, state, params=None, *, loss, **extra_args):
-        new, new_state = inner.update(updates, state, params, **extra_args)
-        kept = jnp.asarray(loss < limit)
-        new = jax.tree.map(lambda u: jnp.where(kept, u, 0), new)
-        pick = lambda new, old: jnp.where(kept, new, old)
-        return new, jax.tree.map(pick, new_state, state)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-GRADS = jnp.array([1.0, -2.0])
-
-
-def test_flood_inside_spike_skipping_is_an_error():
-    inside = skip_spikes(optax.chain(scale_by_flood(0.5), optax.sgd(1.0)), 100.0)
-    with pytest.raises(ValueError, match="needs the current loss"):
-        inside.update(GRADS, inside.init(GRADS), GRADS, loss=jnp.float32(0.3))
 
 
 # ---- keras, whose backend is chosen once per process ----

@@ -3,8 +3,6 @@
 The runs are those of `tests.problems`; what the average should be is `oracles.average`.
 """
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -445,33 +443,6 @@ def test_decays_may_be_mapped():
         one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         _, visited = run(chain(inner=optax.sgd(0.1)), steps=8)
         assert_average(one, expected(visited, float(decay)))
-
-
-BAD_DECAYS = {
-    "one": (1.0, ValueError, "must be in [0, 1), got 1.0."),
-    "per cent": (99, ValueError, "must be in [0, 1), got 99."),
-    "negative": (-0.1, ValueError, "must be in [0, 1), got -0.1."),
-    "nan": (np.nan, ValueError, "must be in [0, 1), got nan."),
-    "array": (np.array([0.9]), ValueError, "must be a scalar, got shape (1,)."),
-    "bool": (False, TypeError, "must be a real number, got False of type bool."),
-    "optimizer": (optax.sgd(1.0), TypeError, "must be a real number, got Gradient"),
-    "half": (np.float16(0.9), TypeError, "must have 32 bits at least, got float16"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DECAYS)
-def test_bad_decay_is_refused(case):
-    decay, error, message = BAD_DECAYS[case]
-    with pytest.raises(
-        error, match=re.escape(f"`average_params(decay=...)` {message}")
-    ):
-        average_params(decay)
-
-
-def test_missing_parameters_are_refused():
-    optimizer = chain()
-    with pytest.raises(ValueError, match=r"needs the parameters, got None: pass `opt"):
-        optimizer.update(PARAMS, optimizer.init(PARAMS), value=1.0)
 
 
 def test_state_is_of_its_public_type():

@@ -100,21 +100,3 @@ def test_two_averages_of_one_parameter_are_refused_and_the_remedy_works():
         averaged(state, visited[-1])
     for part, decay in ((state[1], 0.5), (state[2], 0.9)):
         assert_average(averaged(part, visited[-1]), expected(visited, decay))
-
-
-OTHERS = {
-    "a leaf more": (PARAMS | {"v": jnp.ones(2)}, "params['v'] is in params alone."),
-    "a leaf less": ({"w": PARAMS["w"]}, "params['b'][0] is in the average alone."),
-    "a shape": (
-        PARAMS | {"w": jnp.ones((2, 3))},
-        "params['w'] has the shape (3,), in params (2, 3).",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_parameters_that_were_not_averaged_are_refused(case):
-    params, message = OTHERS[case]
-    message = f"needs the tree that `optimizer.init` was given: {message}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        averaged(chain().init(PARAMS), params)

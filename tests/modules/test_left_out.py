@@ -1,13 +1,11 @@
 """Scores of left-out examples against refitted models, and the flips they find."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.sparse
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
@@ -141,103 +139,6 @@ def test_noise_rate_equals_a_count_by_hand_ties_included(confident):
 
 
 X, Y = blobs(0)
-IMAGES = np.arange(24.0 * 6).reshape(24, 3, 2) % 7
-BAD = {
-    "images": (
-        lambda: levels.leave_one_out(IMAGES, Y, 3),
-        ValueError,
-        "`leave_one_out(features)` must be of shape [n, d], got (24, 3, 2): pass "
-        "`features.reshape(len(features), -1)`.",
-    ),
-    "vector": (
-        lambda: levels.leave_one_out(X[:, 0], Y, 3),
-        ValueError,
-        "got (24,): pass `features[:, None]`.",
-    ),
-    "complex": (
-        lambda: levels.leave_one_out(X + 1j, Y, 3),
-        TypeError,
-        "`leave_one_out(features)` must be real numbers, got dtype complex128.",
-    ),
-    "nan": (
-        lambda: levels.leave_one_out(np.where(X[2, 1] < X, np.nan, X), Y, 3),
-        ValueError,
-        "`leave_one_out(features)` must be finite, got NaN or infinity in ",
-    ),
-    "constant": (
-        lambda: levels.leave_one_out(np.ones((24, 4)), Y, 3),
-        ValueError,
-        "`leave_one_out(features)` must have rows that differ, got equal ones.",
-    ),
-    "one group": (
-        lambda: levels.leave_one_out(X, Y, 3, groups=[1] * 24),
-        ValueError,
-        "must have rows that differ: `groups` has one group.",
-    ),
-    "groups": (
-        lambda: levels.leave_one_out(X, Y, 3, groups=[1, 2]),
-        ValueError,
-        "`leave_one_out(groups=...)` must have an entry for each of the 24 examples",
-    ),
-    "one class": (
-        lambda: levels.leave_one_out(X, np.ones(24, int), 3),
-        ValueError,
-        "`leave_one_out(labels)` must name two classes at least, got 1 alone.",
-    ),
-    "few": (
-        lambda: levels.leave_one_out(X[:5], Y[:5], 3),
-        ValueError,
-        "must have at least two examples for each of the 3 classes",
-    ),
-    "labels": (
-        lambda: levels.leave_one_out(X, Y, 2),
-        ValueError,
-        "`leave_one_out(labels)` must lie in [0, 2), got 0 to 2.",
-    ),
-    "names": (
-        lambda: levels.leave_one_out(X, np.array(["a", "b", "c"])[Y], 3),
-        TypeError,
-        "`leave_one_out(labels)` must be integers, got <U1. `numpy.unique(names, "
-        "return_inverse=True)[1]` numbers names.",
-    ),
-    "sparse": (
-        lambda: levels.leave_one_out(scipy.sparse.csr_matrix(X), Y, 3),
-        TypeError,
-        "`leave_one_out(features)` must be real numbers, got dtype object.",
-    ),
-    "shapes": (
-        lambda: levels.leave_one_out(X, Y[:7], 3),
-        ValueError,
-        "must be of shapes [n, d] and [n], got (24, 4) and (7,).",
-    ),
-    "traced": (
-        lambda: jax.jit(lambda x: levels.leave_one_out(x, Y, 3))(X),
-        TypeError,
-        "`leave_one_out(features)` must be known, got a tracer",
-    ),
-    "scores": (
-        lambda: levels.noise_rate(X[:, 0].astype("f4"), Y),
-        ValueError,
-        "`noise_rate(scores, labels)` must be of shapes [n, c] and [n], c at least 2",
-    ),
-    "scores nan": (
-        lambda: levels.noise_rate(np.full((24, 3), np.nan, "f4"), Y),
-        ValueError,
-        "`noise_rate(scores)` must not be NaN: the model of their fold has diverged",
-    ),
-    "confident": (
-        lambda: levels.noise_rate(X.astype("f4"), Y, confident=0.0),
-        ValueError,
-        "`noise_rate(confident=...)` must be in (0, 1], got 0.0.",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_scores_and_features_get_their_message(case):
-    call, error, message = BAD[case]
-    with pytest.raises(error, match=re.escape(message)):
-        call()
 
 
 @pytest.mark.parametrize("most", [1 / 3, 0.8])
@@ -259,9 +160,10 @@ def test_scores_do_not_depend_on_the_unit_of_the_features(scale):
 
 
 def test_remedies_of_the_shape_of_features_work():
-    flat = levels.leave_one_out(IMAGES.reshape(len(IMAGES), -1), Y, 3)
+    images = np.arange(24.0 * 6).reshape(24, 3, 2) % 7
+    flat = levels.leave_one_out(images.reshape(len(images), -1), Y, 3)
     assert flat.shape == levels.leave_one_out(X[:, 0][:, None], Y, 3).shape == (24, 3)
-    pixels = (IMAGES.reshape(24, -1)).astype(np.uint8)  # integers are numbers too
+    pixels = (images.reshape(24, -1)).astype(np.uint8)  # integers are numbers too
     np.testing.assert_allclose(levels.leave_one_out(pixels, Y, 3), flat, atol=1e-6)
     numbered = np.unique(np.array(["a", "b", "c"])[Y], return_inverse=True)[1]
     np.testing.assert_array_equal(numbered, Y)

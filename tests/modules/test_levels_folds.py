@@ -191,21 +191,6 @@ def test_held_out_losses_are_held_out_for_losses():
     np.testing.assert_array_equal(found[0], losses)
 
 
-def test_held_out_of_another_length_is_refused():
-    with pytest.raises(ValueError, match=r"3 in the first axis, got the shapes \[\(2,"):
-        levels.held_out(
-            lambda indices, key: (),
-            lambda model, indices: jnp.ones((2, 3)),
-            6,
-            num_folds=2,
-            key=jax.random.key(0),
-        )
-    with pytest.raises(
-        TypeError, match=r"`held_out\(num_folds=...\)` must be a static"
-    ):
-        levels.held_out(None, None, 6, num_folds=2.0, key=jax.random.key(0))
-
-
 # Groups and classes
 
 

@@ -110,13 +110,6 @@ def test_metrics_of_runs_side_by_side_are_arrays():
     np.testing.assert_array_equal(metrics(state(LOSSES))["flood/loss"], LOSSES)
 
 
-def test_metrics_without_a_flood_are_refused():
-    with pytest.raises(
-        ValueError, match=r"found no FloodState: with the loss form log"
-    ):
-        metrics(optax.adam(0.1).init(W))
-
-
 def test_metrics_of_several_floods_are_refused_and_the_remedy_works():
     states = {"critic": trained(chain()), "actor": trained(chain(), LOSSES[:2])}
     message = "found 2: ['actor'][0], ['critic'][0]. Call it on each, `metrics(part)`."

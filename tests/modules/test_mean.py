@@ -248,50 +248,6 @@ def test_program_without_weights_names_none(over):
     assert len(text[0]) < len(text[1])
 
 
-CASES = {
-    "bool": (np.ones(3, bool), TypeError, "must be real numbers, got bool: a mask is"),
-    "complex": (np.ones(3) * 1j, TypeError, "must be real numbers, got complex"),
-    "shape": (np.ones(2), ValueError, "must have the shape (3,) of the losses, got"),
-    "negative": (
-        np.array([1, -0.5, 2]),
-        ValueError,
-        "must be non-negative and finite, got -0.5 to 2.0.",
-    ),
-    "nan": (jnp.array([1, np.nan, 2]), ValueError, "must be non-negative and finite"),
-    "infinite": (np.array([1, np.inf, 2]), ValueError, "must be non-negative and"),
-    "zeros": (np.zeros(3), ValueError, "must leave at least one loss, got zeros alone"),
-}
-
-
-NAMES = np.array(["cat", "dog"])
-NAMED = {
-    "(losses)": ({"losses": NAMES}, "be of a real float dtype, got <U3."),
-    "(where=...)": ({"where": NAMES}, "be boolean, got <U3."),
-    "(weights=...)": ({"weights": NAMES.astype(object)}, "be real numbers, got object"),
-    "(segment_ids=...)": (
-        {"segment_ids": ["cat", "dog"], "num_segments": 2, "over": "segment"},
-        "be integers, got list. `numpy.unique(names, return_inverse=True)[1]`",
-    ),
-}
-
-
-@pytest.mark.parametrize("argument", NAMED)
-def test_what_jax_has_no_dtype_for_is_refused_by_argument(argument):
-    changes, rule = NAMED[argument]
-    arguments = {"losses": jnp.array([0.1, 0.4]), "level": 0.2} | changes
-    with pytest.raises(
-        TypeError, match=re.escape(f"`flood_mean{argument}` must {rule}")
-    ):
-        flood_mean(**arguments)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_bad_weights_get_their_message(case):
-    weights, error, message = CASES[case]
-    with pytest.raises(error, match=re.escape(f"`flood_mean(weights=...)` {message}")):
-        flood_mean(jnp.ones(3), 0.5, weights=weights)
-
-
 @every_over
 def test_weighted_soft_mean_has_the_soft_slope(over):
     losses, weights, ids, _ = problem(6, 4)
