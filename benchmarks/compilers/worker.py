@@ -82,6 +82,7 @@ def measured(program: Any, report: str) -> dict[str, Any]:
         "estimated_seconds": estimate if estimate > 0 else None,
         "kernel_bytes": read.kernel_bytes,
         "kernels": len(read.kernels),
+        "conditionals": read.conditionals(),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "memory_bytes": hlo.main_memory(report),

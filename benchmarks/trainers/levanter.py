@@ -141,7 +141,7 @@ def measure(run: rows.Run) -> rows.Row:
         evaluation: list[float] = []
         with trainer:
             trainer.add_eval_hook(
-                ListAsyncDataset(examples(problem.VALID_X, problem.VALID_Y), True)
+                ListAsyncDataset(examples(problem.VALID_X, problem.VALID_Y))
             )
             trainer.add_hook(
                 lambda info: evaluation.append(

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks.trainers import problem, rows
 from benchmarks.trainers.problem import LEVEL, VALID_X, VALID_Y, X, Y
@@ -32,7 +32,7 @@ def measure(run: rows.Run) -> rows.Row:
 
     def over(devices: int, function: Any) -> Any:
         """A step that each device takes with its own examples."""
-        mesh = jax.make_mesh((devices,), ("data",))
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         mapped = jax.shard_map(
             function,
             mesh=mesh,
