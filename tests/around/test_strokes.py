@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax import lax
 
-from flood_optax import FloodState, Shape, flood, flooded, scale_by_flood, shapes, sweep
+from flood_optax import FloodState, Shape, flood, flooded, scale_by_flood, shapes
 from tests import forms, oracles, stores
 
 LEVEL, BAND = 0.625, 0.125
@@ -266,43 +266,6 @@ def test_band_keeps_its_direction_over_a_loss_of_weight_zero(form):
 # ---- wrappers ----
 
 
-def test_nan_batches_behind_the_flood_end_an_ascent_and_no_more():
-    """Documented: the step after a NaN loss descends; parameters are kept."""
-    losses = np.float32([1.0, 0.45, 0.6, np.nan, 0.6, 0.45, np.nan, 0.45, 0.6, 0.8])
-    optimizer = optax.chain(
-        scale_by_flood(LEVEL, band=BAND), optax.apply_if_finite(optax.identity(), 5)
-    )
-    updates, _ = walked(optimizer, value=losses)
-    np.testing.assert_array_equal(updates, [1, -1, -1, 0, 1, -1, 0, -1, -1, 1])
-
-
-def test_masked_and_partitioned_bands_walk_for_themselves():
-    losses = window_losses()
-    params = {"a": jnp.ones([]), "b": jnp.ones([]), "c": jnp.ones([])}
-    optimizer = optax.partition(
-        {
-            "wide": scale_by_flood(LEVEL, band=BAND),
-            "none": flood(optax.identity(), LEVEL),
-            "off": optax.identity(),
-        },
-        {"a": "wide", "b": "none", "c": "off"},
-    )
-
-    def step(state, loss):
-        updates, state = optimizer.update(params, state, params, value=loss)
-        return state, updates
-
-    _, updates = lax.scan(step, optimizer.init(params), jnp.asarray(losses))
-    np.testing.assert_array_equal(updates["a"], oracles.strokes(losses, LEVEL, BAND)[1])
-    np.testing.assert_array_equal(updates["b"], oracles.strokes(losses, LEVEL, 0)[1])
-    np.testing.assert_array_equal(updates["c"], np.ones(ROWS))
-    masked = optax.masked(scale_by_flood(LEVEL, band=BAND), {"a": True, "b": False})
-    state = masked.init({"a": 1.0, "b": 1.0})
-    for loss, sign in zip([0.45, 0.6, 0.75], [-1, -1, 1], strict=True):
-        got, state = masked.update({"a": 1.0, "b": 1.0}, state, value=loss)
-        assert got == {"a": sign, "b": 1.0}
-
-
 def test_band_changed_in_mid_run_goes_on_in_its_direction():
     make = optax.inject_hyperparams(scale_by_flood, hyperparam_dtype=jnp.float32)
     optimizer = make(level=LEVEL, band=BAND)
@@ -325,26 +288,6 @@ def test_band_changed_in_mid_run_goes_on_in_its_direction():
         updates, state = update(jnp.ones([]), state, value=jnp.float32(loss))
         seen.append(float(updates))
     assert seen == [-1, -1, 1, 1, -1, -1, -1, 1, -1, -1, 1]
-
-
-def test_forked_trainings_with_a_band_are_separate_ones():
-    def step(state, batch, level):
-        params, opt_state = state
-        optimizer = flood(optax.adam(0.05), level, band=0.2 * level)
-        value, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params, value=value)
-        return (optax.apply_updates(params, updates), opt_state), {"loss": value}
-
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    state = params, flood(optax.adam(0.05), 1.0).init(params)
-    levels = [-np.inf, 0.5, 0.625, 0.8]
-    batches = jnp.tile(X, (4, 1, 1)), jnp.tile(Y, (4, 1))
-    result = sweep.forked(step, state, batches, levels)
-    for level, losses in zip(levels, result.metrics["loss"], strict=True):
-        run = lambda s, b, level=level: step(s, b, jnp.float32(level))
-        alone = lax.scan(run, state, batches)[1]["loss"]
-        np.testing.assert_allclose(losses, alone, rtol=2e-5)
-    assert len({float(row[-1]) for row in result.metrics["loss"]}) == 4
 
 
 # ---- checkpoints ----

@@ -259,37 +259,6 @@ def test_relax_loss_nan_stays_nan_and_a_label_that_is_no_class_gives_it(epoch):
     assert np.isnan(relax_loss(logits[1:], jnp.array([2]), 0.5, epoch=epoch))
 
 
-LOGITS = jnp.ones((2, 3))
-RELAX_ERRORS = {
-    "labels_float": ({"labels": jnp.ones(2)}, TypeError, r"relax_loss\(labels\)"),
-    "logits_scalar": (
-        {"logits": jnp.array(1.0), "labels": jnp.array(0)},
-        ValueError,
-        r"must be of shapes \[..., num_classes\].*, got \(\), \(\) and \(\)",
-    ),
-    "epoch_float": ({"epoch": 1.5}, TypeError, r"relax_loss\(epoch\)` must be int"),
-    "labels_shape": ({"labels": jnp.ones(3, int)}, ValueError, r"\(2, 3\), \(3,\) and"),
-    "one_class": ({"logits": LOGITS[:, :1]}, ValueError, "two classes at least"),
-    "upper": ({"upper": 0.0}, ValueError, r"must be in \(0, 1\], got 0\.0\."),
-    "level": ({"level": jnp.nan}, ValueError, r"relax_loss\(level=...\)` must not be"),
-}
-
-
-@pytest.mark.parametrize("case", RELAX_ERRORS)
-def test_relax_loss_bad_input_gets_its_message(case):
-    changes, error, message = RELAX_ERRORS[case]
-    arguments = {
-        "logits": LOGITS,
-        "labels": jnp.array([0, 1]),
-        "level": 0.5,
-        "epoch": 1,
-    }
-    arguments |= changes
-    args = [arguments.pop(name) for name in ("logits", "labels", "level")]
-    with pytest.raises(error, match=message):
-        relax_loss(*args, **arguments)
-
-
 # The partition
 
 
@@ -300,36 +269,6 @@ def test_partition_of_one_example_makes_the_methods_equal():
         batch = jax.value_and_grad(lambda x: flood_mean(x, 0.3))(one)
         example = jax.value_and_grad(lambda x: flood_mean(x, 0.3, over="example"))(one)
         chex.assert_trees_all_equal(batch, example)
-
-
-@pytest.mark.usefixtures("x64")
-def test_partition_extremes_of_segments_are_batch_and_example():
-    x = jnp.asarray(LOSSES)
-    one = flood_mean(
-        x, jnp.array([B]), over="segment", segment_ids=np.zeros(N, int), num_segments=1
-    )
-    np.testing.assert_allclose(one, flood_mean(x, B), rtol=1e-15)
-    each = flood_mean(
-        x, BY_EXAMPLE, over="segment", segment_ids=np.arange(N), num_segments=N
-    )
-    np.testing.assert_allclose(
-        each, flood_mean(x, BY_EXAMPLE, over="example"), rtol=1e-15
-    )
-
-
-@pytest.mark.usefixtures("x64")
-def test_partition_finer_floods_from_above_and_equal_iff_on_one_side():
-    rng = np.random.default_rng(0)
-    x = rng.uniform(size=1000)
-    whole = float(flood_mean(x, 0.5))
-    parts = np.mean([flood_mean(part, 0.5) for part in x.reshape(10, 100)])
-    each = float(flood_mean(x, 0.5, over="example"))
-    assert whole < parts < each
-    np.testing.assert_allclose(each, 0.75, atol=0.01)  # E|U - 1/2| + 1/2
-    above = x + 0.5
-    np.testing.assert_allclose(
-        flood_mean(above, 0.5, over="example"), flood_mean(above, 0.5), rtol=1e-14
-    )
 
 
 def test_partition_decides_the_sign_of_the_published_example():

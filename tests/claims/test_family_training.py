@@ -16,11 +16,10 @@ import optax
 import pytest
 from sklearn.datasets import make_blobs
 from sklearn.metrics import roc_auc_score
-from statsmodels.datasets import sunspots
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import data, own_rules
+from benchmarks import data
 from flood_optax import (
     flood_loss,
     flood_mean,
@@ -244,139 +243,6 @@ def test_relax_loss_makes_membership_harder_to_infer(digits):
     assert attacked(before) > 0.69  # .73
     assert attacked(after) < attacked(before) - 0.05  # .64
     assert accuracy(after, digits) > accuracy(before, digits)  # .82 against .72
-
-
-@pytest.mark.slow  # ten networks; its equation is held by test_family.py
-def test_wavebound_keeps_a_forecaster_from_overfitting():
-    # yearly sunspots since 1700: the next 12 years from the last 24, an MLP, 5 seeds
-    series = sunspots.load_pandas().data["SUNACTIVITY"].to_numpy(np.float32)
-    past = series[:216]
-    series = (series - past.mean()) / past.std()
-    cut = np.lib.stride_tricks.sliding_window_view
-    train, test = cut(series[:216], 36), cut(series[192:], 36)
-    start, steps, optimizer = 200, 800, optax.adam(1e-3)
-
-    def risks(params, windows):  # [12], each a mean over the batch
-        return jnp.mean(
-            (logits_of(params, windows[:, :24]) - windows[:, 24:]) ** 2, axis=0
-        )
-
-    @jax.jit
-    @jax.vmap
-    def run(key, epsilon):
-        params = mlp(key, 24, 64, 64, 12)
-        batches = jax.random.randint(key, (steps, 32), 0, len(train))
-
-        def step(carry, now):
-            params, target, state = carry
-            t, batch = now[0], jnp.asarray(train)[now[1]]
-            warm = t < start  # plain training until the target can follow
-
-            def objective(params):
-                level = levels.wavebound(risks(target, batch), epsilon)
-                level = jnp.where(warm | (epsilon == 0), -jnp.inf, level)
-                return flood_loss(risks(params, batch), level).mean()
-
-            updates, state = optimizer.update(jax.grad(objective)(params), state)
-            params = optax.apply_updates(params, updates)
-            pace = jnp.where(warm, 1.0, 0.01)
-            target = optax.incremental_update(params, target, pace)
-            return (params, target, state), None
-
-        carry = (params, params, optimizer.init(params))
-        (params, target, _), _ = jax.lax.scan(step, carry, (jnp.arange(steps), batches))
-        return [risks(p, w).mean() for p in (params, target) for w in (train, test)]
-
-    keys = jnp.repeat(jax.random.split(jax.random.key(0), 5), 2)
-    results = np.array(run(keys, jnp.tile(jnp.array([0.0, 0.01]), 5)))
-    plain, bounded = results[:, 0::2], results[:, 1::2]
-    assert plain[0].mean() < 0.15, "plain training overfits"
-    # rows: train, test of the network; train, test of the target, which is deployed
-    assert (bounded[3] < plain[1]).all()
-    assert (bounded[3] < plain[3]).all(), "the average alone does not do it"
-
-
-@pytest.mark.slow  # two networks; cosine and level are held by test_levels*.py
-def test_level_from_accordance_stops_learning_of_wrong_labels(digits):
-    # halves of the digits, drawn anew each step: when does a step on one half begin to
-    # hurt on the other?
-    optimizer = optax.adam(3e-3)
-
-    def loss_fn(params, half):
-        return cross_entropy(
-            logits_of(params, jnp.asarray(digits.x)[half]), jnp.asarray(digits.y)[half]
-        ).mean()
-
-    @jax.jit
-    def train(level):
-        flood = optax.chain(scale_by_flood(level), optimizer)
-
-        def step(carry, key):
-            params, state = carry
-            halves = jax.random.permutation(key, 300).reshape(2, 150)
-            values, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(
-                params, halves
-            )
-            grads_a, grads_b = (jax.tree.map(lambda g: g[i], grads) for i in (0, 1))  # noqa: B023
-            loss, grad = values.mean(), jax.tree.map(lambda g: g.mean(0), grads)
-            updates, state = flood.update(grad, state, value=loss)
-            accordance = levels.gradient_accordance(grads_a, grads_b)
-            return (optax.apply_updates(params, updates), state), (loss, accordance)
-
-        params = mlp(jax.random.key(2), 64, 64, 10)
-        keys = jax.random.split(jax.random.key(3), 400)
-        (params, _), logs = jax.lax.scan(step, (params, flood.init(params)), keys)
-        return params, [log.reshape(-1, 20).mean(1) for log in logs]
-
-    plain, (losses, accordances) = train(-jnp.inf)
-    assert accordances[0] > 0.1
-    assert accordances[-1] < -0.1
-    level = own_rules.accordance_level(losses, accordances, threshold=0.0)
-    assert losses[-1] < level < losses[0]
-    bent, _ = train(level)
-    # .83 against .74; the level, 1.2, is above the best one, about .7
-    assert accuracy(bent, digits) > accuracy(plain, digits) + 0.03
-
-
-@pytest.mark.slow  # 24 networks; its steps are held by test_own_rules.py
-def test_level_on_plateau_is_driven_by_validation(digits):
-    # from no flooding at all; the validation labels are noisy too
-    init, update = own_rules.on_plateau(step=0.1, patience=2)
-    optimizer = optax.adam(1e-2)
-
-    def train(active, key):
-        def step(carry, level):
-            params, state = carry
-
-            def objective(params):
-                losses = cross_entropy(logits_of(params, digits.x), digits.y)
-                return flood_mean(losses, level)
-
-            updates, state = optimizer.update(jax.grad(objective)(params), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        def epoch(carry, _):
-            params, state, plateau = carry
-            level = jnp.full(10, jnp.where(active, plateau.level, -jnp.inf))
-            (params, state), _ = jax.lax.scan(step, (params, state), level)
-            losses = cross_entropy(logits_of(params, digits.other_x), digits.other_y)
-            _, plateau = update(plateau, losses.mean())
-            return (params, state, plateau), (plateau.level, losses.mean())
-
-        params = mlp(key, 64, 64, 10)
-        carry = (params, optimizer.init(params), init())
-        (params, *_), (path, losses) = jax.lax.scan(epoch, carry, length=100)
-        return path, losses[-1], accuracy(params, digits)
-
-    # Single paths follow the rounding of the processor; their means over keys do not.
-    keys = jax.random.split(jax.random.key(2), 12)
-    run = jax.jit(lambda active: jax.lax.map(lambda key: train(active, key), keys))
-    _, decayed, plain = run(False)
-    path, held, driven = run(True)
-    np.testing.assert_array_equal(path[:, 0], 0)
-    assert (path.max(1) > 0.25).all()  # .3 to .5 when written
-    assert held.mean() < 0.6 * decayed.mean()  # .53
-    assert driven.mean() > plain.mean() + 0.015  # .745 or .735 against .709
 
 
 # What to log

@@ -51,32 +51,6 @@ def test_dynamic_scale_with_the_optax_form_takes_the_value_it_returns(side):
     np.testing.assert_allclose(updates, half_gradient(sign), rtol=4e-3)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_loss_scaling_by_hand_needs_the_raw_unscaled_value(side):
-    level, sign = SIDES[side]
-    scale = 2.0**15
-
-    def scaled_loss(w):
-        loss = half_loss(w)
-        return loss.astype(jnp.float32) * scale, loss
-
-    (scaled, loss), grad = jax.value_and_grad(scaled_loss, has_aux=True)(WEIGHTS)
-    grad = grad / scale
-    transform = scale_by_flood(level)
-    state = transform.init(WEIGHTS)
-    right, _ = transform.update(grad, state, value=loss)
-    np.testing.assert_allclose(right, half_gradient(sign), rtol=4e-3)
-    # the scaled loss is above every sensible level: flooding would never begin
-    wrong, _ = transform.update(grad, state, value=scaled)
-    np.testing.assert_allclose(wrong, half_gradient(1.0), rtol=4e-3)
-
-
-def test_without_loss_scaling_these_gradients_are_lost():
-    # what makes the tests above tests of loss scaling
-    grad = jax.grad(flooded(half_loss, SIDES["below"][0]))(WEIGHTS)
-    assert np.abs(np.asarray(grad) / half_gradient(-1.0) - 1.0).max() > 0.02
-
-
 def test_dynamic_scale_overflow_is_seen_below_the_level():
     # a flooded gradient of -inf is as infinite as the plain one: the scale backs off
     scaler = dynamic_scale.DynamicScale(scale=2.0**24)

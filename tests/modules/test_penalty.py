@@ -378,15 +378,6 @@ def test_objective_squares_gradients_of_any_size(slope, strength):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
-CALLS = {
-    "objective": lambda f, w: penalty.objective(f, 0.1)(w),
-    "exact": lambda f, w: penalty.value_and_grad(f, 0.1)(w),
-    "forward": lambda f, w: penalty.value_and_grad(f, 0.1, method="forward")(w),
-    "pair_displacement": lambda f, w: penalty.pair_displacement(f, w, 0.1),
-    "level_set_drift": lambda f, w: penalty.level_set_drift(f, w),
-}
-
-
 @pytest.mark.parametrize("one", [np.uint8(1), np.uint16(1), np.int8(1), 1])
 def test_whole_numbers_of_any_dtype_are_real_numbers(one):
     """An unsigned 1 has no minus: the radius was 255, or 4294967295."""

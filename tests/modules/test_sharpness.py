@@ -305,12 +305,3 @@ def test_hessian_is_never_built():
     ):
         memory = jax.jit(measure).lower(jnp.ones(size)).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 200 * size  # the Hessian takes 4 size^2
-
-
-CALLS = {
-    "gradient_norm": sharpness.gradient_norm,
-    "hessian_trace": lambda f, w: sharpness.hessian_trace(f, w, key=KEY, num_samples=2),
-    "top_eigenvalue": lambda f, w: sharpness.top_eigenvalue(
-        f, w, key=KEY, num_iterations=2
-    ),
-}

@@ -116,20 +116,6 @@ def test_weighted_windows_equal_the_large_batch(every_k):
     assert np.abs(np.mean(means) - losses[0]) > 0.05
 
 
-@pytest.mark.parametrize("every_k", [1, 3])
-def test_parts_of_weight_zero_leave_no_trace_though_they_are_nan(every_k):
-    sizes = (0, 6, 2, 0, 0, 0, 3, 1, 0, 0, 0, 5)
-    losses = check_training(1, every_k, sizes, NEVER)
-    # a window of weight 0, the second of three, is none, though its place is taken
-    assert len(losses) == (3 if every_k == 3 else 5)
-
-
-@pytest.mark.parametrize("every_k", [3, 4])
-def test_flush_closes_the_window_and_counts_as_one(every_k):
-    flushes = [i in (1, 6, 7) for i in range(NUMBER)]
-    assert check_training(2, every_k, SIZES, flushes) is not None
-
-
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(
     seed=st.integers(0, 50),
@@ -218,19 +204,6 @@ def test_flushed_and_weighted_windows_move_the_schedules_by_one():
     expected = [0, -2, 3, 0, 0, mean[0], -1], [0, -2, 3, 0, 0, mean[1], -2]
     np.testing.assert_allclose(updates, np.transpose(expected), rtol=1e-6)
     assert state.flood_state.flood_step == 4
-
-
-def test_nan_in_a_weighted_window_spoils_that_window_only():
-    batches = [
-        ([np.nan, 1.0], {"value": 0.5, "weight": 2.0}),
-        ([1.0, 1.0], {"value": np.nan, "weight": 1.0}),
-        ([1.0, 3.0], {"value": 0.5, "weight": 1.0}),
-        ([4.0, 6.0], {"value": 1.5, "weight": 2.0}),
-    ]
-    updates, state = stepped(flood(optax.sgd(1.0), 0.1, every_k=2), batches)
-    assert np.isnan(updates[1]).all()
-    np.testing.assert_allclose(updates[3], [-3.0, -5.0], rtol=1e-6)
-    np.testing.assert_allclose(state.flood_state.flood_value, 3.5 / 3, rtol=1e-6)
 
 
 def test_nan_weight_is_not_taken_for_none():
