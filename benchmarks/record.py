@@ -48,13 +48,15 @@ def environment(repository: pathlib.Path | None = None) -> dict[str, Any]:
 def write(name: str, payload: dict[str, Any], out: pathlib.Path) -> pathlib.Path:
     """Writes `out/name.json`: the environment, then the payload.
 
+    A name with a slash is that of a piece, in a folder of `out`.
+
     Raises:
       RuntimeError: if `out` is the repository's own results and the tree is not clean.
     """
     check_destination(out)
     document = {"environment": environment(), **payload}
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     path.write_text(text, encoding="utf-8")
     return path

@@ -111,10 +111,18 @@ def slug(words: str) -> str:
 
 
 def records(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each record, its name and benchmark; `NAME-WHAT` is another record of NAME."""
+    """Each record, its name and benchmark; `NAME-WHAT` is another record of NAME.
+
+    A folder NAME holds the pieces of one record of NAME, and they come as `pieces`.
+    """
     for path in sorted(results.glob("*.json")):
         module = importlib.import_module(f"benchmarks.{path.stem.partition('-')[0]}")
         yield path.stem, module, record.read(path.stem, results)
+    for folder in sorted({path.parent for path in results.glob("*/*.json")}):
+        module = importlib.import_module(f"benchmarks.{folder.name}")
+        names = sorted(path.stem for path in folder.glob("*.json"))
+        pieces = [record.read(name, folder) for name in names]
+        yield folder.name, module, {"pieces": pieces}
 
 
 def tables(results: pathlib.Path) -> dict[str, str]:

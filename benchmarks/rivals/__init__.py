@@ -1,148 +1,224 @@
-"""Asks what beats flooding: rivals and flooded recipes, each tuned by eight runs."""
+"""Asks what beats flooding: each method tries 20 configurations of a space, or none."""
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import study
-from benchmarks.rivals import problems, settings
-from benchmarks.rivals.findings import figures, numbers, tables
-from benchmarks.rivals.methods import METHODS
+from benchmarks import record, study
+from benchmarks.rivals import former, settings
+from benchmarks.rivals.before import known
+from benchmarks.rivals.methods import METHODS, SCHEDULES, Method
+from benchmarks.rivals.problems import problem
 from benchmarks.rivals.settings import SIZES, Constants, Problem
-from benchmarks.rivals.training import COLUMNS, READOUTS, trainer
+from benchmarks.rivals.training import COLUMNS, READOUTS, stacked, stops_of, trainer
 
-__all__ = ["figures", "measure", "numbers", "options", "tables"]
+__all__ = ["figures", "measure", "numbers", "options", "record_name", "tables"]
 
-STOPS = ("last", "best")  # at the end of the run, and at its best check
+Row = Mapping[str, Any]
+TRAINED = {key: method for key, method in METHODS.items() if not method.of}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, help="at most; 5 or 10 by the problem")
+    parser.add_argument("piece", choices=SIZES, nargs="?", default="wine")
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--seeds", type=int, help="as many as the piece asks for")
     parser.add_argument(
-        "--minutes", type=float, help="begin no method later; keep what is complete"
+        "--minutes", type=float, help="begin nothing later; the record has what is done"
     )
     study.data_option(parser)
-    study.sweep_options(parser, work=pathlib.Path("out", "rivals"))
+    parser.add_argument(
+        "--work",
+        type=pathlib.Path,
+        default=pathlib.Path("out", "rivals"),
+        help="where the finished runs are kept; a second start does what is missing",
+    )
+
+
+def record_name(payload: Mapping[str, Any]) -> str:
+    """A record for each piece."""
+    return f"rivals/{payload['piece']}"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    constants, names, chosen = Constants(), args.problems, args.methods
+    """One piece: a data set and a network. Rows that are kept anywhere are not redone.
+
+    The seeds come outermost, so that a piece which is stopped is whole for fewer seeds.
+    """
+    os.environ["XLA_FLAGS"] = " ".join(  # a piece for each core
+        [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen=false"]
+    ).strip()
+    constants, size = Constants(), SIZES[args.piece]
+    chosen = args.methods
     if args.smoke:
-        constants, names = settings.SMOKE, ["wine"]
-        chosen = ["plain", "dropout", "sam", "adaflood", "band"]
-    study.one_thread_per_run(args.workers)
-    begun = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            problem = problems.problem(name, args.data)
-        except FileNotFoundError:
-            missing[name] = "not installed"
-            continue
-        size = problem.size
-        if args.smoke:
-            size = size._replace(steps=10, seeds=2)
-            problem = dataclasses.replace(problem, size=size)
-        keys = seeds_of(min(args.seeds or size.seeds, size.seeds))
-        for key, method in METHODS.items():
-            if key not in chosen or not method.fits(problem):
-                continue
-            if args.minutes and time.monotonic() - begun > 60 * args.minutes:
-                missing.setdefault(name, "out of time")
-                break
-            journal = None if args.smoke else study.journal(args.work, name, key)
-            rows += results(problem, key, constants, keys, journal=journal)
-            spent = (time.monotonic() - begun) / 60
-            print(f"{spent:6.1f} minutes: {name}, {method.title}", flush=True)
+        constants, size = settings.SMOKE, settings.small(size)
+        chosen = [m for m in chosen if m in ("plain", "sam", "elr", "adaflood", "band")]
+    at = problem(args.piece, args.data, size)
+    journal = None if args.smoke else args.work / f"{args.piece}.jsonl"
+    kept = kept_rows(journal, args.out / "rivals" / f"{args.piece}.json")
+    rows = list(
+        runs(
+            at,
+            constants,
+            chosen,
+            args.seeds or size.seeds,
+            kept=kept,
+            journal=journal,
+            until=args.minutes and time.monotonic() + 60 * args.minutes,
+        )
+    )
     return {
+        "piece": args.piece,
+        "data": at.data,
+        "pool": at.pool,
+        "methods_tried": list(chosen),
         "protocol": {
             **dataclasses.asdict(constants),
-            "sizes": {name: size._asdict() for name, size in SIZES.items()},
-            "runs": 8,
+            **size._asdict(),
             "labels": "flipped in training and validation, true in the test",
-            "missing": missing,
-        },
-        "methods": {
-            key: {
-                "title": method.title,
-                "cost": method.cost,
-                "flooded": method.flooded,
-                "knows_rate": method.knows_rate,
-            }
-            for key, method in METHODS.items()
         },
         "rows": rows,
     }
 
 
-def seeds_of(number: int) -> jax.Array:
-    """The keys of the seeds; the first ones are the same for every number."""
-    key = jax.random.key(0)
-    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(jnp.arange(number))
+def kept_rows(*paths: pathlib.Path | None) -> dict[tuple[Any, ...], Row]:
+    """The rows of a journal and of a record, by what they are of."""
+    found: list[Row] = []
+    for path in paths:
+        if path is not None and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                found += json.loads(text)["rows"]
+            else:
+                found += [json.loads(line) for line in text.splitlines() if line]
+    return {name_of(row): row for row in found}
 
 
-def results(
-    problem: Problem,
-    key: str,
+def name_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[field] for field in ("method", "flips", "seed", "digest"))
+
+
+def runs(
+    at: Problem,
     constants: Constants,
-    keys: jax.Array,
+    chosen: Sequence[str],
+    seeds: int,
     *,
+    kept: Mapping[tuple[Any, ...], Row],
     journal: pathlib.Path | None,
-) -> list[dict[str, Any]]:
-    """A method on a problem: a row for each share of flips."""
-    method, flips = METHODS[key], problem.size.flips
-    by_flips = [method.recipes(constants, rate, problem.classes) for rate in flips]
-    recipes = [recipe for eight in by_flips for recipe in eight]
-    found = study.run(
-        trainer(problem, method, recipes, constants),
-        range(len(recipes)),
-        keys,
-        journal=journal,
-        progress=False,
-    )
-    reached = np.stack([np.asarray(found.metrics[stop]) for stop in STOPS], 2)
-    per_flips = np.split(reached, len(flips))  # [8, seeds, STOPS, READOUTS, COLUMNS]
-    return [
-        {
-            "problem": problem.name,
-            "flips": rate,
-            "method": key,
-            "entries": {
-                f"{stop}/{readout}": choice(part[:, :, i, at])
-                for i, stop in enumerate(STOPS)
-                for readout, at in READ.items()
-            },
-        }
-        for rate, part in zip(flips, per_flips, strict=True)
-    ]
-
-
-READ: dict[str, Sequence[int]] = {  # the third one chooses between the two
-    **{name: [at] for at, name in enumerate(READOUTS)},
-    "either": range(len(READOUTS)),
-}
-
-
-def choice(reached: np.ndarray) -> dict[str, Any]:
-    """Each seed's choice by noisy validation, from [runs, seeds, readouts, COLUMNS]."""
-    runs, seeds = reached.shape[:2]
-    flat = np.moveaxis(reached, 2, 1).reshape(-1, seeds, len(COLUMNS))
-    score = np.where(np.isnan(flat[..., 0]), -np.inf, flat[..., 0])
-    best = score.argmax(0)
-    picked = flat[best, np.arange(seeds)]
-    return {
-        "run": (best // (len(flat) // runs)).tolist(),
-        "accuracies": np.round(100 * picked[:, 1].astype(float), 3).tolist(),
-        "losses": np.round(picked[:, 2].astype(float), 4).tolist(),
-        "ece": round(float(picked[:, 3].mean()), 4),
+    until: float | None,
+) -> Iterable[Row]:
+    """A row for each seed, share of flips and method, kept or new."""
+    commit, _ = record.tree(record.REPOSITORY)
+    draw = jax.jit(at.draw)
+    programs = {
+        kind: trainer(at, kind, constants)
+        for kind in {TRAINED[name].kind for name in chosen}
     }
+    begun = time.monotonic()
+    for seed in range(seeds):
+        key = jax.random.fold_in(jax.random.key(0), seed)
+        for flips in at.size.flips:
+            facts: Any = None
+            for name in chosen:
+                method = TRAINED[name]
+                if not method.fits(flips, is_text=at.is_text):
+                    continue
+                recipes = method.recipes(flips, at.classes)
+                row = {"method": name, "flips": flips, "seed": seed}
+                row["digest"] = digest(at, constants, method.kind, recipes)
+                if name_of(row) in kept:
+                    yield kept[name_of(row)]
+                    continue
+                if until and time.monotonic() > until:
+                    continue
+                if facts is None:
+                    keys = jax.random.split(key, 5)
+                    x, y = draw(keys[0], flips).train
+                    facts = known(at, constants, x, y, keys[4])
+                reached = programs[method.kind](
+                    stacked(list(recipes.values())), key, jnp.float32(flips), facts
+                )
+                row |= {"commit": commit and commit[:10]}
+                row |= entries(method, list(recipes), np.asarray(reached, np.float64))
+                if name == "estimated":
+                    row["estimate"] = round(float(facts.rate), 4)
+                if journal is not None:
+                    journal.parent.mkdir(parents=True, exist_ok=True)
+                    with journal.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                yield row
+            spent = (time.monotonic() - begun) / 60
+            print(f"{spent:6.1f} minutes: {at.name}, {flips:.0%}, {seed}", flush=True)
+
+
+def digest(at: Problem, constants: Constants, kind: str, recipes: Any) -> str:
+    """Of all that a row is made from but the code: a row of others is not reused."""
+    size = at.size._replace(lanes=0, seeds=0)
+    text = repr((at.name, size, constants, kind, recipes))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def entries(
+    method: Method, names: Sequence[str], reached: np.ndarray
+) -> dict[str, Any]:
+    """A row's findings, from [recipes, stops, READOUTS, COLUMNS].
+
+    Of each configuration drawn, at each stop, the validation score and the test
+    accuracy in per cent, of the readout that validates better; of each default what
+    either readout reaches without validation, accuracy and loss. The score is the
+    accuracy less a thousandth of the loss; -1 where the run diverged.
+    """
+    found: dict[str, Any] = {"validation": {}, "accuracy": {}, "defaults": {}}
+    drawn = reached[[i for i, name in enumerate(names) if name not in SCHEDULES]]
+    for place, stop in enumerate(stops_of(method.kind)):
+        columns = dict(zip(COLUMNS, np.moveaxis(drawn[:, place], -1, 0), strict=True))
+        loss = columns["validation_loss"]
+        score = 100 * columns["validation"] - 0.001 * np.minimum(loss, 20)
+        score = np.where(np.isfinite(loss), score, -1.0)
+        if not method.averages:
+            score, columns = score[:, :1], {k: v[:, :1] for k, v in columns.items()}
+        best = (np.arange(len(score)), score.argmax(1))
+        found["validation"][stop] = words(score[best], "%.5f")
+        found["accuracy"][stop] = words(100 * columns["accuracy"][best], "%.2f")
+        if stop != "best":
+            for number, name in enumerate(names):
+                for readout, one in zip(READOUTS, reached[number, place], strict=True):
+                    if name in SCHEDULES:
+                        found["defaults"][f"{name}/{stop}/{readout}"] = words(
+                            [100 * one[2], one[3]], "%.4f"
+                        )
+    return found
+
+
+def words(values: Any, spec: str) -> str:
+    """Numbers in one line of the record."""
+    return " ".join(spec % value for value in values)
+
+
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    return of(payload).tables(payload)
+
+
+def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    return of(payload).numbers(payload)
+
+
+def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
+    return of(payload).figures(payload)
+
+
+def of(payload: Mapping[str, Any]) -> Any:
+    """The findings of a record; the one of the first study has methods of its own."""
+    from benchmarks.rivals import findings  # noqa: PLC0415
+
+    return former if "methods" in payload else findings

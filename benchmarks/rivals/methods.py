@@ -1,210 +1,240 @@
-"""The methods: for each eight recipes to choose from, and the kind of its step."""
+"""The methods: the space that each draws its configurations from, and its defaults."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.rivals.settings import Constants, Problem
-from flood_optax import levels
+import numpy as np
+from scipy.stats import qmc
 
-OFF = -math.inf
+from benchmarks.rivals.settings import OFF, SEED, TRIES
+from flood_optax import levels
 
 
 class Recipe(NamedTuple):
     """What a run does beside descending the mean loss: numbers, traced in a run."""
 
-    flips: Any = 0.0  # of the data; what a method may know of it is in `assumed`
-    rate: Any = 1e-3
+    rate: Any = 1e-3  # of Adam
     cosine: Any = 0.0  # 1: the rate decays to 0 by half a cosine
     decay: Any = 0.0  # of the weights, decoupled
     smoothing: Any = 0.0  # of the labels
-    assumed: Any = 0.0  # share of flips that the loss is corrected for
+    assumed: Any = 0.0  # share of wrong labels that the loss is corrected for
+    exponent: Any = 0.0  # of generalised cross-entropy; 0 is cross-entropy
+    kept: Any = 0.0  # 1, 2: only labels that leave-one-out scores, held-out nets uphold
     level: Any = OFF
-    band: Any = 0.0
-    strength: Any = 0.0  # dropout's share, mixup's alpha, a radius, AdaFlood's gamma
+    of_estimate: Any = 0.0  # > 0: the level as a part of the estimated noise floor
+    band: Any = 0.0  # as a part of the level
+    strength: Any = 0.0  # dropout's share, mixup's alpha, a radius, ELR's lambda, ...
+    memory: Any = 0.0  # ELR's decay of its targets
+
+
+class Span(NamedTuple):
+    """A number of a method's own: from low to high, evenly in itself or in its log."""
+
+    low: float
+    high: float
+    log: bool = True
+
+    def at(self, unit: float) -> float:
+        if self.log:
+            return self.low * (self.high / self.low) ** unit
+        return self.low + (self.high - self.low) * unit
+
+
+RATES = Span(2e-4, 2e-2)
+DEFAULT_RATE = 1e-3  # Adam's
+BAND = 0.2  # of the level: the recipe's
+SCHEDULES = {"constant": 0.0, "cosine": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Eight recipes, for a share of flips and a number of classes.
+    """A method, its space beside learning rate and schedule, and its defaults.
 
     Attributes:
       title: what the tables call it.
-      recipes: from the constants, the share of flips and the classes to eight of them.
+      space: a span for each number of its own, by the field of the recipe. The level
+        is a part of what `level` says.
+      defaults: its numbers where nothing is tuned, as published (for ours: as we
+        recommend); None where it is not defined without a validation set.
+      level: what levels are parts of: the `classes`' logarithm, the noise floor at the
+        share that the method is `told`, or at the `estimated` one.
       kind: of its step, see `training.Fit`.
+      stop: where its run is read off without a validation set: at the end, or where
+        a rule of `stops` says.
+      of: the method whose runs it is read off.
       cost: of a run, in plain runs: forward and backward passes.
-      flooded: whether it is one of ours.
-      knows_rate: whether it is told the share of the flips.
-      reads_text: whether it is defined for sequences of labels as it is.
+      averages: whether its averaged weights may be chosen as well.
+      told: whether it is told the share of wrong labels.
+      corrected: whether it corrects its loss for that share.
+      ours: whether it is flooding, by itself or with another.
+      reads_text: whether it is defined for sequences of labels.
     """
 
     title: str
-    recipes: Callable[[Constants, float, int], Sequence[Recipe]]
+    space: Mapping[str, Span] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, float] | None = None
+    level: str = ""
+    band: float = 0.0
     kind: str = "plain"
+    stop: str = "last"
+    of: str = ""
     cost: float = 1.0
-    flooded: bool = False
-    knows_rate: bool = False
+    averages: bool = True
+    told: bool = False
+    corrected: bool = False
+    ours: bool = False
     reads_text: bool = True
 
-    def fits(self, problem: Problem) -> bool:
+    def fits(self, flips: float, *, is_text: bool) -> bool:
         """Whether it is defined there, and something else than plain training."""
-        noisy = max(problem.size.flips) > 0
-        return (self.reads_text or not problem.is_text) and (
-            noisy or not self.knows_rate
-        )
+        return (self.reads_text or not is_text) and (flips > 0 or not self.told)
+
+    def recipe(
+        self, numbers: Mapping[str, float], flips: float, classes: int
+    ) -> Recipe:
+        """The numbers as a step takes them."""
+        fields = {"band": self.band} | dict(numbers)
+        if self.level:
+            share = fields.pop("level", 1.0)
+            if self.level == "estimated":
+                fields["of_estimate"] = share
+            elif self.level == "told":
+                fields["level"] = share * float(levels.noise_floor(flips, classes))
+            else:
+                fields["level"] = share * math.log(classes)
+        return Recipe(**fields, assumed=flips if self.corrected else 0.0)
+
+    def recipes(self, flips: float, classes: int) -> dict[str, Recipe]:
+        """By name: the defaults under each schedule, then what is drawn."""
+        found: dict[str, Recipe] = {}
+        if self.defaults is not None:
+            for name, cosine in SCHEDULES.items():
+                numbers = {"rate": DEFAULT_RATE} | dict(self.defaults)
+                found[name] = self.recipe(numbers | {"cosine": cosine}, flips, classes)
+        for number, unit in enumerate(units().tolist()):
+            drawn = {"rate": RATES.at(unit[0]), "cosine": float(unit[1] < 0.5)}
+            for (field, span), place in zip(self.space.items(), unit[2:], strict=False):
+                drawn[field] = span.at(place)
+            found[str(number)] = self.recipe(drawn, flips, classes)
+        return found
 
 
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-DECAYS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # of log(classes): levels
-FEW_SHARES, FEW_DECAYS = (0.1, 0.25, 0.4, 0.6), (0.8, 3.2)
-OF_FLOOR = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+@functools.cache
+def units() -> np.ndarray:
+    """Points [TRIES, 4] of a scrambled Halton sequence, the same for all methods."""
+    return qmc.Halton(4, rng=SEED).random(TRIES)
 
 
-def over_rates(**more: float) -> Callable[[Constants, float, int], list[Recipe]]:
-    """For a method without a number of its own: the learning rate."""
-    return lambda c, flips, classes: [
-        Recipe(flips, rate=rate, **more) for rate in RATES
-    ]
-
-
-def over(
-    name: str, numbers: Sequence[float]
-) -> Callable[[Constants, float, int], list[Recipe]]:
-    """The shared learning rate, and these values of a field."""
-    return lambda c, flips, classes: [
-        Recipe(flips, c.rate)._replace(**{name: number}) for number in numbers
-    ]
-
-
-def over_levels(
-    *, band: bool, **others: Sequence[float]
-) -> Callable[[Constants, float, int], list[Recipe]]:
-    """Levels by their share of log(classes): eight, or four with each of two others."""
-
-    def recipes(c: Constants, flips: float, classes: int) -> list[Recipe]:
-        flooded = [
-            Recipe(flips, c.rate, level=level, band=c.band * level if band else 0.0)
-            for share in (FEW_SHARES if others else SHARES)
-            for level in [share * math.log(classes)]
-        ]
-        for name, numbers in others.items():
-            flooded = [
-                one._replace(**{name: number}) for one in flooded for number in numbers
-            ]
-        return flooded
-
-    return recipes
-
-
-def corrected(c: Constants, flips: float, classes: int) -> list[Recipe]:
-    """The loss is corrected for the flips, whose share is known."""
-    return [Recipe(flips, rate, assumed=flips) for rate in RATES]
-
-
-def corrected_and_flooded(c: Constants, flips: float, classes: int) -> list[Recipe]:
-    floor = float(levels.noise_floor(flips, num_classes=classes))
-    return [
-        Recipe(flips, c.rate, assumed=flips, level=share * floor) for share in OF_FLOOR
-    ]
-
-
-def at_the_floor(c: Constants, flips: float, classes: int) -> list[Recipe]:
-    """The level is known; so what is chosen is the learning rate."""
-    floor = float(levels.noise_floor(flips, num_classes=classes))
-    return [Recipe(flips, rate, level=floor, band=c.band * floor) for rate in RATES]
-
+LEVELS = {"level": Span(0.05, 0.75, log=False)}  # of log(classes)
+OF_FLOOR = {"level": Span(0.5, 1.1, log=False)}
+DECAY = {"decay": Span(0.01, 10.0)}
+RADIUS = {"strength": Span(0.03, 1.5)}
+SHARE = {"strength": Span(0.1, 0.7, log=False)}
 
 METHODS = {
-    "plain": Method("plain training", over_rates()),
-    "decay": Method("weight decay", over("decay", DECAYS)),
+    "plain": Method("plain training", defaults={}, kind="stops"),
+    "wave": Method("Label Wave", defaults={}, stop="wave", of="plain"),
+    "evidence": Method(
+        "stopped by the gradients' evidence", defaults={}, stop="evidence", of="plain"
+    ),
+    "decay": Method("weight decay", DECAY, {"decay": 0.01}),
     "smoothing": Method(
-        "label smoothing",
-        over("smoothing", (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
+        "label smoothing", {"smoothing": Span(0.02, 0.6)}, {"smoothing": 0.1}
     ),
-    "cosine": Method("learning rate decayed (cosine)", over_rates(cosine=1.0)),
-    "dropout": Method(
-        "dropout",
-        over("strength", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
-        kind="dropout",
-    ),
+    "dropout": Method("dropout", SHARE, {"strength": 0.5}, kind="dropout"),
     "mixup": Method(
         "mixup",
-        over("strength", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)),
+        {"strength": Span(0.1, 8.0)},
+        {"strength": 1.0},
         kind="mixup",
         reads_text=False,
     ),
-    "sam": Method(
-        "SAM",
-        over("strength", (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)),
-        kind="sam",
-        cost=2.0,
-    ),
+    "sam": Method("SAM", RADIUS, {"strength": 0.05}, kind="sam", cost=2.0),
     "msam": Method(
-        "Momentum-SAM",
-        over("strength", (0.1, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2)),
-        kind="msam",
+        "Momentum-SAM", {"strength": Span(0.1, 3.0)}, {"strength": 0.3}, kind="msam"
     ),
     "schedule_free": Method(
-        "schedule-free AdamW",
-        over_rates(),
-        kind="schedule_free",
+        "schedule-free AdamW", defaults={"rate": 2.5e-3}, kind="schedule_free"
     ),
-    "forward": Method(
-        "forward correction",
-        corrected,
-        knows_rate=True,
+    "gce": Method(
+        "generalised cross-entropy",
+        {"exponent": Span(0.1, 1.0, log=False)},
+        {"exponent": 0.7},
     ),
-    "forward_flooded": Method(
-        "forward correction, flooded",
-        corrected_and_flooded,
-        flooded=True,
-        knows_rate=True,
+    "elr": Method(
+        "early-learning regularisation",
+        {"strength": Span(1.0, 10.0), "memory": Span(0.5, 0.95, log=False)},
+        {"strength": 3.0, "memory": 0.7},
+        kind="elr",
     ),
-    "adaflood": Method(
-        "AdaFlood",
-        over("strength", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)),
-        kind="adaflood",
-        cost=2.0,  # five models of a fifth of the steps come first
-        flooded=True,
+    "pruned": Method(
+        "without contradicted labels (leave-one-out)",
+        {"kept": Span(1.0, 1.0)},
+        {"kept": 1.0},
         reads_text=False,
     ),
-    "flooding": Method("flooding", over_levels(band=False), flooded=True),
-    "band": Method("flooding in a band", over_levels(band=True), flooded=True),
-    "flooding_decay": Method(
-        "flooding and weight decay",
-        over_levels(band=False, decay=FEW_DECAYS),
-        flooded=True,
+    "confident": Method(
+        "without contradicted labels (confident learning)",
+        {"kept": Span(2.0, 2.0)},
+        {"kept": 2.0},
+        cost=2.0,  # five models of a fifth of the steps come first
+        reads_text=False,
     ),
+    "forward": Method("forward correction", defaults={}, told=True, corrected=True),
+    "adaflood": Method(
+        "AdaFlood",
+        {"strength": Span(0.05, 0.8, log=False)},
+        kind="adaflood",
+        cost=2.0,
+        reads_text=False,
+    ),
+    "flooding": Method(
+        "flooding, last weights", LEVELS, level="classes", averages=False, ours=True
+    ),
+    "band": Method("flooding in a band", LEVELS, level="classes", band=BAND, ours=True),
     "band_decay": Method(
         "flooding in a band and weight decay",
-        over_levels(band=True, decay=FEW_DECAYS),
-        flooded=True,
+        LEVELS | DECAY,
+        level="classes",
+        band=BAND,
+        ours=True,
     ),
     "band_dropout": Method(
         "flooding in a band and dropout",
-        over_levels(band=True, strength=(0.3, 0.6)),
+        LEVELS | SHARE,
+        level="classes",
+        band=BAND,
         kind="dropout",
-        flooded=True,
+        ours=True,
     ),
     "band_sam": Method(
         "flooding in a band and SAM",
-        over_levels(band=True, strength=(0.4, 0.8)),
+        LEVELS | RADIUS,
+        level="classes",
+        band=BAND,
         kind="sam",
         cost=2.0,
-        flooded=True,
+        ours=True,
     ),
-    "band_msam": Method(
-        "flooding in a band and Momentum-SAM",
-        over_levels(band=True, strength=(0.8, 1.6)),
-        kind="msam",
-        flooded=True,
+    "estimated": Method(
+        "flooding in a band at the estimated noise floor",
+        OF_FLOOR,
+        {},
+        level="estimated",
+        band=BAND,
+        ours=True,
+        reads_text=False,
     ),
     "floor": Method(
         "flooding in a band at the noise floor",
-        at_the_floor,
-        flooded=True,
-        knows_rate=True,
+        OF_FLOOR,
+        {},
+        level="told",
+        band=BAND,
+        told=True,
+        ours=True,
     ),
 }

@@ -1,7 +1,8 @@
 """A run of a method: its step, its validation on the way, and what it reaches."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,15 @@ import optax
 
 from benchmarks import training
 from benchmarks.pools import Sets
-from benchmarks.rivals.methods import Method, Recipe
+from benchmarks.rivals import problems, stops
+from benchmarks.rivals.before import Known
+from benchmarks.rivals.methods import Recipe
 from benchmarks.rivals.settings import Constants, Problem
-from benchmarks.training import cross_entropy, grad, scan, value_and_grad
+from benchmarks.training import cross_entropy, scan, value_and_grad
 from flood_optax import flood_mean, levels, scale_by_flood
 
 READOUTS = ("last", "averaged")  # of the weights, in the order of all that follows
-COLUMNS = ("score", "accuracy", "loss", "ece")  # the first on noisy validation labels
-TIE = 1e-6  # what validation loss counts beside validation accuracy
+COLUMNS = ("validation", "validation_loss", "accuracy", "loss")  # of noisy, true labels
 
 
 class Now(NamedTuple):
@@ -28,77 +30,101 @@ class Now(NamedTuple):
 
 
 class Run(NamedTuple):
+    """What changes from step to step; `memory` is ELR's targets."""
+
     params: Any
     state: Any
     average: Any
+    memory: Any
     steps: jax.Array
 
 
-def trainer(
-    problem: Problem,
-    method: Method,
-    recipes: Sequence[Recipe],
-    constants: Constants,
-) -> training.Train:
-    """From the number of a recipe and a key to what a run reaches.
+def stops_of(kind: str) -> tuple[str, ...]:
+    """Where runs of a kind are read off: at the end, at the best check, by rules."""
+    return ("last", "best", *(("wave", "evidence") if kind == "stops" else ()))
+
+
+def trainer(problem: Problem, kind: str, constants: Constants) -> Callable[..., Any]:
+    """From recipes, a key, a share of flips and what is known to what runs reach.
 
     The key decides data, flips, initialisation and batches, the same for all methods.
-    `last` and `best` are [2, 4], by READOUTS and COLUMNS: at the end of the run, and at
-    the check at which the validation score of the readout was highest.
+    The result is [recipes, stops, READOUTS, COLUMNS]; the stop "best" is the check at
+    which the readout had the highest validation accuracy, of equal ones the least loss.
     """
-    table = Recipe(*(jnp.array(column) for column in zip(*recipes, strict=True)))
-    size = problem.size
-    every = size.steps // constants.checks
 
-    def train(number: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-        recipe = Recipe(*(column[number.astype(int)] for column in table))
-        keys = jax.random.split(key, 5)
-        sets = problem.draw(keys[0], recipe.flips)
-        params = problem.network.init(keys[1], sets.train[0][:1])
-        fit = Fit(problem, method, recipe, constants, sets)
-        fit.prepare(keys[4])
-        optimizer = fit.optimizer()
-
-        def step(run: Run, now: Now) -> tuple[Run, jax.Array]:
-            grads, value = fit.gradient(run, now)
-            updates, state = optimizer.update(grads, run.state, run.params, value=value)
-            params = optax.apply_updates(run.params, updates)
-            # a plain mean at first, so that the start is forgotten
-            pace = jnp.maximum(1 - constants.average, 1 / (run.steps + 1))
-            average = optax.incremental_update(params, run.average, pace)
-            return Run(params, state, average, run.steps + 1), value
-
-        def check(carry: Any, steps: Now) -> tuple[Any, jax.Array]:
-            run, best, scores = carry
-            run, values = scan(step, run, steps)
-            now = fit.readouts(run)
-            new = jnp.stack([fit.score(params) for params in now])
-            best = tuple(
-                jax.tree.map(
-                    lambda a, b, i=i: jnp.where(new[i] > scores[i], a, b), *two
-                )
-                for i, two in enumerate(zip(now, best, strict=True))
-            )
-            return (run, best, jnp.maximum(scores, new)), values.mean()
-
-        order = jax.vmap(lambda k: training.batches(k, size.train, size.batch))(
-            jax.random.split(keys[2], -(-size.steps // (size.train // size.batch)))
-        ).reshape(-1, size.batch)[: every * constants.checks]
-        count = len(order)
-        steps = Now(order, jax.random.split(keys[3], count), jnp.arange(count) / count)
-        steps = jax.tree.map(
-            lambda a: a.reshape(constants.checks, every, *a.shape[1:]), steps
+    @jax.jit
+    def train(
+        recipes: Recipe, key: jax.Array, flips: jax.Array, known: Known
+    ) -> jax.Array:
+        one = functools.partial(
+            run_of, problem, kind, constants, key=key, flips=flips, known=known
         )
-        run = Run(params, optimizer.init(params), params, jnp.int32(0))
-        start = run, fit.readouts(run), jnp.full(len(READOUTS), -jnp.inf)
-        (run, best, _), losses = scan(check, start, steps)
-        return {
-            "last": jnp.stack([fit.reached(params) for params in fit.readouts(run)]),
-            "best": jnp.stack([fit.reached(params) for params in best]),
-            "train_loss": losses[-1],
-        }
+        if problem.size.lanes < len(recipes.rate):
+            return jax.lax.map(one, recipes, batch_size=problem.size.lanes)
+        return jax.vmap(one)(recipes)
 
     return train
+
+
+def stacked(recipes: Sequence[Recipe]) -> Recipe:
+    """Recipes as one of arrays."""
+    columns = zip(*recipes, strict=True)
+    return Recipe(*(jnp.array(column, jnp.float32) for column in columns))
+
+
+def run_of(
+    problem: Problem,
+    kind: str,
+    constants: Constants,
+    recipe: Recipe,
+    *,
+    key: jax.Array,
+    flips: jax.Array,
+    known: Known,
+) -> jax.Array:
+    """What a run reaches, [stops, READOUTS, COLUMNS]."""
+    size = problem.size
+    every = size.steps // constants.checks
+    keys = jax.random.split(key, 5)
+    sets = problem.draw(keys[0], flips)
+    params = problem.network.init(keys[1], sets.train[0][:1])
+    fit = Fit(problem, kind, constants, recipe, sets=sets, known=known)
+    optimizer = fit.optimizer()
+
+    def step(run: Run, now: Now) -> tuple[Run, None]:
+        grads, value, memory = fit.gradient(run, now)
+        updates, state = optimizer.update(grads, run.state, run.params, value=value)
+        params = optax.apply_updates(run.params, updates)
+        # a plain mean at first, so that the start is forgotten
+        pace = jnp.maximum(1 - constants.average, 1 / (run.steps + 1))
+        average = optax.incremental_update(params, run.average, pace)
+        return Run(params, state, average, memory, run.steps + 1), None
+
+    def check(carry: Any, steps: Now) -> tuple[Any, None]:
+        run, best, scores, rules = carry
+        run, _ = scan(step, run, steps)
+        now = fit.readouts(run)
+        new = jnp.stack([fit.score(params) for params in now])
+        best = tuple(
+            stops.keep(b, a, new[i] > scores[i])
+            for i, (a, b) in enumerate(zip(now, best, strict=True))
+        )
+        return (run, best, jnp.maximum(scores, new), fit.followed(rules, now)), None
+
+    order = jax.vmap(lambda k: training.batches(k, size.train, size.batch))(
+        jax.random.split(keys[2], -(-size.steps // (size.train // size.batch)))
+    ).reshape(-1, size.batch)[: every * constants.checks]
+    count = len(order)
+    steps = Now(order, jax.random.split(keys[3], count), jnp.arange(count) / count)
+    steps = jax.tree.map(
+        lambda a: a.reshape(constants.checks, every, *a.shape[1:]), steps
+    )
+    run = Run(params, optimizer.init(params), params, fit.targets(), jnp.int32(0))
+    models = fit.readouts(run)
+    start = run, models, jnp.full(len(READOUTS), -jnp.inf), fit.rules(models)
+    (run, best, _, rules), _ = scan(check, start, steps)
+    ends = [fit.readouts(run), best, *(rule.models for rule in rules)]
+    return jnp.stack([jnp.stack([fit.reached(one) for one in end]) for end in ends])
 
 
 class Fit:
@@ -107,50 +133,50 @@ class Fit:
     def __init__(
         self,
         problem: Problem,
-        method: Method,
-        recipe: Recipe,
+        kind: str,
         constants: Constants,
+        recipe: Recipe,
+        *,
         sets: Sets,
+        known: Known,
     ):
-        self.problem, self.method, self.recipe = problem, method, recipe
-        self.constants, self.sets = constants, sets
-        self.held_out: jax.Array | None = None
-
-    def prepare(self, key: jax.Array) -> None:
-        """What a method finds out before it trains."""
-        if self.method.kind == "adaflood":
-            self.held_out = held_out_losses(
-                self.problem, self.constants, self.sets, key
-            )
+        self.problem, self.kind, self.recipe = problem, kind, recipe
+        self.constants, self.sets, self.known = constants, sets, known
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        r = self.recipe
-        if self.method.kind == "schedule_free":
-            free = optax.contrib.schedule_free_adamw(r.rate)
-            return optax.with_extra_args_support(free)
-
-        steps = self.problem.size.steps
+        r, steps = self.recipe, self.problem.size.steps
 
         def rate(step: Any) -> Any:
             half_cosine = 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
             return r.rate * jnp.where(r.cosine > 0, half_cosine, 1.0)
 
+        if self.kind == "schedule_free":
+            free = optax.contrib.schedule_free_adamw(cast(Any, rate))
+            return optax.with_extra_args_support(free)
+        # an infinite level has no band
+        band = jnp.where(self.level > -jnp.inf, r.band * self.level, 0.0)
         adam = optax.adamw(rate, weight_decay=r.decay)
-        return optax.chain(scale_by_flood(r.level, band=r.band), adam)
+        return optax.chain(scale_by_flood(self.level, band=band), adam)
 
-    def raw(self, params: Any, now: Now) -> tuple[jax.Array, Any]:
-        """The loss of a batch and its gradient."""
-        return value_and_grad(self.objective)(params, now)
+    @property
+    def level(self) -> jax.Array:
+        """As given, or a part of the noise floor at the estimated share."""
+        r = self.recipe
+        floor = levels.noise_floor(self.known.rate, self.problem.classes)
+        return jnp.where(r.of_estimate > 0, r.of_estimate * floor, r.level)
 
-    def gradient(self, run: Run, now: Now) -> tuple[Any, jax.Array]:
-        """The gradient at the place that the method asks, and the loss of the run."""
-        value, grads = self.raw(run.params, now)
-        if self.method.kind == "sam":
-            return self.raw(self.moved(run.params, grads), now)[1], value
-        if self.method.kind == "msam":  # one gradient, and the loss where it is taken
+    def gradient(self, run: Run, now: Now) -> tuple[Any, jax.Array, Any]:
+        """The gradient where the method asks, the loss of the run, ELR's targets."""
+        raw = value_and_grad(self.objective, has_aux=True)
+        if self.kind == "msam":  # one gradient, and the loss where it is taken
             towards = optax.tree.scale(-1, optax.tree.get(run.state, "mu"))
-            value, grads = self.raw(self.moved(run.params, towards), now)
-        return grads, value
+            at = self.moved(run.params, towards)
+            (value, memory), grads = raw(at, now, run.memory)
+            return grads, value, memory
+        (value, memory), grads = raw(run.params, now, run.memory)
+        if self.kind == "sam":
+            _, grads = raw(self.moved(run.params, grads), now, run.memory)
+        return grads, value, memory
 
     def moved(self, params: Any, towards: Any) -> Any:
         """A radius away; where there is no direction, nowhere."""
@@ -158,26 +184,52 @@ class Fit:
         scale = self.recipe.strength / jnp.where(length > 0, length, 1.0)
         return optax.tree.add_scale(params, scale, towards)
 
-    def objective(self, params: Any, now: Now) -> jax.Array:
+    def targets(self) -> Any:
+        """ELR's, before the first step."""
+        if self.kind != "elr":
+            return ()
+        return jnp.zeros((*self.sets.train[1].shape, self.problem.classes))
+
+    def objective(
+        self, params: Any, now: Now, memory: Any = ()
+    ) -> tuple[jax.Array, Any]:
+        """The mean loss of a batch, and ELR's targets after it."""
         x, y = (array[now.batch] for array in self.sets.train)
-        r, kind = self.recipe, self.method.kind
-        if kind == "mixup":
-            part_key, order_key = jax.random.split(now.key)
+        r, key = self.recipe, now.key
+        if self.problem.shift:
+            shift_key, key = jax.random.split(key)
+            x = problems.shifted(shift_key, x, self.problem.shift)
+        if self.kind == "mixup":
+            part_key, order_key = jax.random.split(key)
             part = jax.random.beta(part_key, r.strength, r.strength)
             other = jax.random.permutation(order_key, len(x))
             logits = self.logits(params, part * x + (1 - part) * x[other])
             mixed = part * self.losses(logits, y)
-            return (mixed + (1 - part) * self.losses(logits, y[other])).mean()
-        losses = self.losses(self.logits(params, x, now.key), y)
-        if kind == "adaflood":
-            assert self.held_out is not None
-            theta = levels.adaflood(self.held_out[now.batch], r.strength)
-            return flood_mean(losses, theta, over="example")
-        return losses.mean()
+            return (mixed + (1 - part) * self.losses(logits, y[other])).mean(), memory
+        logits = self.logits(params, x, key)
+        losses = self.losses(logits, y)
+        if self.kind == "adaflood":
+            theta = levels.adaflood(self.known.held_out[now.batch], r.strength)
+            return flood_mean(losses, theta, over="example"), memory
+        if self.kind == "elr":
+            probs = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
+            fixed = jax.lax.stop_gradient(probs)
+            new = fixed / fixed.sum(-1, keepdims=True)
+            targets = r.memory * memory[now.batch] + (1 - r.memory) * new
+            agreement = (targets * probs).sum(-1)
+            losses = losses + r.strength * jnp.log(1 - agreement)
+            return losses.mean(), memory.at[now.batch].set(targets)
+        weights = jnp.where(
+            r.kept > 1.5,
+            self.known.confident[now.batch],
+            jnp.where(r.kept > 0.5, self.known.upheld[now.batch], 1.0),
+        ).reshape(-1, *(1,) * (losses.ndim - 1))
+        weights = jnp.broadcast_to(weights, losses.shape)
+        return (weights * losses).sum() / jnp.maximum(weights.sum(), 1), memory
 
     def logits(self, params: Any, x: jax.Array, key: jax.Array | None = None) -> Any:
         network, share = self.problem.network, self.recipe.strength
-        if self.method.kind != "dropout" or key is None:
+        if self.kind != "dropout" or key is None:
             return network.logits(params, x)
 
         def drop(hidden: jax.Array, layer: int) -> jax.Array:
@@ -188,11 +240,12 @@ class Fit:
         return network.logits(params, x, drop)
 
     def losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """Cross-entropies of smoothed labels, or corrected for a known share of flips.
+        """Cross-entropies of smoothed labels, or corrected, or generalised.
 
         With flips at the rate e the label's probability is that of the class times
         1 - e, and e / (c - 1) for each other class (Patrini et al., CVPR 2017,
-        "forward").
+        "forward"). Generalised with the exponent q it is (1 - p^q) / q of the label's
+        probability p (Zhang and Sabuncu, NeurIPS 2018).
         """
         r, others = self.recipe, self.problem.classes - 1
         log_probs = jax.nn.log_softmax(logits)
@@ -201,59 +254,58 @@ class Fit:
         right = jnp.log(1 - r.assumed - wrong) + of_label
         losses = -jnp.logaddexp(right, jnp.log(wrong))
         evenly = -log_probs.mean(-1)
-        return losses + r.smoothing * (evenly - losses)
+        losses = losses + r.smoothing * (evenly - losses)
+        q = jnp.where(r.exponent > 0, r.exponent, 1.0)
+        return jnp.where(r.exponent > 0, -jnp.expm1(q * of_label) / q, losses)
 
     def readouts(self, run: Run) -> tuple[Any, Any]:
         """The last weights and the averaged ones."""
-        if self.method.kind == "schedule_free":
+        if self.kind == "schedule_free":
             evaluated = optax.contrib.schedule_free_eval_params(run.state, run.params)
             return evaluated, evaluated
         return run.params, run.average
 
+    def rules(self, models: Any) -> tuple[stops.Stop, ...]:
+        """Label Wave and the gradients' evidence before the first step."""
+        if self.kind != "stops":
+            return ()
+        return (
+            stops.wave_start(models, self.predicted(models[0])),
+            stops.evidence_start(models),
+        )
+
+    def followed(self, rules: tuple[stops.Stop, ...], models: Any) -> Any:
+        """The rules after a check; both judge the last weights."""
+        if not rules:
+            return rules
+        n = self.constants.probed
+        examples = tuple(array[:n] for array in self.sets.train)
+        criterion = stops.evidence_criterion(self.of_example, models[0], examples)
+        patience = self.constants.patience
+        return (
+            stops.wave(rules[0], models, self.predicted(models[0]), patience),
+            stops.evidence(rules[1], models, criterion),
+        )
+
+    def predicted(self, params: Any) -> jax.Array:
+        x, _ = self.sets.train
+        return self.problem.network.logits(params, x).argmax(-1)
+
+    def of_example(self, params: Any, example: Any) -> jax.Array:
+        x, y = (part[None] for part in example)
+        return self.losses(self.problem.network.logits(params, x), y).mean()
+
+    def seen(self, params: Any, part: Any) -> jax.Array:
+        """Accuracy and loss on a set."""
+        logits: Any = self.problem.network.logits(params, part[0])
+        return training.loss_and_accuracy(logits, part[1])[::-1]
+
     def score(self, params: Any) -> jax.Array:
         """Validation accuracy; of equal ones the lower validation loss counts."""
-        x, y = self.sets.validation
-        logits = self.problem.network.logits(params, x)
-        loss, accuracy = training.loss_and_accuracy(logits, y)
-        return accuracy - TIE * loss
+        accuracy, loss = self.seen(params, self.sets.validation)
+        return accuracy - 1e-6 * loss
 
     def reached(self, params: Any) -> jax.Array:
         """The COLUMNS."""
-        x, y = self.sets.test
-        logits: Any = self.problem.network.logits(params, x)
-        loss, accuracy = training.loss_and_accuracy(logits, y)
-        flat = logits.reshape(-1, logits.shape[-1])
-        ece = training.expected_calibration_error(flat, y.ravel(), self.constants.bins)
-        return jnp.stack([self.score(params), accuracy, loss, ece])
-
-
-def held_out_losses(
-    problem: Problem, constants: Constants, sets: Sets, key: jax.Array
-) -> jax.Array:
-    """AdaFlood's: each example's loss under a model that has not seen it."""
-    (x, y), size, network = sets.train, problem.size, problem.network
-    steps = max(1, round(constants.held_out * size.steps))
-    optimizer = optax.adam(constants.rate)
-
-    def mean_loss(params: Any, at: jax.Array) -> jax.Array:
-        return cross_entropy(network.logits(params, x[at]), y[at]).mean()
-
-    def fit(indices: jax.Array, key: jax.Array) -> Any:
-        init_key, batch_key = jax.random.split(key)
-
-        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-            params, state = carry
-            at = jax.random.choice(key, indices, (size.batch,), replace=False)
-            updates, state = optimizer.update(grad(mean_loss)(params, at), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        params = network.init(init_key, x[:1])
-        start = params, optimizer.init(params)
-        return scan(step, start, jax.random.split(batch_key, steps))[0][0]
-
-    def evaluate(params: Any, indices: jax.Array) -> jax.Array:
-        return cross_entropy(network.logits(params, x[indices]), y[indices])
-
-    return levels.held_out_losses(
-        fit, evaluate, len(y), num_folds=constants.folds, key=key, vmap=True
-    )
+        parts = self.sets.validation, self.sets.test
+        return jnp.concatenate([self.seen(params, part) for part in parts])

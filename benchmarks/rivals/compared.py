@@ -1,0 +1,258 @@
+"""What the methods reach by the configurations tried, and how that is compared."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import statistics
+from benchmarks.rivals.methods import METHODS
+from benchmarks.rivals.settings import SIZES, TITLES, TRIES
+
+Payload = Mapping[str, Any]
+Group = Sequence[str]
+
+WHEN = {"end": "last", "early": "best"}  # which stop a validation set chooses at
+READOUTS = ("last", "averaged")
+RECIPE = ("estimated", "constant", "averaged")  # as recommended, nothing tuned
+PLAIN = ("plain", "constant", "last")
+RIVALS = [m for m, one in METHODS.items() if not one.ours]
+OURS = [m for m, one in METHODS.items() if one.ours]
+UNTOLD = [m for m in RIVALS if not METHODS[m].told]
+COMPARED: dict[str, tuple[str, Group, Group]] = {  # a group of ours, and its rivals
+    "all": ("every flooded recipe, every rival", OURS, RIVALS),
+    "untold": (
+        "nobody is told the share of wrong labels",
+        [m for m in OURS if not METHODS[m].told],
+        UNTOLD,
+    ),
+    "told": ("both are told it: at the noise floor, forward", ["floor"], ["forward"]),
+    "recipe": ("the recommended recipe, share estimated", ["estimated"], UNTOLD),
+    "band": ("flooding in a band alone", ["band"], UNTOLD),
+    "bare": ("flooding without band or averaging", ["flooding"], UNTOLD),
+}
+COLUMNS: dict[str, tuple[str, bool]] = {  # a title, and whether labels are wrong
+    "none": ("wrong labels, no validation set", True),
+    "end": ("wrong labels, at the end", True),
+    "early": ("wrong labels, stopped early", True),
+    "clean/end": ("right labels, at the end", False),
+    "clean/early": ("right labels, stopped early", False),
+}
+PARTNERS = {  # what flooding is added to, and the two together
+    "plain": "band",
+    "decay": "band_decay",
+    "dropout": "band_dropout",
+    "sam": "band_sam",
+}
+
+
+class Setting:
+    """A piece at a share of wrong labels: the seeds that every method has run."""
+
+    def __init__(self, piece: Payload, flips: float):
+        self.piece, self.flips = piece["piece"], flips
+        self.data, self.text = piece["data"], piece["piece"] == "text"
+        size = piece["protocol"]
+        self.ratio = size["test"] / max(1, piece["pool"] - size["test"])
+        by_method: dict[str, dict[int, Any]] = {}
+        for row in piece["rows"]:
+            if row["flips"] == flips:
+                by_method.setdefault(row["method"], {})[row["seed"]] = row
+        wanted = [
+            m
+            for m in piece["methods_tried"]
+            if METHODS[m].fits(flips, is_text=self.text)
+        ]
+        seeds = [set(by_method.get(method, ())) for method in wanted]
+        self.seeds = sorted(set.intersection(*seeds)) if seeds else []
+        self.rows = {m: [by_method[m][seed] for seed in self.seeds] for m in wanted}
+
+    @property
+    def title(self) -> str:
+        return f"{TITLES.get(self.piece, self.piece)}, {self.flips:.0%}"
+
+    def has(self, method: str, when: str = "end") -> bool:
+        """Whether it was run; a rule that stops by itself is not stopped early."""
+        one = METHODS[method]
+        if when == "none" and one.defaults is None:
+            return False
+        return (one.of or method) in self.rows and not (one.of and when == "early")
+
+    @functools.cache  # noqa: B019 - as long as the findings
+    def tried(self, method: str, k: int, when: str) -> np.ndarray:
+        """The expected accuracy [seeds] of the best of k tries by validation."""
+        one = METHODS[method]
+        stop = one.stop if one.of else WHEN[when]
+        validation, accuracy = (
+            np.array(
+                [numbers_in(row[column][stop]) for row in self.rows[one.of or method]]
+            )
+            for column in ("validation", "accuracy")
+        )
+        return statistics.expected_best(k, validation, accuracy)
+
+    def fixed(self, method: str, schedule: str, readout: str) -> np.ndarray:
+        """The accuracy [seeds] of the defaults, where nothing is validated."""
+        one = METHODS[method]
+        name = f"{schedule}/{one.stop}/{readout}"
+        rows = self.rows[one.of or method]
+        return np.array([numbers_in(row["defaults"][name])[0] for row in rows])
+
+    def group(self, methods: Group, column: str) -> dict[str, np.ndarray]:
+        """What each of a group reaches, by the selection of a column."""
+        when = column.rpartition("/")[2]
+        there = [m for m in methods if self.has(m, when)]
+        if when != "none":
+            return {m: self.tried(m, TRIES, when) for m in there}
+        ours = all(METHODS[m].ours for m in methods)
+        return {
+            f"{m}/{readout}": self.fixed(m, "constant", readout)
+            for m in there
+            for readout in (READOUTS if not ours else RECIPE[2:])
+        }
+
+
+def numbers_in(line: str) -> np.ndarray:
+    return np.array(line.split(), float)
+
+
+def settings_of(payload: Payload) -> list[Setting]:
+    """Those with two seeds at least: one cannot both choose and judge."""
+    pieces = sorted(pieces_of(payload), key=lambda one: list(SIZES).index(one["piece"]))
+    found = [
+        Setting(piece, flips)
+        for piece in pieces
+        for flips in piece["protocol"]["flips"]
+    ]
+    return [one for one in found if len(one.seeds) > 1]
+
+
+def pieces_of(payload: Payload) -> Sequence[Payload]:
+    return payload.get("pieces", [payload])
+
+
+Difference = Callable[[Setting], np.ndarray | None]
+
+
+def effect(settings: Iterable[Setting], difference: Difference) -> statistics.Effect:
+    """The mean of a difference over the settings, data sets being the unit."""
+    found: dict[str, list[np.ndarray]] = {}
+    for setting in settings:
+        one = difference(setting)
+        if one is not None:
+            found.setdefault(setting.data, []).append(one)
+    if not found:
+        return statistics.Effect(float("nan"), float("inf"), 0)
+    return statistics.clustered(found)
+
+
+def mean(settings: Iterable[Setting], difference: Difference) -> float:
+    seen = [one.mean() for s in settings if (one := difference(s)) is not None]
+    return float(np.mean(seen)) if seen else float("nan")
+
+
+class Findings:
+    """All that the tables, numbers and figures are made from."""
+
+    def __init__(self, payload: Payload):
+        self.payload = payload
+        self.settings = settings_of(payload)
+        self.noisy = [s for s in self.settings if s.flips > 0]
+        self.clean = [s for s in self.settings if s.flips == 0]
+        self.methods = [m for m in METHODS if any(s.has(m) for s in self.settings)]
+
+    def gain_of_tries(self, method: str, k: int, when: str, *, noisy: bool) -> float:
+        """Over plain training's defaults, with its last weights, at the end."""
+        return mean(
+            self.noisy if noisy else self.clean,
+            lambda s: (
+                s.tried(method, k, when) - s.fixed(*PLAIN)
+                if s.has(method, when)
+                else None
+            ),
+        )
+
+    def gain_of_fixed(
+        self, method: str, schedule: str, readout: str, *, noisy: bool
+    ) -> float:
+        return mean(
+            self.noisy if noisy else self.clean,
+            lambda s: (
+                s.fixed(method, schedule, readout) - s.fixed(*PLAIN)
+                if s.has(method, "none")
+                else None
+            ),
+        )
+
+    def over_plain(self, when: str) -> dict[str, statistics.Effect]:
+        """Each method beside plain training, both the best of all their tries."""
+        return {
+            method: effect(
+                self.noisy,
+                lambda s, m=method: (
+                    s.tried(m, TRIES, when) - s.tried("plain", TRIES, when)
+                    if s.has(m, when)
+                    else None
+                ),
+            )
+            for method in self.methods
+            if method != "plain" and any(s.has(method, when) for s in self.noisy)
+        }
+
+    def beside_recipe(self) -> dict[str, statistics.Effect]:
+        """The recommended recipe less each method's better readout, none validated."""
+        return {
+            f"{method}/{readout}": effect(
+                self.noisy,
+                lambda s, m=method, r=readout: (
+                    s.fixed(*RECIPE) - s.fixed(m, "constant", r)
+                    if s.has(m, "none") and s.has(RECIPE[0], "none")
+                    else None
+                ),
+            )
+            for method in self.methods
+            if METHODS[method].defaults is not None
+            for readout in READOUTS
+            if (method, "constant", readout) != RECIPE
+        }
+
+    def standings(self) -> dict[str, dict[str, statistics.Effect]]:
+        """Of each group of ours beside its rivals, by the selection of a column."""
+
+        def difference(s: Setting, name: str, column: str) -> np.ndarray | None:
+            _, ours, rivals = COMPARED[name]
+            groups = s.group(ours, column), s.group(rivals, column)
+            if not all(groups):
+                return None
+            one, other = (statistics.cross_fitted(group) for group in groups)
+            return one - other
+
+        return {
+            name: {
+                column: effect(
+                    self.noisy if noisy else self.clean,
+                    lambda s, n=name, c=column: difference(s, n, c),
+                )
+                for column, (_, noisy) in COLUMNS.items()
+            }
+            for name in COMPARED
+        }
+
+    def added(self) -> dict[str, dict[str, statistics.Effect]]:
+        """What a band adds to a method, by when the runs are read off."""
+        return {
+            partner: {
+                when: effect(
+                    self.noisy,
+                    lambda s, a=both, b=partner, w=when: (
+                        s.tried(a, TRIES, w) - s.tried(b, TRIES, w)
+                        if s.has(a) and s.has(b)
+                        else None
+                    ),
+                )
+                for when in WHEN
+            }
+            for partner, both in PARTNERS.items()
+            if both in self.methods
+        }
