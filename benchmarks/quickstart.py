@@ -15,7 +15,7 @@ from tqdm import tqdm
 import flood_optax
 from benchmarks import data, report, statistics, study
 from benchmarks.pictures import BLUE, INCHES, INK, RED, panels, say
-from benchmarks.training import cross_entropy
+from benchmarks.training import cross_entropy, loss_and_accuracy, value_and_grad
 
 TRAIN, NOISE, WIDTH, LEARNING_RATE = 300, 0.2, 256, 1e-3
 LEVELS, SEEDS, EPOCHS = (0.2, 0.4, 0.6), (0, 1, 2), 300
@@ -38,61 +38,62 @@ class MLP(nnx.Module):
         return self.out(hidden)
 
 
-def loss_fn(model: MLP, x: jax.Array, y: jax.Array) -> jax.Array:
-    return cross_entropy(model(x), y).mean()
-
-
-@nnx.jit
-def plain_step(model: MLP, optimizer: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """What people write; with `scale_by_flood` in the chain it floods."""
-    loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-    optimizer.update(model, grads, value=loss)
-    return loss
-
-
-@nnx.jit
-def flooded_step(
-    model: MLP, optimizer: Any, x: jax.Array, y: jax.Array, level: jax.Array
-) -> jax.Array:
-    """The loss form: the same step on the wrapped loss, whose info has the raw one."""
-    flooded_fn = flood_optax.flooded(loss_fn, level, return_info=True)
-    (_, info), grads = nnx.value_and_grad(flooded_fn, has_aux=True)(model, x, y)
-    optimizer.update(model, grads)
-    return info.loss
-
-
-@nnx.jit
-def evaluate(model: MLP, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Evaluation is never flooded."""
-    return loss_fn(model, x, y), jnp.mean(model(x).argmax(-1) == y)
-
-
-@functools.cache
-def optax_form(level: float | None) -> optax.GradientTransformation:
+def optimizer(form: str, level: Any) -> optax.GradientTransformationExtraArgs:
+    """Adam, behind a flood in the optax form alone."""
     adam = optax.adam(LEARNING_RATE)
-    if level is None:
-        return optax.with_extra_args_support(adam)
-    return optax.chain(flood_optax.scale_by_flood(level), adam)
+    if form == "optax form":
+        return optax.chain(flood_optax.scale_by_flood(level), adam)
+    return optax.with_extra_args_support(adam)
 
 
-def train(form: str, level: float | None, seed: int, epochs: int, bar: Any) -> Any:
-    """One run: the curves of the raw losses, and the parameters it ends with."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step(form: str, graph: Any, run: Any, level: jax.Array, batch: Any) -> Any:
+    """A step of any level is one program for each form; it returns the raw loss."""
+    (params, state), (x, y) = run, batch
+
+    def loss_fn(params: Any) -> jax.Array:
+        return cross_entropy(nnx.merge(graph, params)(x), y).mean()
+
+    if form == "loss form":
+        flooded_fn = flood_optax.flooded(loss_fn, level, return_info=True)
+        (_, info), grads = value_and_grad(flooded_fn, has_aux=True)(params)
+        loss = info.loss
+    else:
+        loss, grads = value_and_grad(loss_fn)(params)
+    updates, state = optimizer(form, level).update(grads, state, params, value=loss)
+    return (optax.apply_updates(params, updates), state), loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(graph: Any, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Evaluation is never flooded; float32 is enough for what is only looked at."""
+    model = nnx.merge(graph, optax.tree.cast(params, jnp.float32))
+    return loss_and_accuracy(model(x), y)
+
+
+def train(
+    form: str, level: float | None, seed: int, epochs: int, bar: Any, *, drawn: bool
+) -> Any:
+    """One run: the curves of the raw losses, and the parameters it ends with.
+
+    What is not drawn is evaluated at its end alone, and NaN before.
+    """
     split = data.digits(train=TRAIN, noise=NOISE, seed=seed)
     batch = (jnp.asarray(split.train_x), jnp.asarray(split.train_y))
     test = (jnp.asarray(split.test_x), jnp.asarray(split.test_y))
-    model = MLP(nnx.Rngs(seed))
-    transformation = optax_form(level if form == "optax form" else None)
-    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-    curves: list[list[jax.Array]] = []
-    for _ in range(epochs):  # one full batch each
-        if form == "loss form":
-            train_loss = flooded_step(model, optimizer, *batch, jnp.asarray(level))
-        else:
-            train_loss = plain_step(model, optimizer, *batch)
-        curves.append([train_loss, *evaluate(model, *test)])
+    graph, params = nnx.split(MLP(nnx.Rngs(seed)), nnx.Param)
+    at = jnp.asarray(-jnp.inf if level is None else level)
+    run = params, optimizer(form, at).init(params)
+    losses: list[jax.Array] = []
+    seen = np.full((epochs, 2), np.nan)
+    for epoch in range(epochs):  # one full batch each
+        run, loss = step(form, graph, run, at, batch)
+        losses.append(loss)
+        if drawn or epoch == epochs - 1:
+            seen[epoch] = evaluate(graph, run[0], *test)
         bar.update()
-    params = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return np.asarray(curves), [np.asarray(leaf) for leaf in params]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(run[0])]
+    return np.column_stack([np.stack(losses), seen]), leaves
 
 
 def columns(reached: np.ndarray) -> dict[str, float]:
@@ -212,10 +213,15 @@ def compared(
     runs = [("plain", None), *((form, level) for level in levels for form in FORMS)]
     curves: dict[tuple[str, float | None], np.ndarray] = {}
     params: dict[tuple[str, float | None], list[Any]] = {}
-    with tqdm(total=len(runs) * len(seeds) * epochs, unit="epoch") as bar:
+    drawn = levels[len(levels) // 2]
+    # progress is for a terminal: None asks whether there is one
+    with tqdm(total=len(runs) * len(seeds) * epochs, unit="epoch", disable=None) as bar:
         for form, level in runs:
             bar.set_description(form if level is None else f"{form}, level {level}")
-            ends = [train(form, level, seed, epochs, bar) for seed in seeds]
+            is_drawn = (form, level) in (("plain", None), (FORMS[1], drawn))
+            ends = [
+                train(form, level, seed, epochs, bar, drawn=is_drawn) for seed in seeds
+            ]
             curves[form, level] = np.stack([end[0] for end in ends])
             params[form, level] = [end[1] for end in ends]
 
@@ -229,9 +235,9 @@ def compared(
     print(
         f"\nscikit-learn digits: {TRAIN} training examples, {NOISE:.0%} of the labels "
         f"flipped; MLP with 2 x {WIDTH} units, Adam, {epochs} epochs; mean ± sd over "
-        f"{len(seeds)} seeds."
+        f"{len(seeds)} seeds.\nLook at the test loss: where plain training ends, where "
+        "it was at its best epoch, and where flooded training ends at each level."
     )
-    drawn = levels[len(levels) // 2]
     return {
         "protocol": {
             "data": "scikit-learn digits",

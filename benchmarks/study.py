@@ -43,10 +43,11 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
         name = study.record_name(payload)
     written = record.write(name, payload, args.out)
     document = record.read(name, args.out)
+    print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
     if hasattr(study, "figures"):
         for title, figure in study.figures(document).items():
             figure.write(args.out / f"{title}.svg")
-    print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
+            print(f"Drew {args.out / title}.svg")
 
 
 def show(study: ModuleType, argv: Sequence[str] | None) -> None:

@@ -21,7 +21,13 @@ def test_quickstart_smoke_shows_that_the_forms_coincide(tmp_path, capsys):
         "optax form",
     ]
     assert (tmp_path / "quickstart.svg").stat().st_size > 10_000
-    assert quickstart.tables(result)["quickstart"] in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert quickstart.tables(result)["quickstart"] in shown.out
+    assert f"Drew {tmp_path / 'quickstart.svg'}" in shown.out
+    assert "Look at the test loss" in shown.out
+    assert not shown.err  # no progress where there is no terminal
+    plain, flooded = (np.array(result["curves"][run]) for run in ("plain", "flooded"))
+    assert np.isfinite([plain, flooded]).all()  # what is drawn is seen in each epoch
     assert jnp.zeros([]).dtype == jnp.float32  # the precision is put back
 
 
