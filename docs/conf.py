@@ -1,12 +1,17 @@
 """How Sphinx builds the pages: `python -m sphinx -W docs OUT`."""
 
+import importlib
 import pathlib
 import re
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
 
 import flood_optax
 
@@ -25,6 +30,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "benchmark_figures",
+    "heads",
     "mathml",
     "redirects",
 ]
@@ -96,7 +102,11 @@ html_domain_indices = False
 html_show_copyright = False
 html_copy_source = False
 html_theme_options = {
+    "repository_url": "https://github.com/flood-optax/flood_optax",
+    "use_repository_button": True,
+    "use_issues_button": True,
     "show_navbar_depth": 1,
+    "max_navbar_depth": 1,  # the entries of the side bar; the rest is behind them
     "navbar_persistent": [],
     "home_page_in_toc": True,
     "use_download_button": False,
@@ -114,6 +124,19 @@ def without_comments(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"<!--.*?-->", "", source[0], flags=re.DOTALL)
 
 
+OURS = ["", ".levels", ".penalty", ".sharpness", ".sweep"]
+
+
+def own_reference(app: Sphinx, env: Any, node: pending_xref, child: nodes.Node) -> None:
+    """Warns of a name of ours that leads nowhere; others' may be out of reach."""
+    modules = [importlib.import_module(f"flood_optax{name}") for name in OURS]
+    first = node["reftarget"].removeprefix("flood_optax.").partition(".")[0]
+    if any(first in module.__all__ for module in modules):
+        message = "a reference to %s leads nowhere"
+        getLogger(__name__).warning(message, node["reftarget"], location=node)
+
+
 def setup(app: Sphinx) -> None:
-    """Registers the hook."""
+    """Registers the hooks."""
     app.connect("source-read", without_comments)
+    app.connect("missing-reference", own_reference)

@@ -59,8 +59,9 @@ def relax_loss(
       where: boolean mask [...]; examples that are False count nowhere, with any label
         and logits, NaN included. If all are masked the result is NaN.
       axis_name: mapped axis or axes (shard_map, pmap) over which the batch is split.
-        L and :math:`1/n` are then those of the whole batch, as in `flood_mean`: the
-        gradient is this device's share, whose mean over devices is that of the whole.
+        L and :math:`1/n` are then those of the whole batch, as in
+        `flood_optax.flood_mean`: the gradient is this device's share, whose mean over
+        devices is that of the whole.
 
     Returns:
       A scalar of the dtype of ``logits``.

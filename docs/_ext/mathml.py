@@ -16,7 +16,7 @@ def visit_math(self: HTML5Translator, node: nodes.math) -> None:
 def visit_displaymath(self: HTML5Translator, node: nodes.math_block) -> None:
     """Writes a formula on a line of its own."""
     number = get_node_equation_number(self, node) if node["number"] else ""
-    self.body.append(self.starttag(node, "div", CLASS="math-block"))
+    self.body.append(self.starttag(node, "div", CLASS="math-block", tabindex="0"))
     self.body.append(convert(node.astext(), display="block"))
     self.body.append(f"<span>({number})</span></div>" if number else "</div>")
     raise nodes.SkipNode

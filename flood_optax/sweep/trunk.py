@@ -54,12 +54,13 @@ def forked(
     argument, wherever XLA rounds alike in both programs.
 
     This holds if ``step`` uses the level for one thing: to flood the loss that it
-    returns as ``"loss"``, by a shape that is the loss itself above the level (`flooded`
-    and `scale_by_flood` with reflect, pause or asymmetric). The state may remember the
-    level; metrics must not show it. The steps before a branch are run again, a 64th of
-    the training at most, and a level that makes them differ from the trunk is refused
-    (a soft shape, flooding per example, a metric that holds the level: use
-    `flood_optax.sweep.run`); steps before those are not looked at.
+    returns as ``"loss"``, by a shape that is the loss itself above the level
+    (`flood_optax.flooded` and `flood_optax.scale_by_flood` with reflect, pause or
+    asymmetric). The state may remember the level; metrics must not show it. The steps
+    before a branch are run again, a 64th of the training at most, and a level that
+    makes them differ from the trunk is refused (a soft shape, flooding per example, a
+    metric that holds the level: use `flood_optax.sweep.run`); steps before those are
+    not looked at.
 
     On a CPU a branch runs on each core. ``Result.steps_run`` tells what was saved of
     ``Result.steps_separate``. Calls that differ in state, batches and levels alone,

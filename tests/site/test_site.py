@@ -3,14 +3,18 @@
 import collections
 import html.parser
 import importlib
+import importlib.resources
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
 import posixpath
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.parse
 
 import pytest
@@ -248,9 +252,161 @@ def test_the_words_people_search_for_are_on_the_first_page_they_run(site, words)
     assert words in site["quickstart.html"].text
 
 
+def description(path):
+    """What a search engine shows of a page."""
+    found = re.findall(r'<meta name="description" content="([^"]*)"', path.read_text())
+    assert len(found) == 1, path
+    return found[0]
+
+
+def test_every_page_has_a_title_and_a_description_of_its_own(site):
+    heads = {}
+    for address, page in site.items():
+        if page.moved or address in ("genindex.html", "search.html"):
+            continue
+        path = site.root / address
+        (title,) = re.findall(r"<title>(.*?)</title>", path.read_text(), re.DOTALL)
+        assert title not in heads, address
+        heads[title] = description(path)
+        assert 40 < len(heads[title]) < 400, address
+    front = re.search(r"<title>(.*?)</title>", (site.root / "index.html").read_text())
+    assert front[1].startswith("Flooding for JAX and Optax ")
+    assert len(set(heads.values())) > 0.9 * len(heads)
+
+
+def test_every_page_leads_to_the_repository_and_its_issues(site):
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        urls = tomllib.load(file)["project"]["urls"]
+    for address, page in site.items():
+        assert page.moved or urls["Source"] in page.links, address
+    issues = [link for link in site["traps.html"].links if urls["Issues"] in link]
+    assert issues
+
+
+SOUGHT = {
+    "LoRA": "traps",
+    "PINN": "traps",
+    "GAN": "family",
+    "unlearning": "unlearning",
+    "loss goes to zero": "quickstart",
+    "free bits": "family",
+    "gradient accumulation": "traps",
+    "sharpness": "theory",
+}
+
+
+@pytest.mark.parametrize("words", SOUGHT)
+def test_search_finds(site, words):
+    """As the page's own script does: every stem, in the titles or in the text."""
+    text = (site.root / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(
+        re.fullmatch(r"Search\.setIndex\((.*)\);?\s*", text, re.DOTALL)[1]
+    )
+    english = pytest.importorskip("sphinx.search.en").SearchEnglish({})
+
+    def pages(word):
+        stem = english.stem(word.lower())
+        found = set()
+        for terms in (index["terms"], index["titleterms"]):
+            numbers = terms.get(stem, [])
+            found |= {numbers} if isinstance(numbers, int) else set(numbers)
+        return {index["docnames"][number] for number in found}
+
+    stops = english.stopwords
+    found = [pages(word) for word in words.split() if word.lower() not in stops]
+    assert SOUGHT[words] in set.intersection(*found)
+    assert not pages("zeppelin")
+
+
+def test_a_name_of_ours_that_leads_nowhere_stops_the_build(tmp_path):
+    """Docstrings name each other; names of JAX may be out of reach, with no network."""
+    conf = (
+        (DOCS / "conf.py")
+        .read_text()
+        .replace("pathlib.Path(__file__).parent", f"pathlib.Path({str(DOCS)!r})")
+    )
+    (tmp_path / "conf.py").write_text(conf + "redirects = {}\n")
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_templates").mkdir()
+    (tmp_path / "_static" / "site.css").touch()
+    text = "# Title\n\n{py:obj}`flood_optax.flooded` {py:obj}`jax.no_such_name`\n"
+    (tmp_path / "index.md").write_text(text)
+    result = build(tmp_path, tmp_path / "out")
+    assert result.returncode != 0
+    assert "a reference to flood_optax.flooded leads nowhere" in result.stderr
+    assert "no_such_name" not in result.stderr
+
+
 def test_a_warning_stops_the_build(tmp_path):
     (tmp_path / "conf.py").write_text("extensions = ['myst_parser']\n")
     (tmp_path / "index.md").write_text("# Title\n\n[gone](gone.md)\n")
     result = build(tmp_path, tmp_path / "out")
     assert result.returncode != 0
     assert "gone.md" in result.stderr
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A Chromium of this machine, driven by the package that brings axe-core."""
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="axe-core needs the extra `dev`."
+    )
+    pytest.importorskip("axe_playwright_python")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("There is no Chromium on this machine.")
+    with driver.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def seen_by(view, site, addresses):
+    """Serious findings of axe-core, and pages to be moved sideways."""
+    axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
+    script, wrong = axe.read_text(encoding="utf-8"), []
+    for address in addresses:
+        view.goto((site.root / address).as_uri())
+        view.evaluate(script)
+        over = view.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if over > 0:
+            wrong.append((address, "wider than the screen"))
+        wrong += [
+            (address, fault["id"], *(node["html"] for node in fault["nodes"][:1]))
+            for fault in view.evaluate("axe.run()")["violations"]
+            if fault["impact"] in ("serious", "critical")
+        ]
+    return wrong
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_pages_are_accessible_and_no_wider_than_the_screen(
+    site, chromium, width, scheme
+):
+    view = chromium.new_page(
+        viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
+    few = ("flood.html", "sweep.Result.html", "levels.noise_floor.html")
+    addresses = [
+        address
+        for address, page in site.items()
+        if not page.moved and (GENERATED not in address or address.endswith(few))
+    ]
+    assert seen_by(view, site, addresses) == []
+    view.close()
+
+
+def test_a_serious_finding_is_found(tmp_path, chromium):
+    (tmp_path / "index.html").write_text(
+        '<html lang="en"><title>x</title><main><h1>x</h1><div style="width:500px">'
+        '<p style="color:#eee;background:#fff">pale</p></div></main></html>'
+    )
+    view = chromium.new_page(viewport={"width": 390, "height": 900})
+    (wide, pale) = seen_by(view, Site(tmp_path), ["index.html"])
+    assert wide == ("index.html", "wider than the screen")
+    assert pale[1] == "color-contrast"
+    view.close()
