@@ -4,7 +4,10 @@ Wrap the loss before `jax.grad` with `flooded`, or put `scale_by_flood` first in
 `optax.chain`; both give the same gradient of one batch.
 """
 
-from flood_optax import levels, objective, penalty, shapes, sharpness, sweep
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flood_optax import objective, shapes
 from flood_optax.average import AverageState, average_params, averaged
 from flood_optax.checks import FloodWarning
 from flood_optax.logs import metrics
@@ -12,6 +15,9 @@ from flood_optax.objective import FloodInfo, flood_loss, flood_mean, flooded
 from flood_optax.shapes import Shape
 from flood_optax.transform import FloodState, scale_by_flood
 from flood_optax.wrapper import FloodWindow, FloodWrapperState, flood
+
+if TYPE_CHECKING:
+    from flood_optax import levels, penalty, sharpness, sweep
 
 __version__ = "0.1.0"
 
@@ -38,3 +44,14 @@ __all__ = [
     "sharpness",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # No training step needs these, and half of the time to import is theirs.
+    if name in {"levels", "penalty", "sharpness", "sweep"}:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
