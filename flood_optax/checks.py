@@ -25,6 +25,7 @@ DROPS_VALUE = (
 )
 FLOODED = "__flooded__"  # what `flooded` returns has this attribute, True
 NUMBERS = numbers.Real | np.generic | np.ndarray | jax.Array
+NEVER_EVALUATED = "the model of their fold has diverged, or was never evaluated"
 OFF = " To switch flooding off, use -inf: the loss is never below it."
 
 

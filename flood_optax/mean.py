@@ -139,11 +139,7 @@ def flood_mean(
             f"got over={over!r}."
         )
     check_axes("flood_mean", losses, axis_name)
-    counted = _counted(
-        losses,
-        as_mask("flood_mean", where, losses.shape, split=bool(axis_name)),
-        as_weights(weights, losses.shape, split=bool(axis_name)),
-    )
+    counted = _counted(losses, where, weights, split=bool(axis_name))
     if over == "batch":
         check_scalar_level(level, call)
         mean = counted.sum() / _global_size(counted, axis_name)
@@ -153,13 +149,11 @@ def flood_mean(
         levels = broadcast_level(level, (number,), call, of="segments")
         value = _over_segments(counted, ids, levels, shape, axis_name)
     else:
+        of = "losses"
         if over == "sequence":
-            counted = _sequences(counted)
-        of = "sequences" if over == "sequence" else "losses"
+            counted, of = _sequences(counted), "sequences"
         levels = broadcast_level(level, counted.losses.shape, call, of=of)
-        bent, _ = flood_value(counted.losses, levels, shape)
-        bent = counted._replace(losses=_zero_outside(counted.mask, bent))
-        value = shared_mean(bent.sum() / _global_size(bent, axis_name), axis_name)
+        value = _one_by_one(counted, levels, shape, axis_name)
     return value.astype(losses.dtype)
 
 
@@ -187,8 +181,14 @@ class _Counted(NamedTuple):
 
 
 def _counted(
-    losses: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+    losses: jax.Array,
+    where: ArrayLike | None,
+    given: ArrayLike | None,
+    *,
+    split: bool,
 ) -> _Counted:
+    mask = as_mask("flood_mean", where, losses.shape, split=split)
+    weights = as_weights(given, losses.shape, split=split)
     losses = wide(losses)
     mask = None if mask is None else split_like(mask, losses)
     if weights is not None:
@@ -220,6 +220,14 @@ def _sequences(counted: _Counted) -> _Counted:
         return _Counted(counted.sum(-1) / sizes, None, None)
     means = counted.sum(-1) / jnp.where(sizes != 0, sizes, jnp.ones_like(sizes))
     return _Counted(means, sizes != 0, sizes)
+
+
+def _one_by_one(
+    counted: _Counted, levels: jax.Array, shape: Shape, axis_name: AxisName | None
+) -> jax.Array:
+    bent, _ = flood_value(counted.losses, levels, shape)
+    bent = counted._replace(losses=_zero_outside(counted.mask, bent))
+    return shared_mean(bent.sum() / _global_size(bent, axis_name), axis_name)
 
 
 def _over_segments(

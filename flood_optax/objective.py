@@ -69,7 +69,8 @@ def flood_loss(
     Args:
       loss: real floats of any shape; 16-bit losses are compared in float32, those of
         8 or 4 bits are refused.
-      level: a number or an array that broadcasts to the shape of ``loss``.
+      level: a number or an array that broadcasts to the shape of ``loss``; it is cast
+        to the dtype of the comparison, so that 1e39 is infinite to a float32 loss.
       shape: how to bend, see `flood_optax.shapes`.
 
     Returns:

@@ -159,14 +159,14 @@ def value_and_grad(
             (loss, aux), gradient, product = _hessian_times_gradient(loss_of, params)
             penalised = _add(gradient, strength, product)
         else:
-            evaluate = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, aux), gradient = evaluate(params)
+            (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
             sign = 1 if method == "forward" else -1
             step = wide(strength if radius is None else radius)  # unsigned has no minus
             moved = gradient_of(loss_of, _add(params, sign * step, gradient))
             if radius is None and method == "forward":
-                penalised = moved
+                penalised = moved  # g + (moved - g) would be that to rounding only
             else:
+                # 0 / 0 is no weight where strength is 0
                 weight = 1 if radius is None else wide(strength) / step
                 difference = jax.tree.map(jnp.subtract, moved, gradient)
                 penalised = _add(gradient, sign * weight, difference)

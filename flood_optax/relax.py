@@ -102,18 +102,26 @@ def relax_loss(
             x = jnp.where(split_like(mask, x), x, zeros_like(x))
         return x.sum() / number_of
 
-    log_probs = jax.nn.log_softmax(scores)
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    is_label = split_like(one_hot, log_probs)
-    losses = -jnp.where(is_label, log_probs, zeros_like(log_probs)).sum(-1)
-    losses = nan_where(jnp.logical_not(is_label.any(-1)), losses)
-    kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
-    targets = jnp.where(is_label, kept, (1 - kept) / (logits.shape[-1] - 1))
-    wrong = log_probs.argmax(-1) != labels
-    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), zeros_like(losses)) - losses
+    losses, flat = _losses(scores, labels, upper)
     loss = mean(losses)
     even, _ = flood_value(loss, jnp.asarray(level), reflect(), axis_name)
     plain, flat = (shared_mean(share, axis_name) for share in (loss, mean(flat)))
     odd = jnp.where(plain > jnp.asarray(level, plain.dtype), plain, flat)
     value = jnp.where(epoch % 2 == 0, even, odd)
     return value.astype(logits.dtype)
+
+
+def _losses(
+    scores: jax.Array, labels: jax.Array, upper: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy of each example, and what odd epochs put in its place."""
+    classes = scores.shape[-1]
+    log_probs = jax.nn.log_softmax(scores)
+    is_label = split_like(jax.nn.one_hot(labels, classes, dtype=bool), log_probs)
+    losses = -jnp.where(is_label, log_probs, zeros_like(log_probs)).sum(-1)
+    losses = nan_where(jnp.logical_not(is_label.any(-1)), losses)
+    kept = lax.stop_gradient(jnp.minimum(jnp.exp(-losses), upper))[..., None]
+    targets = jnp.where(is_label, kept, (1 - kept) / (classes - 1))
+    wrong = log_probs.argmax(-1) != labels
+    flat = jnp.where(wrong, -(targets * log_probs).sum(-1), zeros_like(losses))
+    return losses, flat - losses

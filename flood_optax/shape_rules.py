@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flood_optax.checks import must
 from flood_optax.shapes import Shape
 
 _RESIDUALS = (-0.84375, -0.8125, -0.78125, 1.46875, 1.5, 1.53125)
@@ -23,7 +24,7 @@ def check_shape(shape: Any, call: str) -> None:
             makes = getattr(shape, "__module__", None) == Shape.__module__
             cure = f"call it: {name}()" if makes else "`Shape(value, multiplier)`"
             got = f"the function {name}: {cure}"
-        raise TypeError(f"`{call}` must be a `flood_optax.Shape`, got {got}.")
+        raise TypeError(must(call, "be a `flood_optax.Shape`", got))
     if getattr(shape.value, "derivative", None) == shape.multiplier:  # made here
         return
     phi, m = _at(shape.value, _RESIDUALS), _at(shape.multiplier, _RESIDUALS)
@@ -35,12 +36,13 @@ def check_shape(shape: Any, call: str) -> None:
         # a mean of the derivative between the ends, also where it jumps there
         slope = (phi[i + 2] - phi[i]) / (_RESIDUALS[i + 2] - _RESIDUALS[i])
         if slope < m[here].min() - slack or slope > m[here].max() + slack:
-            raise ValueError(
-                f"`{call}` must have a multiplier that is the derivative of its value, "
-                f"got {shape!r}: at r = {_RESIDUALS[i + 1]} the value rises by "
-                f"{slope:.3g} per unit, the multiplier is {m[i + 1]:.3g}. "
-                "`Shape(value, multiplier)` takes phi first, then its derivative."
+            rule = "have a multiplier that is the derivative of its value"
+            rises = (
+                f"at r = {_RESIDUALS[i + 1]} the value rises by {slope:.3g} per unit"
             )
+            got = f"{shape!r}: {rises}, the multiplier is {m[i + 1]:.3g}"
+            order = " `Shape(value, multiplier)` takes phi first, then its derivative."
+            raise ValueError(must(call, rule, got, order))
 
 
 def check_turns_around(shape: Shape, band: float, call: str) -> None:
@@ -95,10 +97,9 @@ def _evaluated(part: Callable[..., Any], residuals: tuple[float, ...]) -> np.nda
         found = part(r)
         if not hasattr(found, "astype") or jnp.shape(found) != ():
             name = getattr(part, "__qualname__", repr(part))
-            raise TypeError(
-                f"`Shape({name})` must return an array of the shape of r, got "
-                f"{found!r} for a scalar: for a constant c, `jnp.full_like(r, c)`."
-            )
+            rule = "return an array of the shape of r"
+            got = f"{found!r} for a scalar: for a constant c, `jnp.full_like(r, c)`"
+            raise TypeError(must(f"Shape({name})", rule, got))
         return found
 
     with jax.ensure_compile_time_eval():

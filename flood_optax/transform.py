@@ -23,6 +23,7 @@ from flood_optax.checks import (
     check_scalar_level,
     known_numbers,
     largest,
+    must,
 )
 from flood_optax.devices import AxisName, check_axes, global_mean
 from flood_optax.dispatch import on_chosen, one_dispatch
@@ -288,9 +289,8 @@ def _check_ends(call: str, level: ArrayLike, band: ArrayLike | None) -> None:
         return
     b, d = known_numbers(level), known_numbers(band)
     if b is not None and d is not None and np.isfinite(b) and abs(b) + d > largest():
-        raise ValueError(
-            f"`{call}(band=...)` must leave both ends finite, got {band} about {level}."
-        )
+        got = f"{band} about {level}"
+        raise ValueError(must(f"{call}(band=...)", "leave both ends finite", got))
 
 
 class BatchLoss(NamedTuple):
@@ -324,10 +324,8 @@ def _check_names(call: str, extra_args: Collection[str]) -> None:
     for name, remedy in _NEAR_MISSES.items():
         if name in extra_args:
             form = call[: call.index("(")]
-            raise TypeError(
-                f"`{call}.update({name}=...)` must not be given, got one, which would "
-                f"be ignored: use {remedy.format(form=form)}."
-            )
+            got = f"one, which would be ignored: use {remedy.format(form=form)}"
+            raise TypeError(must(f"{call}.update({name}=...)", "not be given", got))
 
 
 def batch_loss(

@@ -51,13 +51,7 @@ export.register_namedtuple_serialization(  # as for FloodState
 
 
 class Alone(NamedTuple):
-    """A batch that is a window of its own, by which each update is a step.
-
-    Attributes:
-      emits: whether there is anything to step by: True unless its weight may be 0.
-      grads: its gradients.
-      loss: its loss.
-    """
+    """A batch that is a window of its own, which a state does not hold."""
 
     emits: jax.Array | bool
     grads: Any
@@ -137,8 +131,15 @@ class Windows(NamedTuple):
     should_skip: ShouldSkip | None
     dtype: np.dtype | None
 
-    def opened(self, params: Any) -> FloodWindow:
+    @property
+    def of_one(self) -> bool:
+        """Whether each update is a step."""
+        return self.every_k == 1 and self.should_skip is None
+
+    def opened(self, params: Any) -> FloodWindow | tuple[()]:
         """The first window, for params."""
+        if self.of_one:
+            return ()
         zeros = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
         _, skip_state = self._verdict(*zeros, params, jnp.zeros([]))
         return FloodWindow(
@@ -160,8 +161,12 @@ class Windows(NamedTuple):
         flush: ArrayLike,
         number: jax.Array,
         params: Any,
-    ) -> Added:
+    ) -> Added | Alone:
         """Adds a micro-batch to the window of this number."""
+        _check_flush(flush)
+        if self.of_one:
+            _check_no_window(window)
+            return Alone(batch.counts is None or batch.counts, grads, batch.loss)
         window = _complete(window)
         # What is known before tracing (that nothing is skipped, that all weigh 1) stays
         # a NumPy bool here, so that no select is made for it: one costs memory.
@@ -227,8 +232,8 @@ def accumulation(
     every_k: EveryK,
     should_skip: ShouldSkip | None,
     accumulator_dtype: DTypeLike | None,
-) -> Windows | None:
-    """Windows of ``every_k`` micro-batches; None where each update is a step."""
+) -> Windows:
+    """Windows of ``every_k`` micro-batches."""
     dtype = None if accumulator_dtype is None else _as_dtype(accumulator_dtype)
     if not callable(every_k):
         remedy = (
@@ -236,21 +241,17 @@ def accumulation(
             '`static_args="every_k"`; a schedule is legal too.'
         )
         every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
-        if every_k == 1 and should_skip is None:
-            return None
     return Windows(every_k, should_skip, dtype)
 
 
-def check_flush(flush: Any) -> None:
-    """Demands a boolean scalar."""
+def _check_flush(flush: Any) -> None:
     dtype, shape = getattr(flush, "dtype", np.dtype(type(flush))), np.shape(flush)
     if (dtype, shape) != (jnp.bool_, ()):
         call = "flood(inner).update(flush=...)"
         raise TypeError(must(call, "be a boolean scalar", repr(flush)))
 
 
-def check_no_window(window: Any) -> None:
-    """Demands the state of an optimizer that does not accumulate."""
+def _check_no_window(window: Any) -> None:
     if window != ():
         raise ValueError(
             "`flood(inner, level).update(state)` does not accumulate, got a state with "

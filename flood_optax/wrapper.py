@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.bend import Bent
-from flood_optax.checks import check_raw
+from flood_optax.checks import check_raw, must
 from flood_optax.devices import AxisName
 from flood_optax.dispatch import on_chosen, one_dispatch
 from flood_optax.objective import flooded
@@ -29,15 +29,7 @@ from flood_optax.transform import (
     scaled,
     state_of,
 )
-from flood_optax.window import (
-    Alone,
-    EveryK,
-    FloodWindow,
-    ShouldSkip,
-    accumulation,
-    check_flush,
-    check_no_window,
-)
+from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
 
 __all__ = ["FloodWindow", "FloodWrapperState", "flood"]
 
@@ -163,8 +155,7 @@ def flood(
     def init_fn(params: optax.Params) -> FloodWrapperState:
         inner_state = inner.init(params)
         _refuse_floods_and_windows(inner_state)
-        window = () if windows is None else windows.opened(params)
-        return FloodWrapperState(initial_state(), inner_state, window)
+        return FloodWrapperState(initial_state(), inner_state, windows.opened(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -175,26 +166,20 @@ def flood(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         before: FloodWrapperState = state_of(FloodWrapperState, state, "flood(inner)")
-        check_flush(flush)
         _check_search(
             extra_args,
             windows=before.flood_window != (),
             weighted=axis_name is not None and extra_args.get("weight") is not None,
         )
         given = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
-        if windows is None:
-            check_no_window(before.flood_window)
-            emits = True if given.counts is None else given.counts
-            batch = Alone(emits, updates, given.loss)
-        else:
-            batch = windows.add(
-                before.flood_window,
-                updates,
-                given,
-                flush=flush,
-                number=before.flood_state.flood_step,
-                params=params,
-            )
+        batch = windows.add(
+            before.flood_window,
+            updates,
+            given,
+            flush=flush,
+            number=before.flood_state.flood_step,
+            params=params,
+        )
 
         def step() -> tuple[Any, FloodWrapperState]:
             means, mean_loss = batch.means()
@@ -329,10 +314,8 @@ def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(f"`flood(inner)` {_WINDOWS.format('MultiSteps')}")
     if not (callable(getattr(inner, "init", None)) and hasattr(inner, "update")):
-        raise TypeError(
-            "`flood(inner)` must be an optax.GradientTransformation, got "
-            f"{type(inner).__name__}."
-        )
+        rule = "be an optax.GradientTransformation"
+        raise TypeError(must("flood(inner)", rule, type(inner).__name__))
     return optax.with_extra_args_support(inner)
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flood_optax.checks import must
+
 
 def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
     r"""Returns how far a step on one batch also lowers the loss on another.
@@ -37,10 +39,9 @@ def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
     a, b = _unit(grads_a), _unit(grads_b)
     same = jax.tree.flatten(shapes[0]) == jax.tree.flatten(shapes[1])
     if not same or len(a) != len(b) or not a:
-        raise ValueError(
-            "`gradient_accordance(grads_a, grads_b)` must be trees of floats of one "
-            f"structure and shapes, got {shapes[0]} and {shapes[1]}."
-        )
+        call, got = "gradient_accordance(grads_a, grads_b)", "{} and {}".format(*shapes)
+        rule = "be trees of floats of one structure and shapes"
+        raise ValueError(must(call, rule, got))
     norms = jnp.sqrt(_inner(a, a) * _inner(b, b))
     return _inner(a, b) / jnp.where(norms == 0, 1, norms)
 

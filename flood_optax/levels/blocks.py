@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flood_optax.checks import must
+
 
 def check_known(call: str, key: Any, groups: Any, stratify: Any) -> None:
     """Demands that the folds can be made while tracing."""
@@ -37,10 +39,8 @@ def assigned(
     else:
         number = int(group.max()) + 1
         if num_folds > number:
-            raise ValueError(
-                f"`{call}(num_folds=...)` must be at most the number of groups, "
-                f"{number}, got {num_folds}."
-            )
+            rule = f"be at most the number of groups, {number}"
+            raise ValueError(must(f"{call}(num_folds=...)", rule, num_folds))
         counts = np.zeros((number, len(names)), int)
         np.add.at(counts, (group, label), 1)
         of_group = _spread(counts, num_folds, group[order])
@@ -59,24 +59,18 @@ def numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]
     if not isinstance(given, list | tuple):
         array = np.asarray(given)
         if array.ndim != 1:
-            raise ValueError(
-                f"`{call}` must have one axis, with an entry per example, got shape "
-                f"{array.shape}."
-            )
+            rule = "have one axis, with an entry per example"
+            raise ValueError(must(call, rule, f"shape {array.shape}"))
         given = array.tolist()
     if len(given) != length:
-        raise ValueError(
-            f"`{call}` must have an entry for each of the {length} examples, got "
-            f"{len(given)}."
-        )
+        rule = f"have an entry for each of the {length} examples"
+        raise ValueError(must(call, rule, len(given)))
     numbers: dict[Any, int] = {}
     try:
         found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
     except TypeError as error:
-        raise TypeError(
-            f"`{call}` must be hashable, got an entry that is not, {error}: make it a "
-            "tuple or a string."
-        ) from None
+        got = f"an entry that is not, {error}: make it a tuple or a string"
+        raise TypeError(must(call, "be hashable", got)) from None
     if any(one != one for one in numbers):  # noqa: PLR0124, as NaN alone is
         raise ValueError(f"`{call}` must not be NaN, which is equal to nothing.")
     return found, list(numbers)
@@ -126,8 +120,10 @@ def _check_classes(
         missing = set(range(len(names))) - set(label[fold != k].tolist())
         if missing:
             name = names[min(missing)]
-            raise ValueError(
-                f"`{call}(stratify=...)` must leave every class in the rest of every "
-                f"fold, got class {name!r} in fold {k} alone: all its examples are one "
-                "group, or one example. Take them out, or merge classes."
+            rule = "leave every class in the rest of every fold"
+            why = "all its examples are one group, or one example"
+            got, remedy = (
+                f"class {name!r} in fold {k} alone: {why}",
+                " Take them out, or merge classes.",
             )
+            raise ValueError(must(f"{call}(stratify=...)", rule, got, remedy))

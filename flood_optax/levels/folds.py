@@ -12,7 +12,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import as_integer, as_real_array, check_key, check_number
+from flood_optax.checks import (
+    NEVER_EVALUATED,
+    as_integer,
+    as_real_array,
+    check_key,
+    check_number,
+    must,
+)
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import compare_dtype
@@ -54,10 +61,8 @@ def adaflood(
     """
     a = as_real_array(held_out_loss, "adaflood(held_out_loss)")
     if not isinstance(a, Tracer) and (missing := np.isnan(a).sum()):
-        raise ValueError(
-            f"`adaflood(held_out_loss)` must not be NaN, got {missing} of {a.size} "
-            "entries: the model of their fold has diverged, or was never evaluated."
-        )
+        got = f"{missing} of {a.size} entries: {NEVER_EVALUATED}"
+        raise ValueError(must("adaflood(held_out_loss)", "not be NaN", got))
     check_number("adaflood(gamma=...)", gamma, "in [0, 1]")
     check_number("adaflood(alpha=...)", alpha, "finite")
     check_number("adaflood(beta=...)", beta, "finite")
@@ -194,10 +199,8 @@ def held_out_losses(
         found = evaluate(model, indices)
         found = as_real_array(found, "held_out_losses(evaluate)'s losses")
         if found.shape != indices.shape:
-            raise ValueError(
-                "`held_out_losses(evaluate)` must return one loss per index, shape "
-                f"{indices.shape}, got {found.shape}."
-            )
+            rule = f"return one loss per index, shape {indices.shape}"
+            raise ValueError(must("held_out_losses(evaluate)", rule, found.shape))
         return found
 
     return _by_folds(
@@ -225,39 +228,27 @@ def _by_folds(
     groups: Any,
     stratify: Any,
 ) -> Any:
-    as_integer(f"{call}(num_examples=...)", num_examples, least=2)
-    as_integer(f"{call}(num_folds=...)", num_folds, least=2)
+    num_examples = as_integer(f"{call}(num_examples=...)", num_examples, least=2)
+    num_folds = as_integer(f"{call}(num_folds=...)", num_folds, least=2)
     check_key(f"{call}(key=...)", key)
-    chosen = groups is not None or stratify is not None
     if num_folds > num_examples or (vmap and num_examples % num_folds):
-        rule = "divide" if vmap else "be at most"
-        raise ValueError(
-            f"`{call}(num_folds=..., vmap={vmap})` must {rule} num_examples, "
-            f"{num_examples}, got {num_folds}."
-        )
+        rule = f"{'divide' if vmap else 'be at most'} num_examples, {num_examples}"
+        where = f"{call}(num_folds=..., vmap={vmap})"
+        raise ValueError(must(where, rule, num_folds))
 
     def fold(train: jax.Array, left_out: jax.Array, fold_key: jax.Array) -> Any:
         found = jax.tree.map(jnp.asarray, evaluate(fit(train, fold_key), left_out))
         shapes = [leaf.shape for leaf in jax.tree.leaves(found)]
         if any(shape[:1] != left_out.shape for shape in shapes):
-            raise ValueError(
-                f"`{call}(evaluate)` must return arrays with an entry per index, "
-                f"{left_out.shape[0]} in the first axis, got the shapes {shapes}."
-            )
+            first = f"{left_out.shape[0]} in the first axis"
+            rule = f"return arrays with an entry per index, {first}"
+            raise ValueError(must(f"{call}(evaluate)", rule, f"the shapes {shapes}"))
         return found
 
-    if chosen:
-        check_known(call, key, groups, stratify)
-    with jax.ensure_compile_time_eval() if chosen else contextlib.nullcontext():
-        # Slices, not single keys stacked again: JAX's check of key reuse follows them.
-        keys = jax.random.split(key, num_folds + 1)
-        order_key, fold_keys = keys[0], keys[1:]
-        order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
-        if chosen:
-            blocks = assigned(call, groups, stratify, np.asarray(order), num_folds)
-            order = jnp.concatenate(blocks)
-        else:
-            blocks = jnp.array_split(order, num_folds)
+    blocks, fold_keys = _blocks(
+        call, num_examples, num_folds, key=key, groups=groups, stratify=stratify
+    )
+    order = jnp.concatenate(blocks)
     rests = [jnp.concatenate(blocks[:k] + blocks[k + 1 :]) for k in range(num_folds)]
     if vmap:
         sizes = sorted({len(block) for block in blocks})
@@ -278,6 +269,29 @@ def _by_folds(
         return jnp.zeros_like(joined).at[order].set(joined)
 
     return jax.tree.map(by_example, *parts)
+
+
+def _blocks(
+    call: str,
+    num_examples: int,
+    num_folds: int,
+    *,
+    key: Any,
+    groups: Any,
+    stratify: Any,
+) -> tuple[list[jax.Array], jax.Array]:
+    """The indices of each fold, in a random order, and its key."""
+    chosen = groups is not None or stratify is not None
+    if chosen:
+        check_known(call, key, groups, stratify)
+    with jax.ensure_compile_time_eval() if chosen else contextlib.nullcontext():
+        # Slices, not single keys stacked again: JAX's check of key reuse follows them.
+        keys = jax.random.split(key, num_folds + 1)
+        order_key, fold_keys = keys[0], keys[1:]
+        order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
+        if not chosen:
+            return jnp.array_split(order, num_folds), fold_keys
+        return assigned(call, groups, stratify, np.asarray(order), num_folds), fold_keys
 
 
 def _check_alike(call: str, parts: list[Any]) -> None:

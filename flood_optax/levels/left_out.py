@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import as_integer, as_integers, is_real
+from flood_optax.checks import as_integer, as_integers, is_real, must
 from flood_optax.levels.blocks import numbered
 
 WIDTHS = (0.1, 0.25, 0.5, 1.0)  # of the kernel, in root median distances
@@ -93,39 +93,30 @@ def _checked(
     call = "leave_one_out(features)"
     for name, given in (("features", features), ("labels", labels)):
         if isinstance(given, Tracer):
-            raise TypeError(
-                f"`leave_one_out({name})` must be known, got a tracer: call it before "
-                "training, outside of `jax.jit`."
-            )
+            got = "a tracer: call it before training, outside of `jax.jit`"
+            raise TypeError(must(f"leave_one_out({name})", "be known", got))
     c = as_integer("leave_one_out(num_classes=...)", num_classes, least=2)
     x = np.asarray(features)
     if not is_real(x.dtype):
-        raise TypeError(f"`{call}` must be real numbers, got dtype {x.dtype}.")
+        raise TypeError(must(call, "be real numbers", f"dtype {x.dtype}"))
     if x.ndim != 2:
         remedy = "[:, None]" if x.ndim == 1 else ".reshape(len(features), -1)"
-        raise ValueError(
-            f"`{call}` must be of shape [n, d], got {x.shape}: pass `features{remedy}`."
-        )
+        got = f"{x.shape}: pass `features{remedy}`"
+        raise ValueError(must(call, "be of shape [n, d]", got))
     y = np.asarray(as_integers("leave_one_out(labels)", labels, below=c))
     if y.shape != x.shape[:1]:
-        raise ValueError(
-            "`leave_one_out(features, labels)` must be of shapes [n, d] and [n], got "
-            f"{x.shape} and {y.shape}."
-        )
+        both, got = "leave_one_out(features, labels)", f"{x.shape} and {y.shape}"
+        raise ValueError(must(both, "be of shapes [n, d] and [n]", got))
     if len(y) < 2 * c or x.shape[1] == 0:
-        raise ValueError(
-            f"`{call}` must have at least two examples for each of the {c} classes, "
-            f"and a feature, got shape {x.shape}."
-        )
+        rule = f"have at least two examples for each of the {c} classes, and a feature"
+        raise ValueError(must(call, rule, f"shape {x.shape}"))
     x = x.astype(np.float64)
     if bad := int((~np.isfinite(x)).any(axis=1).sum()):
-        raise ValueError(
-            f"`{call}` must be finite, got NaN or infinity in {bad} of {len(x)} rows."
-        )
+        got = f"NaN or infinity in {bad} of {len(x)} rows"
+        raise ValueError(must(call, "be finite", got))
     if len(set(y.tolist())) < 2:
-        raise ValueError(
-            f"`leave_one_out(labels)` must name two classes at least, got {y[0]} alone."
-        )
+        call, rule = "leave_one_out(labels)", "name two classes at least"
+        raise ValueError(must(call, rule, f"{y[0]} alone"))
     return x, y
 
 

@@ -13,11 +13,13 @@ from jax.typing import ArrayLike
 
 from flood_optax.bend import nan_where
 from flood_optax.checks import (
+    NEVER_EVALUATED,
     FloodWarning,
     as_integer,
     as_integers,
     as_real_array,
     check_number,
+    must,
 )
 from flood_optax.levels.meshes import replicated, whole
 from flood_optax.levels.targets import entropies, probabilities
@@ -87,10 +89,9 @@ def noise_floor(
     shape = np.shape(noise)
     if shape != ():
         if len(shape) != 2 or shape[0] != shape[1] or num_classes not in (None, *shape):
-            raise ValueError(
-                "`noise_floor(noise)` must be a rate or a transition matrix [c, c], c "
-                f"= num_classes, got shape {shape} and num_classes={num_classes}."
-            )
+            rule = "be a rate or a transition matrix [c, c], c = num_classes"
+            got = f"shape {shape} and num_classes={num_classes}"
+            raise ValueError(must("noise_floor(noise)", rule, got))
         matrix = replicated(probabilities(noise, "noise_floor(noise)"))
         floors = entropies(matrix)
         if not isinstance(floors, Tracer) and not (floors > 0).any():
@@ -125,17 +126,13 @@ def _true_frequencies(matrix: jax.Array, label_frequencies: ArrayLike) -> jax.Ar
     """How frequent the true classes are: M^T w = f, on the simplex."""
     call = "noise_floor(label_frequencies=...)"
     if np.shape(label_frequencies) != matrix.shape[:1]:
-        raise ValueError(
-            f"`{call}` must be of shape {matrix.shape[:1]}, one for each class, got "
-            f"{np.shape(label_frequencies)}."
-        )
+        rule = f"be of shape {matrix.shape[:1]}, one for each class"
+        raise ValueError(must(call, rule, np.shape(label_frequencies)))
     if isinstance(label_frequencies, Tracer | np.ndarray | jax.Array) and (
         jnp.issubdtype(label_frequencies.dtype, jnp.integer)
     ):
-        raise TypeError(
-            f"`{call}` must have sum 1, got counts of dtype {label_frequencies.dtype}: "
-            "divide them by their sum."
-        )
+        got = f"counts of dtype {label_frequencies.dtype}: divide them by their sum"
+        raise TypeError(must(call, "have sum 1", got))
     frequencies = replicated(probabilities(label_frequencies, call))
     frequencies = frequencies.astype(matrix.dtype)
     weights = jnp.maximum(jnp.linalg.lstsq(matrix.T, frequencies)[0], 0)
@@ -181,10 +178,8 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     p = probabilities(probs, "noise_matrix(probs)")
     y = as_integers("noise_matrix(labels)", labels, below=p.shape[-1])
     if p.ndim != 2 or y.shape != p.shape[:1] or y.size == 0:
-        raise ValueError(
-            "`noise_matrix(probs, labels)` must be of shapes [n, c] and [n], got "
-            f"{p.shape} and {y.shape}."
-        )
+        call, got = "noise_matrix(probs, labels)", f"{p.shape} and {y.shape}"
+        raise ValueError(must(call, "be of shapes [n, c] and [n]", got))
     c, y = p.shape[1], y.astype(jnp.int32)
     given = y[:, None] == jnp.arange(c, dtype=jnp.int32)[None]
     # Sums of a masked [n, c], which XLA adds in a tree: a scatter adds one by one, and
@@ -247,20 +242,15 @@ def noise_rate(
     """
     p = replicated(wide(as_real_array(scores, "noise_rate(scores)")))
     if p.ndim != 2 or p.shape[1] < 2 or np.shape(labels) != p.shape[:1] or p.size == 0:
-        raise ValueError(
-            "`noise_rate(scores, labels)` must be of shapes [n, c] and [n], c at least "
-            f"2, got {p.shape} and {np.shape(labels)}."
-        )
+        call, got = "noise_rate(scores, labels)", f"{p.shape} and {np.shape(labels)}"
+        raise ValueError(must(call, "be of shapes [n, c] and [n], c at least 2", got))
     y = as_integers("noise_rate(labels)", labels, below=p.shape[1])
     y = replicated(y.astype(jnp.int32))
     check_number("noise_rate(confident=...)", confident, "in (0, 1]")
     outside = ((y < 0) | (y >= p.shape[1])).any()
     missing = jnp.isnan(p).any()
     if not isinstance(missing, Tracer) and missing:
-        raise ValueError(
-            "`noise_rate(scores)` must not be NaN: the model of their fold has "
-            "diverged, or was never evaluated."
-        )
+        raise ValueError(f"`noise_rate(scores)` must not be NaN: {NEVER_EVALUATED}.")
     asked = math.ceil(confident * len(y))
     first, second = jax.lax.top_k(p, 2)[0].T
     margin = first - second

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import as_real_array, broadcast_level
+from flood_optax.checks import as_real_array, broadcast_level, must
 from flood_optax.precision import compare_dtype
 
 
@@ -38,9 +38,8 @@ def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:
     loss = as_real_array(target_loss, "wavebound(target_loss)")
     gap = broadcast_level(epsilon, loss.shape, "wavebound(epsilon=...)")
     if not isinstance(gap, Tracer) and not bool((jnp.isfinite(gap) & (gap >= 0)).all()):
-        raise ValueError(
-            f"`wavebound(epsilon=...)` must be non-negative and finite, got {epsilon}."
-        )
+        rule = "be non-negative and finite"
+        raise ValueError(must("wavebound(epsilon=...)", rule, epsilon))
     return jax.lax.stop_gradient(loss - gap.astype(loss.dtype))
 
 
@@ -82,16 +81,14 @@ def probabilities(given: ArrayLike, call: str) -> jax.Array:
     """Rows of probabilities, float32 at least, into which no gradient flows."""
     probs = as_real_array(given, call)
     if probs.shape[-1:] in ((), (0,)):
-        raise ValueError(
-            f"`{call}` must have an axis of classes, got shape {probs.shape}."
-        )
+        got = f"shape {probs.shape}"
+        raise ValueError(must(call, "have an axis of classes", got))
     tolerance = float(jnp.finfo(probs.dtype).eps) ** 0.5
     probs = jax.lax.stop_gradient(probs.astype(compare_dtype(probs.dtype)))
     total = jnp.asarray(probs.sum(-1))
     valid = (probs >= 0).all() & (abs(total - 1) <= tolerance).all()
     if not isinstance(valid, Tracer) and not valid:
-        raise ValueError(
-            f"`{call}` must be rows of probabilities, got numbers from {probs.min()} "
-            f"and sums from {total.min()} to {total.max()}."
-        )
+        sums = f"sums from {total.min()} to {total.max()}"
+        got = f"numbers from {probs.min()} and {sums}"
+        raise ValueError(must(call, "be rows of probabilities", got))
     return probs

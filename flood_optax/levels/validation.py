@@ -19,6 +19,8 @@ from flood_optax.checks import (
     as_real_array,
     check_one_of,
     converted,
+    is_real,
+    must,
 )
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import wide
@@ -73,23 +75,17 @@ def at_best(
     # NumPy keeps the 64 bits of integers that JAX would wrap.
     in_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(metric))
     score = replicated(jnp.asarray(metric)) if in_jax else np.asarray(metric)
-    kinds = np.floating, np.integer, np.bool_
-    if not any(jnp.issubdtype(score.dtype, kind) for kind in kinds):
-        raise TypeError(
-            f"`at_best(metric)` must be real numbers, got dtype {score.dtype}."
-        )
+    if not is_real(score.dtype) and score.dtype != np.bool_:
+        got = f"dtype {score.dtype}"
+        raise TypeError(must("at_best(metric)", "be real numbers", got))
     if loss.shape != score.shape or loss.ndim != 1 or loss.size == 0:
-        raise ValueError(
-            "`at_best(losses, metric)` must be of one shape [steps], got "
-            f"{loss.shape} and {score.shape}."
-        )
+        call, got = "at_best(losses, metric)", f"{loss.shape} and {score.shape}"
+        raise ValueError(must(call, "be of one shape [steps]", got))
     window = as_integer("at_best(window=...)", window, least=1)
     windows = loss.size - window + 1
     if windows < 1:
-        raise ValueError(
-            f"`at_best(window=...)` must be at most the {loss.size} steps, got "
-            f"{window}."
-        )
+        rule = f"be at most the {loss.size} steps"
+        raise ValueError(must("at_best(window=...)", rule, window))
     sign = 1 if mode == "max" else -1
     middle = loss[(window - 1) // 2 :][:windows]
     best, counts = _best(score, sign, window, jnp.isfinite(middle))
@@ -121,14 +117,20 @@ def _best(
 
 
 def _exact_sums(score: Any, sign: int, window: int) -> list[jax.Array]:
-    """The sums of integers over each window, in digits of 16 bits, highest first."""
-    shifts = range(0, 8 * score.dtype.itemsize, 16)
-    digits = [score >> shift for shift in shifts]  # the highest keeps the sign
-    digits[:-1] = [digit & 0xFFFF for digit in digits[:-1]]
-    sums = [sign * _moving_sum(jnp.asarray(d.astype(np.int32)), window) for d in digits]
+    """The sums of integers over each window, in digits, highest first."""
+    bits = min(16, 31 - window.bit_length())  # so that the sum of digits fits 32
+    digits = [score >> shift for shift in range(0, 8 * score.dtype.itemsize, bits)]
+    rest = (1 << bits) - 1
+    digits[:-1] = [digit & rest for digit in digits[:-1]]  # the highest keeps the sign
+    sums = []
+    for digit in digits:
+        # wraps around, and back where two are subtracted
+        total = jnp.cumsum(jnp.asarray(digit.astype(np.int32)), dtype=jnp.int32)
+        before = jnp.concatenate([jnp.zeros_like(total[:1]), total[:-window]])
+        sums.append(sign * (total[window - 1 :] - before))
     for i in range(len(sums) - 1):
-        sums[i + 1] += sums[i] >> 16  # what it holds too much, or owes
-        sums[i] &= 0xFFFF
+        sums[i + 1] += sums[i] >> bits  # what it holds too much, or owes
+        sums[i] &= rest
     return sums[::-1]
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from flood_optax.checks import must
 from flood_optax.sweep.extras import optional
 from flood_optax.sweep.inputs import Array
 
 FORMAT = "flood_optax.sweep.Result/2"
 NUMBERS = "flood_optax.sweep.Result/1"  # arrays as lists of numbers
+WRITTEN = "be what `Result.to_json` returned"
 ARRAYS = ("levels", "keys")
 
 
@@ -30,17 +32,17 @@ def from_json(text: str) -> dict[str, Any]:
         document: Any = json.loads(text)
         found = document.pop("format")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        remedy = (
+            " Of a file, pass the text, `pathlib.Path(path).read_text()`; that of "
+            "`sweep.run(path=...)` is read by the same call of `sweep.run`."
+        )
+        got = f"something else ({error})"
         raise ValueError(
-            "`Result.from_json(text)` must be what `Result.to_json` returned, got "
-            f"something else ({error}). Of a file, pass the text, "
-            "`pathlib.Path(path).read_text()`; that of `sweep.run(path=...)` is read "
-            "by the same call of `sweep.run`."
+            must("Result.from_json(text)", WRITTEN, got, remedy)
         ) from error
     if found not in {FORMAT, NUMBERS}:
-        raise ValueError(
-            "`Result.from_json(text)` must be what `Result.to_json` returned, got the "
-            f"format {found!r} where {FORMAT!r} is due."
-        )
+        got = f"the format {found!r} where {FORMAT!r} is due"
+        raise ValueError(must("Result.from_json(text)", WRITTEN, got))
     metrics = {name: _decoded(one) for name, one in document["metrics"].items()}
     arrays = {name: _decoded(document[name]) for name in ARRAYS}
     return {**document, **arrays, "metrics": metrics, "axes": (*document["axes"],)}

@@ -10,11 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from flood_optax.checks import as_scalar_loss, check_function, check_level
+from flood_optax.checks import (
+    as_scalar_loss,
+    check_function,
+    check_level,
+    is_real,
+    must,
+)
 
 Array = npt.NDArray[Any]
+STEP, BATCHES = "sweep.forked(step)", "sweep.forked(batches)"
+A_TREE = "be a tree of arrays [steps, ...]"
 STACK = (
-    "Stack a list of batches, `jax.tree.map(lambda *b: jnp.stack(b), *batches)`; "
+    " Stack a list of batches, `jax.tree.map(lambda *b: jnp.stack(b), *batches)`; "
     "arrays that make up one batch go in a tuple or a dict."
 )
 
@@ -33,20 +41,13 @@ class Levels(NamedTuple):
 
 def as_levels(levels: Any, call: str) -> Levels:
     """The levels; two that training sees as one would be trained twice."""
-    try:
-        given = np.asarray(levels)
-    except ValueError as error:
-        raise ValueError(
-            f"`{call}` must have the shape [levels], got a ragged list."
-        ) from error
+    given = np.asarray(levels)
     real = jnp.issubdtype(given.dtype, jnp.floating) or given.dtype.kind in "iu"
     if not real and given.size:
-        raise TypeError(f"`{call}` must be real numbers, got dtype {given.dtype}.")
+        raise TypeError(must(call, "be real numbers", f"dtype {given.dtype}"))
     if given.ndim != 1 or not given.size:
-        raise ValueError(
-            f"`{call}` must have the shape [levels] with one level at least, got shape "
-            f"{given.shape}."
-        )
+        rule = "have the shape [levels] with one level at least"
+        raise ValueError(must(call, rule, f"shape {given.shape}"))
     check_level(given, call)
     if given.dtype.kind in "iu":
         given = given.astype(np.float64)
@@ -54,10 +55,8 @@ def as_levels(levels: Any, call: str) -> Levels:
     used = given.astype(np.float64 if wide else np.float32)
     values, counts = np.unique(used, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(
-            f"`{call}` must be distinct in {used.dtype}, got {values[counts > 1][0]} "
-            "more than once."
-        )
+        got = f"{values[counts > 1][0]} more than once"
+        raise ValueError(must(call, f"be distinct in {used.dtype}", got))
     return Levels(given, used)
 
 
@@ -88,22 +87,20 @@ def as_keys(given: Any, call: str) -> Keys:
     dtype = getattr(keys, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != np.uint32:
-        raise TypeError(
-            f"`{call}` must be keys such as `jax.random.split(jax.random.key(0), 10)`, "
-            f"got {type(given).__name__} of dtype {dtype}. Seeds become keys by "
-            "`jax.vmap(jax.random.key)(jnp.array(seeds))`."
-        )
+        rule = "be keys such as `jax.random.split(jax.random.key(0), 10)`"
+        got = f"{type(given).__name__} of dtype {dtype}"
+        seeds = "`jax.vmap(jax.random.key)(jnp.array(seeds))`"
+        raise TypeError(must(call, rule, got, f" Seeds become keys by {seeds}."))
     data = np.asarray(jax.random.key_data(keys) if typed else keys)
     if data.ndim != 2 or not len(data):
-        raise ValueError(
-            f"`{call}` must have the shape [keys] (raw keys: [keys, words]) with one "
-            f"key at least, got shape {np.shape(keys)}: `jax.random.split(key, 10)`."
-        )
+        rule = "have the shape [keys] (raw keys: [keys, words]) with one key at least"
+        got = f"shape {np.shape(keys)}: `jax.random.split(key, 10)`"
+        raise ValueError(must(call, rule, got))
     different = len(np.unique(data, axis=0))
     if different < len(data):
+        got = f"{len(data)} keys of which {different} differ"
         raise ValueError(
-            f"`{call}` must be distinct, got {len(data)} keys of which {different} "
-            "differ: the same run would count twice."
+            must(call, "be distinct", f"{got}: the same run would count twice")
         )
     return Keys(data, str(jax.random.key_impl(keys)) if typed else None)
 
@@ -133,30 +130,23 @@ def called(call: str, given: Any, *words: str) -> Generator[None]:
 def as_metrics(metrics: Any, call: str) -> dict[str, jax.Array]:
     """The metrics as arrays; they must be a flat dict of real numbers."""
     if not isinstance(metrics, Mapping):
-        raise TypeError(
-            f"`{call}` must return its metrics as a dict of arrays, got "
-            f"{type(metrics).__name__}."
-        )
+        rule = "return its metrics as a dict of arrays"
+        raise TypeError(must(call, rule, type(metrics).__name__))
     if not metrics:
-        raise TypeError(f"`{call}` must return one metric at least, got an empty dict.")
+        raise TypeError(must(call, "return one metric at least", "an empty dict"))
     return {name: _metric(name, value, call) for name, value in metrics.items()}
 
 
 def _metric(name: Any, value: Any, call: str) -> jax.Array:
     if not isinstance(name, str):
-        raise TypeError(f"`{call}` must name its metrics by strings, got {name!r}.")
+        raise TypeError(must(call, "name its metrics by strings", repr(name)))
     if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
-        raise TypeError(
-            f"`{call}` must return metrics that are arrays, got {name!r} of type "
-            f"{type(value).__name__}."
-        )
+        got = f"{name!r} of type {type(value).__name__}"
+        raise TypeError(must(call, "return metrics that are arrays", got))
     dtype = jnp.result_type(value)
-    kinds = (jnp.bool_, jnp.integer, jnp.floating)
-    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-        raise TypeError(
-            f"`{call}` must return metrics of real numbers, got {name!r} of dtype "
-            f"{dtype}."
-        )
+    if not is_real(dtype) and dtype != jnp.bool_:
+        got = f"{name!r} of dtype {dtype}"
+        raise TypeError(must(call, "return metrics of real numbers", got))
     return jnp.asarray(value)
 
 
@@ -175,10 +165,7 @@ def as_stacked(batches: Any) -> Any:
 
     for leaf in filter(is_many, jax.tree.leaves(batches, is_leaf=is_many)):
         size = f"list of {len(leaf)}" if isinstance(leaf, list) else type(leaf).__name__
-        raise TypeError(
-            "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
-            f"{size}. {STACK}"
-        )
+        raise TypeError(must(BATCHES, A_TREE, f"a {size}", STACK))
     return jax.tree.map(jnp.asarray, batches)
 
 
@@ -206,10 +193,8 @@ def check_no_batch_alone(
         return
     # Inputs, targets and weights may be alike, and be taken by their numbers.
     if len(batches) > 3 or not takes(batch):
-        raise TypeError(
-            "`sweep.forked(batches)` must be a tree of arrays [steps, ...], got a "
-            f"tuple of {len(batches)}, each of which the step takes as a batch. {STACK}"
-        )
+        got = f"a tuple of {len(batches)}, each of which the step takes as a batch"
+        raise TypeError(must(BATCHES, A_TREE, got, STACK))
 
 
 def num_steps(batches: Any) -> int:
@@ -217,10 +202,8 @@ def num_steps(batches: Any) -> int:
     shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
     lengths = {shape[:1] for shape in shapes}
     if len(lengths) != 1 or lengths & {(), (0,)}:
-        raise ValueError(
-            "`sweep.forked(batches)` must have one leading axis [steps] in all leaves, "
-            f"one step at least, got the shapes {sorted(shapes)}. {STACK}"
-        )
+        rule = "have one leading axis [steps] in all leaves, one step at least"
+        raise ValueError(must(BATCHES, rule, f"the shapes {sorted(shapes)}", STACK))
     return lengths.pop()[0]
 
 
@@ -230,22 +213,15 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
     def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
         result = step(*args)
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                "`sweep.forked(step)` must return (state, metrics), got "
-                f"{type(result).__name__}."
-            )
+            got = type(result).__name__
+            raise TypeError(must(STEP, "return (state, metrics)", got))
         after, metrics = result
-        metrics = as_metrics(metrics, "sweep.forked(step)")
+        metrics = as_metrics(metrics, STEP)
         if "loss" not in metrics:
-            raise TypeError(
-                "`sweep.forked(step)` must return the raw loss as the metric 'loss', "
-                f"got {', '.join(map(repr, metrics))}."
-            )
-        as_scalar_loss(
-            metrics["loss"],
-            "sweep.forked(step)'s loss",
-            "Return the loss that is compared with the level.",
-        )
+            rule = "return the raw loss as the metric 'loss'"
+            raise TypeError(must(STEP, rule, ", ".join(map(repr, metrics))))
+        remedy = "Return the loss that is compared with the level."
+        as_scalar_loss(metrics["loss"], f"{STEP}'s loss", remedy)
         return _state_like(after, state), metrics
 
     return checked
@@ -253,20 +229,18 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
 
 def _state_like(after: Any, before: Any) -> Any:
     """The new state, if it has structure, shapes and dtypes of the given one."""
-    if jax.tree.structure(after) != jax.tree.structure(before):
+    now, then = jax.tree.structure(after), jax.tree.structure(before)
+    if now != then:
         raise TypeError(
-            "`sweep.forked(step)` must keep the structure of the state, got "
-            f"{jax.tree.structure(after)} from {jax.tree.structure(before)}."
+            must(STEP, "keep the structure of the state", f"{now} from {then}")
         )
 
     def alike(path: Any, new: Any, old: jax.Array) -> jax.Array:
-        new = jnp.asarray(new)
+        new = as_strong(new)
         if (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise TypeError(
-                "`sweep.forked(step)` must keep shapes and dtypes of the state, got "
-                f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]} at "
-                f"state{jax.tree_util.keystr(path)}."
-            )
-        return as_strong(new)
+            types = f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]}"
+            got = f"{types} at state{jax.tree_util.keystr(path)}"
+            raise TypeError(must(STEP, "keep shapes and dtypes of the state", got))
+        return new
 
     return jax.tree.map_with_path(alike, after, before)

@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from flood_optax.checks import FloodWarning
+from flood_optax.checks import FloodWarning, must
 from flood_optax.sweep.inputs import Array
 from flood_optax.sweep.traced import settings
 
+PATH, SAME = "sweep.run(path=...)", "be a file of this sweep"
+OTHERWISE = "another path, or delete the file to start over."
 RunName = tuple[Any, ...]  # the level's digits and the numbers of the key
 FORMAT = "flood_optax.sweep/3"
 NUMBERED = "flood_optax.sweep/2"  # its chunks name a run by the number in a grid
@@ -156,10 +158,10 @@ def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:
     """Refuses the file of another sweep."""
     if found["format"] != FORMAT:
         earlier = "an earlier one, which may hold a sweep of other data"
+        of = earlier if found["format"] == BEFORE else repr(found["format"])
+        remedy = f" Give {OTHERWISE}"
         raise ValueError(
-            f"`sweep.run(path=...)` must be a file of this version, got {name} of "
-            f"{earlier if found['format'] == BEFORE else found['format']!r}. Give "
-            "another path, or delete the file to start over."
+            must(PATH, "be a file of this version", f"{name} of {of}", remedy)
         )
     were, now = found["settings"], about["settings"]
     changed = [
@@ -168,18 +170,13 @@ def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:
         if were.get(each, "None") != now.get(each, "None")
     ]
     if changed:
-        raise ValueError(
-            f"`sweep.run(path=...)` must be a file of this sweep, got {name} of a "
-            f"sweep with {', '.join(changed)}, of which the numbers may differ. Set "
-            "that back to go on, give another path, or delete the file to start over."
-        )
+        got = f"{', '.join(changed)}, of which the numbers may differ"
+        remedy = f" Set that back to go on, give {OTHERWISE}"
+        raise ValueError(must(PATH, SAME, f"{name} of a sweep with {got}", remedy))
     for part, meaning in MEANING.items():
         if found.get(part) != about[part]:
-            raise ValueError(
-                f"`sweep.run(path=...)` must be a file of this sweep, got {name} of a "
-                f"sweep with {meaning}. Give another path, or delete the file to start "
-                "over."
-            )
+            got = f"{name} of a sweep with {meaning}"
+            raise ValueError(must(PATH, SAME, got, f" Give {OTHERWISE}"))
 
 
 def _content(file: pathlib.Path) -> bytes:

@@ -6,11 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flood_optax.checks import FloodWarning, check_one_of
+from flood_optax.checks import FloodWarning, check_one_of, must
 from flood_optax.sweep import export
 from flood_optax.sweep.inputs import Array
 
 Mode = Literal["max", "min"]
+CURVES_LEVEL = "Result.curves(level=...)"
 At = int | Literal["best"] | None
 
 
@@ -180,11 +181,9 @@ class Result:
         if wanted.shape == ():
             return values[index[0]]
         if "key" not in self.axes or wanted.shape != values.shape[1:2]:
-            raise ValueError(
-                "`Result.curves(level=...)` must be one level, or one per key, got "
-                f"shape {wanted.shape} for the axes {self.axes} of shape "
-                f"{values.shape[:2]}."
-            )
+            axes = f"for the axes {self.axes} of shape {values.shape[:2]}"
+            got = f"shape {wanted.shape} {axes}"
+            raise ValueError(must(CURVES_LEVEL, "be one level, or one per key", got))
         return values[index, np.arange(values.shape[1])]
 
     def to_xarray(self) -> Any:
@@ -284,10 +283,8 @@ class Result:
 
     def _metric(self, metric: str, call: str) -> Array:
         if metric not in self.metrics:
-            known = ", ".join(map(repr, self.metrics))
-            raise ValueError(
-                f"`Result.{call}(metric=...)` must be one of {known}, got {metric!r}."
-            )
+            rule = f"be one of {', '.join(map(repr, self.metrics))}"
+            raise ValueError(must(f"Result.{call}(metric=...)", rule, repr(metric)))
         return self.metrics[metric]
 
     def _index(self, level: float) -> int:
@@ -296,10 +293,8 @@ class Result:
         if not same.any():
             same = self.levels.astype(np.float32) == np.float32(level)
         if not same.any():
-            raise ValueError(
-                "`Result.curves(level=...)` must be a level of the sweep, got "
-                f"{level:g}; there are {', '.join(f'{b:g}' for b in self.levels)}."
-            )
+            got = f"{level:g}; there are {', '.join(f'{b:g}' for b in self.levels)}"
+            raise ValueError(must(CURVES_LEVEL, "be a level of the sweep", got))
         return int(np.argmax(same))
 
     def _names(self, value: Array) -> list[str]:
@@ -309,10 +304,8 @@ class Result:
     def _check_curve(self, metric: str, call: str) -> None:
         names = self._names(self._metric(metric, call))
         if names[-1] != "step":
-            raise ValueError(
-                f"`Result.{call}({metric!r})` must have one number per step, got the "
-                f"axes {tuple(names)}."
-            )
+            where, got = f"Result.{call}({metric!r})", f"the axes {tuple(names)}"
+            raise ValueError(must(where, "have one number per step", got))
 
     def _any_nan(self, value: Array) -> Array:
         runs = 2 if "key" in self.axes else 1
@@ -323,10 +316,8 @@ class Result:
         """One number per run: [levels, keys], or [levels] without keys."""
         values = _numbers(self._metric(metric, call))
         if values.dtype.kind == "c":
-            raise TypeError(
-                f"`Result.{call}({metric!r})` must be of real numbers, got "
-                f"{values.dtype}."
-            )
+            where = f"Result.{call}({metric!r})"
+            raise TypeError(must(where, "be of real numbers", values.dtype))
         check_one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
         if "step" not in self._names(values):
             if at is not None:
@@ -348,10 +339,8 @@ class Result:
         step: Any = at  # whatever it is
         whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
         if not (whole and -steps <= step < steps):
-            raise ValueError(
-                f'`Result.{call}(at=...)` must be "best" or a step in [{-steps}, '
-                f"{steps}), got {at!r}."
-            )
+            rule = f'be "best" or a step in [{-steps}, {steps})'
+            raise ValueError(must(f"Result.{call}(at=...)", rule, repr(at)))
         return values[..., step]
 
     def _warn_of_nan(self, metric: str, scores: Array) -> None:

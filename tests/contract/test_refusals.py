@@ -35,11 +35,12 @@ RESULT = sweep.Result(
 )
 
 
-NAMES_OF = {"scipy": scipy, "relax_loss": relax_loss, "optax": optax}
+NAMES_OF = {name: getattr(flood_optax, name) for name in flood_optax.__all__}
+NAMES_OF |= {"scipy": scipy, "relax_loss": relax_loss, "optax": optax}
 
 
 def evaluate(call):
-    return eval(call, {**vars(flood_optax), **NAMES_OF, **globals()})
+    return eval(call, {**NAMES_OF, **globals()})
 
 
 def update(value, transform=None, **extra_args):

@@ -86,6 +86,18 @@ def test_at_best_compares_integers_of_any_width_exactly(kind, mode):
             assert compiled(loss, metric) == expected
 
 
+def test_at_best_sums_integers_over_a_long_window_exactly():
+    """40,000 digits of 16 bits are more than 32 bits hold."""
+    window, ends = 40_000, np.array([5, 9, 9, 0])
+    metric = np.full(window + 3, 2**40 - 1)
+    metric[-3:] += ends[1:] - ends[:-1]
+    sums = [sum(map(int, metric[i : i + window])) for i in range(4)]
+    losses = np.arange(metric.size, dtype=np.float32)
+    found = levels.at_best(losses, metric, mode="max", window=window)
+    assert np.argmax(sums) == 1
+    assert found == (window - 1) // 2 + 1
+
+
 def test_at_best_compares_a_list_of_large_integers():
     # Float32 takes the first two for one; a half is lost where int32 wraps.
     losses, accuracies = [0.75, 0.5, 0.25], [20_000_000, 20_000_001, 20_000_000]
