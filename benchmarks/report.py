@@ -126,13 +126,21 @@ def records(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def tables(results: pathlib.Path) -> dict[str, str]:
-    """Every table the results give: each benchmark's `tables(payload)`, by marker."""
+    """Every table the results give: each benchmark's `tables(payload)`, by marker.
+
+    And the one for whom flooding is, which is made from all of them.
+    """
     found: dict[str, str] = {}
-    for _, module, payload in records(results):
+    payloads: dict[str, dict[str, Any]] = {}
+    for name, module, payload in records(results):
+        payloads[name] = payload
         made = module.tables(payload)
         if again := found.keys() & made.keys():
             raise ValueError(f"Two benchmarks make the table {sorted(again)}.")
         found |= made
+    for_whom = importlib.import_module("benchmarks.for_whom")  # it imports this one
+    if for_whom.NEEDED in payloads:
+        found[for_whom.TABLE] = for_whom.table(payloads)
     return found
 
 
