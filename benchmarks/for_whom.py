@@ -298,7 +298,7 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
             compared(noisy(full=True), UNTUNED | validated, FLOOR),
         ),
         (
-            "the same, on mini-batches",
+            "have the same, on mini-batches",
             compared(noisy(full=False), UNTUNED | validated, FLOOR),
         ),
         (
@@ -321,7 +321,7 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
             "may try 20 configurations of every method, wrong labels, to the end",
             rivals(records, "all", "end"),
         ),
-        ("the same, and stop early", rivals(records, "all", "early")),
+        ("may do the same, and stop early", rivals(records, "all", "early")),
         (
             "tune nothing, have no validation set and do not know the share",
             rivals(records, "recipe", "none"),
@@ -342,10 +342,10 @@ def table(records: Records) -> str:
     made = rows(records)
     said = iter(statistics.verdicts_of(c.effect for _, c in made if c is not None))
     lines = [
-        [f"you {user}", MISSING, MISSING, "", ""]
+        [user, MISSING, MISSING, "", ""]
         if found is None
         else [
-            f"you {user}",
+            user,
             found.tool,
             found.form,
             f"{found.effect:{found.spec}} {found.unit}",
@@ -355,7 +355,7 @@ def table(records: Records) -> str:
     ]
     return report.markdown(
         [
-            "you ...",
+            "you",
             "the best tool",
             "flooding's best form",
             "difference",

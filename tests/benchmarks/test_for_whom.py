@@ -29,7 +29,7 @@ def test_every_user_has_a_row_and_says_not_measured_without_a_record():
     lines = table.splitlines()[2:]
     assert len(lines) == len(for_whom.rows({})) == 15
     assert all(line.count("not measured") == 2 for line in lines)
-    assert lines[-1].startswith("| you train a large model |")
+    assert lines[-1].startswith("| train a large model |")
 
 
 def test_fewer_canaries_and_smaller_gaps_are_ahead():
