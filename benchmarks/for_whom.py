@@ -243,7 +243,8 @@ def of_text(
 ) -> Comparison | None:
     """All shares of flips together; a method counts that was run at each of them."""
     flips = sorted({share for share, _ in reached})
-    names = [n for share, n in reached if all((f, n) in reached for f in flips)]
+    tried = dict.fromkeys(n for _, n in reached)
+    names = [n for n in tried if all((f, n) in reached for f in flips)]
     if not names or len(reached[flips[0], names[0]]) < 2:
         return None
     seeds = sorted(

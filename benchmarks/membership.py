@@ -384,4 +384,7 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
             found[f"{base}/{column}"] = float(np.mean(row[column]))
             one = difference(payload, row["data"], row["method"], column)
             found |= report.named_interval(base, f"{column}_gain", one.interval)
+        for over in ("relax", "early") if row["method"] in OURS else ():
+            one = difference(payload, row["data"], row["method"], "canaries", over)
+            found |= report.named_interval(base, f"less_{over}", one.interval)
     return found
