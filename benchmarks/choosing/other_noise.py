@@ -390,6 +390,12 @@ def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
     rows = payload["noise"]
     found: dict[str, Any] = {"settings": len(rows), **payload["protocol"]}
     found = {name: value for name, value in found.items() if isinstance(value, int)}
+    noisy = [row for row in rows if np.mean(row["wrong"]) > 0]
+    for batch, full in (("full", True), ("mini", False)):
+        if chosen := [row for row in noisy if (row["batch"] is None) == full]:
+            one = over_data(chosen, "known_average", "known").interval
+            found |= report.named_interval(f"weights/{batch}", "gain", one)
+            found[f"weights/{batch}/settings"] = len(chosen)
     for group in GROUPS:
         if chosen := of_kind(rows, group):
             found[f"{group}/settings"] = len(chosen)
