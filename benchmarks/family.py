@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report, statistics
-from benchmarks.pictures import panels
+from benchmarks.pictures import BLUE, INCHES, INK, RED, panels, say
 
 METHODS = {  # the title of each, and the number that is picked by validation
     "plain": ("plain training", "-"),
@@ -100,36 +100,47 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     return {record_name(payload): "\n\n".join(parts)}
 
 
+EDGES = -4.0, 10.0  # points; a gain beyond is a number at the edge
+
+
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Test accuracy by method, with intervals: last epoch and early stopping."""
+    """Paired gains by method, sorted: at the last epoch and with early stopping."""
     noises = payload["protocol"]["noises"]
-    fig, axes = panels(1, len(noises), size=(5 * len(noises) + 2, 5))
+    found = {
+        (row["noise"], row["method"], row["early_stopping"]): row
+        for row in payload["rows"]
+    }
+
+    def gain(noise: float, name: str, stopped: bool) -> statistics.Interval:
+        return statistics.gain(
+            found[noise, name, stopped], found[noise, "plain", stopped]
+        )
+
+    names = list(dict.fromkeys(name for _, name, _ in found if name != "plain"))
+    names.sort(key=lambda name: gain(noises[-1], name, False).mean)
+    fig, axes = panels(
+        1, len(noises), size=(INCHES, 0.3 * len(names) + 2.6), sharey=True
+    )
     for axis, noise in zip(axes, noises, strict=True):
-        rows = [row for row in payload["rows"] if row["noise"] == noise]
-        names = list(dict.fromkeys(row["method"] for row in rows))
-        for stopped, marker in ((False, "o"), (True, "s")):
-            chosen = [row for row in rows if row["early_stopping"] == stopped]
-            half = [accuracy(row).half for row in chosen]
-            finite = all(map(math.isfinite, half))
-            shift = 0.15 if stopped else -0.15
-            means = [row["accuracy_mean"] for row in chosen]
-            axis.errorbar(
-                means,
-                np.arange(len(names)) + shift,
-                xerr=half if finite else None,
-                fmt=marker,
-                mfc="white" if stopped else None,
-                color="C1" if stopped else "C0",
-                label="early stopping" if stopped else "last epoch",
-                capsize=2,
-                ms=4,
-            )
-            axis.axvline(means[0], color="C1" if stopped else "C0", lw=0.6, ls=":")
-        axis.set_yticks(range(len(names)), [METHODS[name][0] for name in names])
-        axis.invert_yaxis()
-        axis.set(title=f"{noise:.0%} flips", xlabel="test accuracy, %")
-        axis.label_outer()
-    axes[0].legend(loc="lower left", fontsize=8)
+        for stopped, colour in ((False, BLUE), (True, RED)):
+            for place, name in enumerate(names):
+                mean, half = gain(noise, name, stopped)
+                at = place - 0.15 + 0.3 * stopped
+                if mean < EDGES[0]:
+                    axis.plot(EDGES[0], at, "<", color=colour, ms=6)
+                    say(axis, f"{mean:.0f}", (EDGES[0], at), (7, 0), color=colour)
+                    continue
+                look = {"fmt": "o", "ms": 5, "color": colour, "capsize": 0}
+                filled = "none" if stopped else colour
+                xerr = half if math.isfinite(half) else None
+                axis.errorbar(mean, at, xerr=xerr, mfc=filled, **look)
+        axis.axvline(0, color=INK, lw=0.8)
+        axis.set(title=f"{noise:.0%} wrong" if noise else "right labels", xlim=EDGES)
+        axis.set_xlabel("points over plain\ntraining, as judged")
+    axes[0].set_yticks(range(len(names)), [METHODS[name][0] for name in names])
+    for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == "flooding" else "normal")
+    fig.suptitle("dots: last epoch, rings: early stopping", fontsize=11)
     return {record_name(payload): fig}
 
 

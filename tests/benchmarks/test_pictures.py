@@ -15,7 +15,7 @@ from benchmarks import pictures, record
 
 PHONE = 358  # pixels for a figure on a screen of 390
 GROUNDS = "#ffffff", "#14181e"  # of the pages by day and by night
-STUDIES = "quickstart", "penalty", "strokes", "synthetic"
+STUDIES = "quickstart", "penalty", "strokes", "synthetic", "family"
 
 
 @pytest.fixture(scope="module", params=STUDIES)
