@@ -339,7 +339,11 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
         for rule in NAMES
         for group, found in chosen.items()
     }
-    said = dict(zip(effects, statistics.verdicts_of(effects.values()), strict=True))
+    said: dict[tuple[str, str], str] = {}
+    for group in chosen:  # a column is a family
+        column = [(rule, group) for rule in NAMES]
+        verdicts = statistics.verdicts_of(effects[cell] for cell in column)
+        said |= dict(zip(column, verdicts, strict=True))
     lines = [
         {
             "rule": title,
