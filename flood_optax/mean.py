@@ -32,6 +32,8 @@ from flood_optax.precision import segment_sums, wide
 from flood_optax.shape_rules import check_shape
 from flood_optax.shapes import Shape, reflect
 
+PARTITIONS = ("batch", "example", "segment", "sequence")
+
 
 def flood_mean(
     losses: ArrayLike,
@@ -130,9 +132,7 @@ def flood_mean(
     call = "flood_mean(level=...)"
     check_level(level, call)
     check_shape(shape, "flood_mean(shape=...)")
-    check_one_of(
-        "flood_mean(over=...)", over, ("batch", "example", "segment", "sequence")
-    )
+    check_one_of("flood_mean(over=...)", over, PARTITIONS)
     if over != "segment" and (segment_ids is not None or num_segments is not None):
         raise ValueError(
             '`flood_mean(segment_ids=..., num_segments=...)` need over="segment", '
