@@ -303,7 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
             for method in METHODS:
                 one = study.kept(
-                    work / f"{name}-{number}-{method}.json",
+                    work / f"{name}-{number}-{method}.row",
                     [dataclasses.asdict(c), name, number, method],
                     functools.partial(conduct, c, method, data, keys),
                 )
