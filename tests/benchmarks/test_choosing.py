@@ -183,6 +183,8 @@ def test_the_rule_of_the_weights_is_chosen_on_other_data_sets():
     worse["rules"]["floor_average"] = c["rules"]["floor"]
     assert findings.without([a, b, worse], b) == "floor"
     assert findings.without([a, b, worse], worse) == "floor_average"
+    strong = {**c, "rules": {**c["rules"], "floor": {"accuracies": [200.0] * 3}}}
+    assert findings.without([b, c, strong], c) == "floor_average"  # of one data set
     assert [findings.by_batch(s) for s in noisy] == ["floor"] + ["floor_average"] * 2
 
 
