@@ -5,6 +5,7 @@ judged on the other half; the rows are judged together, by Holm's steps.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -186,21 +187,24 @@ def membership(records: Records) -> Comparison | None:
     return found and found._replace(unit="% fewer canaries found")
 
 
-def rivals(records: Records, name: str, column: str) -> Comparison | None:
-    """A standing of the rivals' study, as its numbers have it.
-
-    They hold half of an interval with as many degrees of freedom as data sets less one.
-    """
+def standings(records: Records) -> Mapping[str, Any]:
+    """The numbers of the rivals' study; none of the record of an earlier protocol."""
     payload = records.get("rivals", {})
-    if "pieces" not in payload:  # the record of another protocol
-        return None
-    numbers = importlib.import_module("benchmarks.rivals").numbers(payload)
+    if "pieces" not in payload:
+        return {}
+    return importlib.import_module("benchmarks.rivals").numbers(payload)
+
+
+def rivals(numbers: Mapping[str, Any], name: str, column: str) -> Comparison | None:
+    """A group of ours beside its rivals, by one of the study's selections.
+
+    Half of an interval stands for as many degrees of freedom as data sets less one.
+    """
     base = f"standing/{name}/{column}"
-    mean, half = numbers[f"{base}/mean"], numbers[f"{base}/half"]
-    if not np.isfinite(mean):
+    mean, half = (numbers.get(f"{base}/{what}", math.nan) for what in ("mean", "half"))
+    if not math.isfinite(mean):
         return None
-    freedom = int(numbers["sets"]) - 1
-    effect = statistics.effect_of(mean, half, freedom)
+    effect = statistics.effect_of(mean, half, int(numbers["sets"]) - 1)
     return Comparison(
         "the best rival of each setting", "the best of each setting", effect
     )
@@ -270,7 +274,7 @@ def is_full(setting: Payload) -> bool:
 
 def rows(records: Records) -> list[tuple[str, Comparison | None]]:
     """Every user, and what was found for them."""
-    validated = DECAY | SMOOTHING
+    validated, numbers = DECAY | SMOOTHING, standings(records)
 
     def noisy(full: bool) -> list[Setting]:
         return choosing(records, lambda s: s["flips"] > 0 and is_full(s) == full)
@@ -320,12 +324,12 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
         ),
         (
             "may try 20 configurations of every method, wrong labels, to the end",
-            rivals(records, "all", "end"),
+            rivals(numbers, "all", "end"),
         ),
-        ("may do the same, and stop early", rivals(records, "all", "early")),
+        ("may do the same, and stop early", rivals(numbers, "all", "early")),
         (
             "tune nothing, have no validation set and do not know the share",
-            rivals(records, "recipe", "none"),
+            rivals(numbers, "recipe", "none"),
         ),
         ("want a model to forget examples", unlearning(records)),
         ("must hide who was trained on", membership(records)),

@@ -69,6 +69,15 @@ def test_fewer_canaries_and_smaller_gaps_are_ahead():
     assert found.effect.mean == pytest.approx(-0.75)
 
 
+def test_a_standing_of_the_rivals_keeps_its_interval():
+    numbers = {"standing/all/end/mean": -3.5, "standing/all/end/half": 2.6, "sets": 8}
+    found = for_whom.rivals(numbers, "all", "end").effect
+    assert found.interval == pytest.approx((-3.5, 2.6))
+    assert found.freedom == 7
+    assert for_whom.rivals(numbers, "all", "early") is None
+    assert for_whom.standings({"rivals": {"rows": []}}) == {}
+
+
 def test_text_takes_the_configuration_of_the_best_validation():
     def row(method, flips, seed, accuracy):
         kept = {
