@@ -89,6 +89,7 @@ redirects = {  # the addresses of pages that have moved
     "logging": "traps#what-to-read-in-flood_below",
     "sharp-edges": "traps",
     "sharpness": "theory#sharpness",
+    "rivals": "evidence/rivals",
     "strokes": "averaging",
     "training-loss-goes-to-zero": "quickstart#training-loss-goes-to-zero-from-pytorch",
     "versioning": "install#versions-and-what-they-promise",

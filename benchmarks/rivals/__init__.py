@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record, study
-from benchmarks.rivals import former, settings
+from benchmarks.rivals import settings
 from benchmarks.rivals.before import known
+from benchmarks.rivals.findings import figures, numbers, tables
 from benchmarks.rivals.methods import METHODS, SCHEDULES, Method
 from benchmarks.rivals.problems import problem
 from benchmarks.rivals.settings import SIZES, Constants, Problem
@@ -203,22 +204,3 @@ def entries(
 def words(values: Any, spec: str) -> str:
     """Numbers in one line of the record."""
     return " ".join(spec % value for value in values)
-
-
-def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    return of(payload).tables(payload)
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    return of(payload).numbers(payload)
-
-
-def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    return of(payload).figures(payload)
-
-
-def of(payload: Mapping[str, Any]) -> Any:
-    """The findings of a record; the one of the first study has methods of its own."""
-    from benchmarks.rivals import findings  # noqa: PLC0415
-
-    return former if "methods" in payload else findings

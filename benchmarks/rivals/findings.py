@@ -1,7 +1,6 @@
 """Where flooding stands among the methods: the tables, numbers and figure of it."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -273,10 +272,23 @@ DRAWN = {  # methods of the figure: a short name, and the line
     "sam": ("SAM", {"color": RED, "ls": "--"}),
     "elr": ("ELR", {"color": RED}),
     "forward": ("forward, told", {"color": RED, "ls": ":"}),
+    "pruned": ("labels left out", {"color": RED, "ls": "-."}),
     "band": ("band", {"color": BLUE, "ls": "--"}),
     "estimated": ("band, estimated", {"color": BLUE}),
     "floor": ("band, told", {"color": BLUE, "ls": ":"}),
 }
+
+
+def named(axis: Any, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Names at the ends of lines, from below: apart, and within the axes."""
+    low, high = axis.get_ylim()
+    line = (high - low) / 14  # of letters
+    places: list[float] = []
+    for gain, *_ in ends:
+        places.append(max(gain, places[-1] + line) if places else gain)
+    for up, (place, (_, name, color)) in enumerate(zip(places, ends, strict=True)):
+        highest = high - line * (len(ends) - 1 - up)
+        say(axis, name, (BUDGETS[-1], min(place, highest)), color=color)
 
 
 def figures(payload: Payload) -> dict[str, Any]:
@@ -290,12 +302,8 @@ def figures(payload: Payload) -> dict[str, Any]:
                 gains = [found.gain_of_tries(m, k, when, noisy=True) for k in BUDGETS]
                 axis.plot(BUDGETS, gains, marker="o", ms=3, **style)
                 ends.append((gains[-1], name, style["color"]))
-        low, high = axis.get_ylim()
-        least = (high - low) / 13  # of the height, a line of letters
-        place = -math.inf
-        for gain, name, color in sorted(ends):
-            place = max(place + least, gain)
-            say(axis, name, (BUDGETS[-1], place), color=color)
+        if when == "end":  # the lines are the same in both
+            named(axis, sorted(ends))
         axis.axhline(0, color=FAINT, lw=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xlim(0.9, 70)  # room for the names
