@@ -133,6 +133,12 @@ def test_accumulation_costs_no_more_than_multisteps(machine, form):
         assert row["bytes_accessed_ratio"] <= 1.01
 
 
+def test_window_is_a_conditional_for_a_tpu_and_selects_for_a_gpu(machine):
+    """docs/accelerators.md says so of jax 0.12."""
+    due = 1 if machine.startswith("v5e") else 0
+    assert row_of(machine, WINDOW)["conditionals"] == due
+
+
 @pytest.mark.parametrize("form", compilers.SWEEPS)
 def test_runs_of_a_sweep_do_not_talk_to_one_another(machine, form):
     assert row_of(machine, form)["collectives"] == []
