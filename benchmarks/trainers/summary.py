@@ -66,16 +66,14 @@ def head(row: Row) -> str:
     few = [first, *rest] if len(rest) < 6 else [first]
     more = "" if len(rest) < 6 else f" and what `{row['trainer']}.py` names"
     python = row["versions"]["python"]
-    return (
-        f"`pip install {' '.join(few)}`{more}, Python {python}, {row.get('date', NONE)}"
-    )
+    return f"`pip install {' '.join(few)}`{more}, Python {python}, {row['date']}"
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """What to write, what each trainer does, what its recipe and wrong forms gave."""
     ran = [row for row in rows if "error" not in row]
     lines = [
-        [title(row), row["form"], row.get("line", NONE), row.get("logs", NONE)]
+        [title(row), row["form"], row["line"], row["logs"]]
         if "error" not in row
         else [title(row), f"not run: {row['error']}".replace("|", "/"), "", ""]
         for row in rows

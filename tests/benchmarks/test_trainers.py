@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import __main__ as benchmarks, report
+from benchmarks import __main__ as benchmarks, record, report
 from benchmarks.trainers import environments, page, rows, summary
 
 KNOWN = environments.trainers()
@@ -40,6 +40,15 @@ def test_trainer_pins_its_versions_and_has_a_recipe_on_the_page(name):
     for block in code:
         compile(block, "page", "exec")
         assert sum(bool(line.strip()) for line in block.splitlines()) <= 10, block
+
+
+def test_every_recorded_run_is_at_the_head_of_its_recipe():
+    text = page.PAGE.read_text(encoding="utf-8")
+    for row in record.read("trainers")["rows"]:
+        head = (
+            f"## {row['section']}\nLast run: <!-- figure:trainers/{row['trainer']}/head"
+        )
+        assert head in text
 
 
 def test_every_recipe_that_the_suite_cannot_run_is_run_by_a_trainer():
