@@ -1,8 +1,8 @@
-"""The patterns of optax's own examples, each with flooding added by one line.
+"""Patterns of optax's own examples whose gradients are not those of the loss.
 
-docs/trainers.md lists them. The oracle of each: with the line the raw loss stays
-at the level, some steps being below it and some not; with the level at -inf, which is
-plain training, the same program ends below it.
+docs/trainers.md lists more: the others are in test_settling.py, test_composition.py and
+test_accumulation.py. With the line the raw loss stays at the level, some steps being
+below it and some not; with the level at -inf the same program ends below it.
 """
 
 import jax
@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from optax import contrib
 
-from flood_optax import flood, flooded, scale_by_flood
+from flood_optax import flooded, scale_by_flood
 
 B, STEPS, LATE = 0.06, 400, 100  # the level; the late steps are the last of all
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -22,10 +22,6 @@ Y = jnp.sin(2 * X[:, 0]) * X[:, 1] + 0.3 * X[:, 2] ** 2
 PARAMS = {
     "hidden": {"w": jax.random.normal(KEYS[1], (3, 16)), "b": jnp.linspace(-1, 1, 16)},
     "out": {"w": jax.random.normal(KEYS[2], (16,)) / 4, "b": jnp.zeros([])},
-}
-LABELS = {
-    "hidden": {"w": "hidden", "b": "hidden"},
-    "out": {"w": "out", "b": "out"},
 }
 
 
@@ -38,137 +34,19 @@ def loss_fn(params, x=X, y=Y):
     return jnp.mean((predict(params, x) - y) ** 2)
 
 
-def scanned(optimizer, step, params=PARAMS, steps=STEPS):
-    """The raw losses of all steps, and the last parameters and state.
-
-    `step(params, state)` gives the updates, the new state and the raw loss.
-    """
+def scanned(optimizer, step, steps=STEPS):
+    """The raw losses of all steps: `step` gives the updates, the state and the loss."""
 
     def body(carry, _):
         params, state = carry
         updates, state, loss = step(params, state)
         return (optax.apply_updates(params, updates), state), loss
 
-    start = (params, optimizer.init(params))
-    (params, state), losses = lax.scan(body, start, length=steps)
-    return losses, params, state
-
-
-def ordinary(optimizer, loss_fn=loss_fn, params=PARAMS, steps=STEPS):
-    """The loop of most examples, which hands over the loss."""
-
-    def step(params, state):
-        value, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = optimizer.update(grads, state, params, value=value)
-        return updates, state, value
-
-    return scanned(optimizer, step, params, steps)[0]
+    start = (PARAMS, optimizer.init(PARAMS))
+    return lax.scan(body, start, length=steps)[1]
 
 
 # ---- the patterns: level -> raw losses ----
-
-
-def gradient_accumulation(level):
-    # was: optax.MultiSteps(optax.adam(0.02), every_k_schedule=4)
-    optimizer = flood(optax.adam(0.02), level, every_k=4)
-    parts = X.reshape(4, 8, 3), Y.reshape(4, 8)
-
-    def epoch(params, state):
-        loss = loss_fn(params)
-
-        def micro_step(carry, part):
-            params, state = carry
-            value, grads = jax.value_and_grad(loss_fn)(params, *part)
-            updates, state = optimizer.update(grads, state, params, value=value)
-            return (optax.apply_updates(params, updates), state), None
-
-        (after, state), _ = lax.scan(micro_step, (params, state), parts)
-        return jax.tree.map(jnp.subtract, after, params), state, loss
-
-    return scanned(optimizer, epoch)[0]
-
-
-def microbatching(level):
-    optimizer = optax.chain(scale_by_flood(level), optax.adam(0.02))
-    value_and_grad = optax.microbatch(
-        jax.value_and_grad(loss_fn),
-        argnums=(1, 2),
-        microbatch_size=8,
-        accumulator=optax.microbatching.AccumulationType.MEAN,
-    )
-
-    def step(params, state):
-        value, grads = value_and_grad(params, X, Y)
-        updates, state = optimizer.update(grads, state, params, value=value)
-        return updates, state, value
-
-    return scanned(optimizer, step)[0]
-
-
-def lookahead(level):
-    inner = optax.lookahead(optax.adam(0.02), sync_period=5, slow_step_size=0.5)
-    optimizer = optax.chain(scale_by_flood(level), inner)
-
-    def step(params, state):
-        value, grads = jax.value_and_grad(loss_fn)(params.fast)
-        updates, state = optimizer.update(grads, state, params, value=value)
-        return updates, state, value
-
-    return scanned(optimizer, step, optax.LookaheadParams.init_synced(PARAMS))[0]
-
-
-def partition(level):
-    parts = {"hidden": optax.adam(0.02), "out": optax.sgd(0.05, momentum=0.9)}
-    return ordinary(optax.chain(scale_by_flood(level), optax.partition(parts, LABELS)))
-
-
-def freezing(level):
-    frozen = {"hidden": {"w": True, "b": True}, "out": {"w": False, "b": False}}
-    inner = optax.selective_transform(optax.adam(0.05), freeze_mask=frozen)
-    return ordinary(optax.chain(scale_by_flood(level), inner))
-
-
-def lbfgs(level):
-    optimizer = flood(optax.lbfgs(), level)
-    value_and_grad = optax.value_and_grad_from_state(loss_fn)
-
-    def step(params, state):
-        value, grad = value_and_grad(params, state=state)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=loss_fn
-        )
-        return updates, state, value
-
-    # from a start near the level, as docs/traps.md asks for
-    near = optax.adam(0.02)
-
-    def descend(params, state):
-        value, grad = jax.value_and_grad(loss_fn)(params)
-        return *near.update(grad, state, params), value
-
-    _, params, _ = scanned(near, descend, steps=60)
-    return scanned(optimizer, step, params, steps=STEPS)[0]
-
-
-VALID_X = jax.random.normal(KEYS[3], (32, 3))
-VALID_Y = jnp.sin(2 * VALID_X[:, 0]) * VALID_X[:, 1] + 0.3 * VALID_X[:, 2] ** 2
-
-
-def reduce_on_plateau(level):
-    optimizer = optax.chain(scale_by_flood(level), optax.adam(0.02))
-    plateau = contrib.reduce_on_plateau(factor=0.5, patience=5, accumulation_size=20)
-
-    def step(params, state):
-        value, grads = jax.value_and_grad(loss_fn)(params)
-        updates, own = optimizer.update(grads, state[0], params, value=value)
-        valid = loss_fn(params, VALID_X, VALID_Y)
-        updates, watching = plateau.update(updates, state[1], value=valid)
-        return updates, (own, watching), value
-
-    both = optax.GradientTransformation(
-        lambda params: (optimizer.init(params), plateau.init(params)), optimizer.update
-    )
-    return scanned(both, step)[0]
 
 
 def dp_sgd(level, per_example_loss=loss_fn):
@@ -183,7 +61,7 @@ def dp_sgd(level, per_example_loss=loss_fn):
         updates, state = optimizer.update(grads, state, params, value=value)
         return updates, state, value
 
-    return scanned(optimizer, step, steps=1500)[0]
+    return scanned(optimizer, step, steps=1500)
 
 
 def attacked(function, params):
@@ -199,123 +77,26 @@ def adversarial(level, attacking_loss=loss_fn):
         updates, state = optimizer.update(grads, state, params)
         return updates, state, loss_fn(params, attacked(loss_fn, params), Y)
 
-    return scanned(optimizer, step)[0]
-
-
-def sam(level):
-    adversary = optax.chain(contrib.normalize(), optax.sgd(0.02))
-    optimizer = contrib.sam(optax.adam(0.02), adversary, opaque_mode=True)
-    grad_fn = jax.grad(flooded(loss_fn, level))
-
-    def step(params, state):
-        grads = jax.grad(loss_fn)(params)
-        updates, state = optimizer.update(
-            grads, state, params, grad_fn=lambda params, _: grad_fn(params)
-        )
-        # what stays at the level is the loss that SAM minimises: the one uphill
-        uphill, _ = adversary.update(grads, adversary.init(params), params)
-        return updates, state, loss_fn(jax.tree.map(jnp.subtract, params, uphill))
-
-    return scanned(optimizer, step)[0]
+    return scanned(optimizer, step)
 
 
 # ---- a language model with one block ----
 
-TEXT = b"it floods where it would sink; what it would sink to, it floods above. "
-VOCABULARY = sorted(set(TEXT))
-TOKENS = jnp.array([VOCABULARY.index(byte) for byte in TEXT])
-WINDOWS = jnp.stack([TOKENS[i : i + 13] for i in range(0, len(TEXT) - 13, 3)])
-WIDTH = 16
-BLOCK = ("query", "key", "value", "up", "down")
 
-
-def transformer():
-    shapes = {
-        "embed": (len(VOCABULARY), WIDTH),
-        "position": (12, WIDTH),
-        "query": (WIDTH, WIDTH),
-        "key": (WIDTH, WIDTH),
-        "value": (WIDTH, WIDTH),
-        "up": (WIDTH, 2 * WIDTH),
-        "down": (2 * WIDTH, WIDTH),
-        "head": (WIDTH, len(VOCABULARY)),
-    }
-    keys = jax.random.split(jax.random.key(2), len(shapes))
-    return {
-        name: jax.random.normal(key, shape) / shape[0] ** 0.5
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def normalized(x):
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-
-
-def next_token_loss(p):
-    given, wanted = WINDOWS[:, :-1], WINDOWS[:, 1:]
-    x = p["embed"][given] * WIDTH**0.5 + p["position"]
-    query, key, value = (normalized(x) @ p[name] for name in ("query", "key", "value"))
-    scores = query @ key.swapaxes(-1, -2) / WIDTH**0.5
-    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    x = x + jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)) @ value
-    x = x + jax.nn.relu(normalized(x) @ p["up"]) @ p["down"]
-    logits = normalized(x) @ p["head"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
-
-
-def nano_lm(level, inner=None):
-    inner = inner or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))
-    optimizer = optax.chain(scale_by_flood(level), inner)
-    return ordinary(optimizer, next_token_loss, transformer(), steps=200)
-
-
-def muon(level):
-    # the matrices of the block by Muon, the tables by Adam
-    block = contrib.MuonDimensionNumbers()
-    dimensions = dict.fromkeys(transformer()) | dict.fromkeys(BLOCK, block)
-    inner = contrib.muon(0.02, muon_weight_dimension_numbers=dimensions)
-    return nano_lm(level, inner)
-
-
-LM = 0.5  # the level of the language model
-PATTERNS = {
-    "gradient_accumulation": (gradient_accumulation, B),
-    "lookahead": (lookahead, B),
-    "partition": (partition, B),
-    "freezing": (freezing, 0.3),  # what is not frozen fits less
-    "reduce_on_plateau": (reduce_on_plateau, B),
-    "dp_sgd": (dp_sgd, B),
-    "adversarial": (adversarial, B),
-    "sam": (sam, B),
-    "nano_lm": (nano_lm, LM),
-    "muon": (muon, LM),
-}
+PATTERNS = {"dp_sgd": dp_sgd, "adversarial": adversarial}
 
 
 def late(compiled, level):
     return np.asarray(compiled(jnp.float32(level)))[-LATE:]
 
 
-if hasattr(optax, "microbatch"):  # it came with optax 0.2.7
-    PATTERNS["microbatching"] = microbatching, B
-
-
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pattern_settles_at_the_level_and_ends_below_it_without_flooding(name):
-    pattern, level = PATTERNS[name]
-    pattern = jax.jit(pattern)
-    losses, plain = late(pattern, level), late(pattern, -np.inf)
-    assert losses.mean() == pytest.approx(level, rel=0.1)
-    assert 0.25 < (losses < level).mean() < 0.75
-    assert plain.max() < 0.8 * level
-
-
-def test_lbfgs_stops_on_the_level_and_goes_to_zero_without_flooding():
-    """Rounding decides which steps are below, so their share says nothing."""
-    pattern = jax.jit(lbfgs)
-    for level in (0.05, B, 0.15):
-        np.testing.assert_allclose(late(pattern, level), level, rtol=1e-4)
-    assert late(pattern, -np.inf).max() < 0.1 * B
+    pattern = jax.jit(PATTERNS[name])
+    losses, plain = late(pattern, B), late(pattern, -np.inf)
+    assert losses.mean() == pytest.approx(B, rel=0.1)
+    assert 0.25 < (losses < B).mean() < 0.75
+    assert plain.max() < 0.8 * B
 
 
 # ---- why the line belongs where it is ----

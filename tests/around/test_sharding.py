@@ -18,7 +18,6 @@ from flood_optax import (
     flooded,
     metrics,
     scale_by_flood,
-    shapes,
 )
 from tests import oracles
 from tests.sharded import (
@@ -191,31 +190,6 @@ def average_with_explicit_sharding_keeps_that_of_its_parameters():
     average_keeps_the_sharding_of_its_parameters(AxisType.Explicit)
 
 
-@CHECKS.once
-def average_in_shard_map_is_replicated():
-    """Of the parameters that are the same everywhere, not of those of one device."""
-    mesh = mesh_of("data")
-    (arrays, _), (rows, _) = batch_and_halves(mesh)
-    inner = optax.chain(optax.sgd(0.01), average_params(0.5))
-    optimizer = flood(inner, LEVELS["below"], axis_name="data")
-
-    def run(params, x, y):
-        state, visited = optimizer.init(params), []
-        for _ in range(5):
-            value, grads = jax.value_and_grad(loss_fn)(varying(params), x, y)
-            grads = global_mean(grads)
-            updates, state = optimizer.update(grads, state, params, value=value)
-            params = optax.apply_updates(params, updates)
-            visited.append(params)
-        return averaged(state, params), visited, metrics(state)
-
-    for check_vma in (True, False):
-        step = mapped(run, mesh, (P(), rows, rows), check_vma=check_vma)
-        mean, visited, logs = step(parameters(), *arrays)
-        assert_close(mean, jax.tree.map(lambda *a: oracles.average(a, 0.5), *visited))
-        assert logs["flood/steps"] == 5
-
-
 # ---- shard_map ----
 
 
@@ -242,17 +216,6 @@ def shard_map_without_check_vma_equals_the_large_batch():
 @CHECKS.always
 def shard_map_over_two_axes_equals_the_large_batch():
     shard_map_equals_the_large_batch(True, "data", "fsdp")
-
-
-@CHECKS.rarely
-def shard_map_on_one_axis_of_two_equals_the_large_batch():
-    """The other axis holds replicas: the axis name says what the batch is."""
-    mesh = mesh_of("data", "replica")
-    arrays, specs = batch_and_halves(mesh)
-    form = functools.partial(every_form, axis_name="data")
-    level = LEVELS["below"]
-    step = mapped(form, mesh, (P(), P(), *specs), check_vma=True)
-    assert_large_batch(step(parameters(), level, *arrays), level)
 
 
 @CHECKS.once
@@ -554,35 +517,6 @@ def pmap_equals_the_large_batch_on_every_replica():
         for i in range(jax.device_count()):
             one = jax.tree.map(lambda a, i=i: a[i], results)
             assert_large_batch(one, level)
-
-
-@CHECKS.once
-def vmap_with_an_axis_name_equals_the_large_batch():
-    form = functools.partial(
-        every_form, axis_name="data", spread=lambda params, axis_name: params
-    )
-    step = jax.jit(jax.vmap(form, in_axes=(None, None, 0, 0), axis_name="data"))
-    level = LEVELS["below"]
-    results = step(parameters(), level, *stacked())
-    assert_large_batch(jax.tree.map(lambda a: a[-1], results), level)
-
-
-@CHECKS.once
-def shapes_other_than_reflect_use_the_global_residual():
-    mesh = mesh_of("data")
-    level = LEVELS["below"]
-    r = MEAN - level
-    multiplier = r / np.sqrt(1 + r * r)
-    raw = numpy_gradient(-np.inf)[1]
-    expected = jax.tree.map(lambda g: multiplier * g, raw)
-    objective = flooded(loss_fn, level, axis_name="data", shape=shapes.soft())
-
-    def gradient(params, x, y):
-        return lax.pmean(jax.grad(objective)(varying(params), x, y), "data")
-
-    specs = (P(), P("data", None), P("data"))
-    got = mapped(gradient, mesh, specs, check_vma=True)(parameters(), *rows_on(mesh))
-    assert_close(got, expected, rtol=1e-5)
 
 
 @CHECKS.parametrize()

@@ -1,6 +1,5 @@
 """A band where the batch is split over devices: turned by the loss of all of it."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,8 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tests import forms, oracles
-from tests.around.test_collectives import collectives
-from tests.sharded import Checks, loss_fn, mapped, mesh_of, parameters, put, rows_on
+from tests.sharded import Checks, mapped, mesh_of
 
 LEVEL, BAND = 0.625, 0.125
 ROWS, DEVICES = 60, 4
@@ -61,26 +59,6 @@ def band_under_shard_map_turns_by_the_loss_of_all():
     whole = oracles.strokes(means[False], LEVEL, BAND)[1]
     for own in losses.T:
         assert (oracles.strokes(own, LEVEL, BAND)[1] != whole).any()
-
-
-@CHECKS.once
-def band_adds_no_collective():
-    mesh = mesh_of("data")
-    params = put(mesh, parameters(), P())
-    adam = optax.with_extra_args_support(optax.adam(0.1))
-    found = []
-    for optimizer in (adam, *forms.optimizers(adam, LEVEL, band=BAND).values()):
-
-        def step(params, state, x, y, optimizer=optimizer):
-            value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-            updates, state = optimizer.update(grads, state, params, value=value)
-            return optax.apply_updates(params, updates), state, value
-
-        state = optimizer.init(parameters())
-        found.append(collectives(step, params, state, *rows_on(mesh)))
-    plain, chain, wrapper, window, skip = found
-    assert plain == chain == wrapper == skip
-    assert len(window) == len(plain)
 
 
 @CHECKS.parametrize()

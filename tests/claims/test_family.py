@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from flood_optax import (
@@ -16,9 +15,6 @@ from flood_optax import (
     shapes,
 )
 from flood_optax.objective import relax_loss
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
 
 # The equations
 

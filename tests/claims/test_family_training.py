@@ -5,8 +5,6 @@ statsmodels) and fixed keys. Their bounds leave a wide margin to what was seen.
 """
 
 import itertools
-import pathlib
-import struct
 from typing import NamedTuple
 
 import jax
@@ -16,14 +14,11 @@ import optax
 import pytest
 from sklearn.datasets import make_blobs
 from sklearn.metrics import roc_auc_score
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import data
 from flood_optax import (
     flood_loss,
     flood_mean,
-    flooded,
     levels,
     scale_by_flood,
     shapes,
@@ -246,76 +241,3 @@ def test_relax_loss_makes_membership_harder_to_infer(digits):
 
 
 # What to log
-
-
-def read_scalars(directory):
-    """The scalars of the event files: length, checksum, Event, checksum; repeated."""
-    found = {}
-    for path in sorted(pathlib.Path(directory).glob("events.*")):
-        content, start = path.read_bytes(), 0
-        while start < len(content):
-            (size,) = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12 : start + 12 + size])
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
-            start += 12 + size + 4
-    return found
-
-
-@pytest.mark.parametrize("form", ["loss", "optax"])
-def test_logs_tell_raw_from_flooded_loss(form, digits, tmp_path):
-    level, steps = 0.8, 60
-
-    def loss_fn(params):
-        return cross_entropy(logits_of(params, digits.x), digits.y).mean()
-
-    adam = optax.adam(1e-2)
-    optimizer = optax.chain(scale_by_flood(level), adam) if form == "optax" else adam
-
-    @jax.jit
-    def step(params, state):
-        if form == "loss":
-            flooded_fn = flooded(loss_fn, level, return_info=True)
-            (value, info), grads = jax.value_and_grad(flooded_fn, has_aux=True)(params)
-            updates, state = optimizer.update(grads, state)
-            logs = (info.loss, value, info.level, info.multiplier)
-        else:
-            loss, grads = jax.value_and_grad(loss_fn)(params)
-            updates, state = optimizer.update(grads, state, value=loss)
-            raw, bound = (
-                optax.tree.get(state, f"flood_{name}") for name in ("value", "level")
-            )
-            multiplier = jnp.where(raw >= bound, 1, -1)
-            logs = (raw, flood_loss(raw, bound), bound, multiplier)
-        return optax.apply_updates(params, updates), state, logs
-
-    params = mlp(jax.random.key(2), 64, 64, 10)
-    state, below, raw_losses = optimizer.init(params), 0, []
-    with SummaryWriter(str(tmp_path)) as writer:
-        for t in range(steps):
-            raw_losses.append(float(loss_fn(params)))  # evaluation is never flooded
-            params, state, logs = step(params, state)
-            below += float(logs[3]) < 0
-            tags = ("train/loss", "train/flooded", "flood/level", "flood/multiplier")
-            for tag, value in zip(tags, logs, strict=True):
-                writer.add_scalar(tag, float(value), t)
-            writer.add_scalar("flood/share_below", below / (t + 1), t)
-
-    read = {
-        tag: np.array(list(points.values()))
-        for tag, points in read_scalars(tmp_path).items()
-    }
-    np.testing.assert_allclose(read["train/loss"], raw_losses, rtol=1e-5)
-    np.testing.assert_allclose(
-        read["train/flooded"], np.abs(read["train/loss"] - level) + level, rtol=1e-5
-    )
-    np.testing.assert_allclose(read["flood/level"], level, rtol=1e-6)
-    was_below = np.array(raw_losses) < level
-    assert 0.2 < was_below.mean() < 0.8, "the level acts"
-    np.testing.assert_array_equal(read["flood/multiplier"], np.where(was_below, -1, 1))
-    np.testing.assert_allclose(
-        read["flood/share_below"], np.cumsum(was_below) / np.arange(1, steps + 1)
-    )
-    if form == "optax":
-        assert optax.tree.get(state, "flood_below") == was_below.sum()
-        assert optax.tree.get(state, "flood_step") == steps

@@ -27,10 +27,6 @@ def loss_fn(w, x=X, y=Y):
     return losses(w, x, y).mean()
 
 
-def numpy_loss(w):
-    return np.mean((X @ np.float64(w) - Y) ** 2)
-
-
 def descend(optimizer, step, start=START, steps=400):
     """Trains; returns the raw loss at every step, last parameters and state."""
 

@@ -104,19 +104,6 @@ def test_forked_equals_separate_runs_bit_for_bit(name):
     assert result.steps_run < result.steps_separate
 
 
-def test_forked_equals_a_python_loop_of_a_jitted_step_bit_for_bit():
-    step, state, batches = mlp("optax", optax.adam(0.02))
-    result = sweep.forked(step, state, batches, (0.3, 0.05))
-    jitted = jax.jit(step)
-    for i, level in enumerate((0.3, 0.05)):
-        carry, losses = state, []
-        for t in range(70):
-            batch = jax.tree.map(lambda x, t=t: x[t], batches)
-            carry, metrics = jitted(carry, batch, jnp.float32(level))
-            losses.append(metrics["loss"])
-        np.testing.assert_array_equal(result.metrics["loss"][i], np.stack(losses))
-
-
 def descent(w, rate, level):
     """The loss is w, so the path is known: down by `rate`, and up below the level."""
     return w - rate * jnp.where(w < level, -1.0, 1.0), {"loss": w}
@@ -150,12 +137,6 @@ def test_forked_nan_loss_is_below_no_level():
     assert np.isnan(result.metrics["loss"][:, 4:]).all()
     np.testing.assert_array_equal(*result.metrics["loss"])
     assert result.steps_run == 20 + 2  # two steps at least are compared
-
-
-def test_forked_from_the_first_step_shares_nothing():
-    result = sweep.forked(descent, jnp.float32(1), jnp.full(8, 1 / 16), [2.0, 3.0])
-    np.testing.assert_array_equal(result.metrics["loss"], [1 + np.arange(8) / 16] * 2)
-    assert result.steps_run == result.steps_separate
 
 
 def soft_step(w, x, level):
@@ -315,20 +296,6 @@ def test_forked_sees_a_level_in_any_bit_of_a_metric(name):
         sweep.forked(step, jnp.float32(1), rates, np.float32([0.25, 0.5]))
 
 
-def test_forked_per_example_flooding_is_refused_where_it_is_seen():
-    # Flooded by example the path leaves the trunk before the mean is below the level.
-    def step(w, x, level):
-        def loss_fn(w):
-            losses = jnp.stack([w**2, (w - x) ** 2])
-            return flood_optax.flood_mean(losses, level, over="example"), losses.mean()
-
-        (_, loss), grad = jax.value_and_grad(loss_fn, has_aux=True)(w)
-        return w - 0.05 * grad, {"loss": loss}
-
-    with pytest.raises(ValueError, match="must use the level only to flood the loss"):
-        sweep.forked(step, jnp.float32(3), jnp.full(60, 0.5), [0.0, 0.5])
-
-
 def compiled(caplog):
     return sum("XLA compilation of jit(advance)" in m for m in caplog.messages)
 
@@ -391,20 +358,6 @@ def test_forked_sees_that_a_setting_has_changed_under_which_a_step_is_traced():
             key, expected = jax.jit(step)(key, x, 0.0)
             np.testing.assert_allclose(found, expected["loss"], rtol=1e-6)
     assert (wide != narrow).all()
-
-
-def test_forked_metrics_keep_their_names_when_they_change_places():
-    def run(first, second):
-        def step(w, x, level):
-            return w, {"loss": w, first: x, second: x + 1}
-
-        return sweep.forked(step, TOY_STATE, toy_batches(7), [0.0])
-
-    results = [run("a", "b"), run("c", "b"), run("b", "c")]
-    x = np.asarray(toy_batches(7))
-    np.testing.assert_array_equal(results[1].metrics["c"][0], x)
-    np.testing.assert_array_equal(results[2].metrics["b"][0], x)
-    np.testing.assert_array_equal(results[2].metrics["c"][0], x + np.float32(1))
 
 
 def test_forked_keeps_no_more_than_a_few_steps_alive():
@@ -552,16 +505,6 @@ def test_forked_batches_that_are_not_stacked_are_refused_and_stacked_are_taken(c
     for t, batch in enumerate(batches):
         w, metrics = step(w, batch, 0.3)
         np.testing.assert_allclose(losses[1, t], metrics["loss"], rtol=1e-5)
-
-
-def test_forked_iterator_of_batches_is_refused_as_a_list_is():
-    """JAX said of it that no zip is an array."""
-    pairs = zip(LISTED, LISTED, strict=True)
-    for batches, kind in ((pairs, "zip"), ({"x": (x for x in LISTED)}, "generator")):
-        with pytest.raises(TypeError, match=rf"got a {kind}\. Stack a list of batches"):
-            sweep.forked(pair_step, TOY_STATE, batches, [0.0, 0.3])
-    stacked = jax.tree.map(lambda *b: jnp.stack(b), *pairs)
-    np.testing.assert_array_equal(stacked[0], jnp.stack(LISTED))
 
 
 def indexed(w, batch, level):
