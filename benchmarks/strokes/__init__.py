@@ -25,6 +25,51 @@ def helped(row: Mapping[str, Any]) -> bool:
     return gain(row).mean >= POINTS
 
 
+def numbers(payload: dict[str, Any]) -> dict[str, Any]:
+    """The drift by rule and band, and the outcome by optimizer."""
+    rows = payload["practice"]
+    rated = [
+        {**row, "gain": gain(row).mean, "half": gain(row).half, "helped": helped(row)}
+        for row in rows
+    ]
+    return {
+        **report.named(
+            payload["drift"],
+            lambda row: f"{report.slug(row['rule'])}/{row['crossing']}",
+        ),
+        **report.named(
+            payload["batches"],
+            lambda row: f"batches/{report.slug(row['rule'])}/{row['band']:g}",
+        ),
+        **report.named(
+            rated,
+            lambda row: (
+                f"{row['flipped']:.0%}/{report.slug(row['optimizer'])}"
+                f"/{row['learning_rate']:g}"
+            ),
+        ),
+        **{
+            f"{noise:.0%}/{name}": count
+            for noise in {row["flipped"]: None for row in rated}
+            for name, count in counts(
+                [row for row in rated if row["flipped"] == noise]
+            ).items()
+        },
+    }
+
+
+def counts(rated: list[dict[str, Any]]) -> dict[str, int]:
+    """How often a rule was right, and how often it would be to say one thing always."""
+    return {
+        "optimizers": len(rated),
+        "helped": sum(row["helped"] for row in rated),
+        "ahead": sum(row["gain"] > row["half"] for row in rated),
+        "behind": sum(row["gain"] < -row["half"] for row in rated),
+        "right": sum(row["foretold"] == row["helped"] for row in rated),
+        "amended_right": sum(row["amended"] == row["helped"] for row in rated),
+    }
+
+
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The drift by rule and length of a stroke, on batches, and the prediction."""
     source = report.provenance(payload)
