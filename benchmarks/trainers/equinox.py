@@ -29,10 +29,10 @@ def predict(model: Any, x: Any) -> Any:
 
 
 def measure(run: rows.Run) -> rows.Row:
-    library = own_loop.Library(start, predict, eqx.filter_jit, through_store)
+    framework = own_loop.Framework(start, predict, eqx.filter_jit, through_store)
     return own_loop.measure(
         run,
-        library,
+        framework,
         lambda: run.recipe(x=X, y=Y),
         line="`tx.update(grads, opt_state, params, value=value)`",
     )

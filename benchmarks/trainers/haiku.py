@@ -29,10 +29,10 @@ def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
 
 
 def measure(run: rows.Run) -> rows.Row:
-    library = own_loop.Library(start, NET.apply, jax.jit, through_store)
+    framework = own_loop.Framework(start, NET.apply, jax.jit, through_store)
     return own_loop.measure(
         run,
-        library,
+        framework,
         lambda: run.recipe(x=X, y=Y),
         line="`tx.update(grads, opt_state, params, value=value)`",
     )

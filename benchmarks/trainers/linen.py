@@ -33,7 +33,7 @@ def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
 
 
 def measure(run: rows.Run) -> rows.Row:
-    library = own_loop.Library(
+    framework = own_loop.Framework(
         start,
         lambda state, x: NET.apply(state.params, x)[:, 0],
         jax.jit,
@@ -42,7 +42,7 @@ def measure(run: rows.Run) -> rows.Row:
     )
     row = own_loop.measure(
         run,
-        library,
+        framework,
         lambda: run.recipe(x=X, y=Y),
         form="optax form by our `TrainState`, or the loss form",
         line="`state.apply_gradients(grads=grads, value=value)`",

@@ -29,10 +29,10 @@ class Network(nnx.Module):
 def measure(run: rows.Run) -> rows.Row:
     own, flax = run.recipe(), run.recipe("Flax NNX", x=X, y=Y)
     recipe = own | {"train_step": flax["train_step"]}
-    library = flax_nnx.library(Network)
+    framework = flax_nnx.framework(Network)
     row = own_loop.measure(
         run,
-        library,
+        framework,
         lambda: recipe,
         form="optax form",
         level=LEVEL,
@@ -41,16 +41,16 @@ def measure(run: rows.Run) -> rows.Row:
     )
 
     def moved(tx: Any) -> Any:
-        model, optimizer = library.start(tx, 0)
+        model, optimizer = framework.start(tx, 0)
         recipe["train_step"](model, optimizer, X, Y)
-        return library.params(model)
+        return framework.params(model)
 
     # below its level, so that one step goes up
     level, parts, kinds = 2.0, recipe["parts"], recipe["kinds"]
     due = moved(optax.chain(scale_by_flood(level), optax.partition(parts, kinds)))
     inside = parts | {"muon": optax.chain(scale_by_flood(level), contrib.muon(0.02))}
     one = moved(optax.partition(inside, kinds))
-    start = library.params(Network(nnx.Rngs(0)))
+    start = framework.params(Network(nnx.Rngs(0)))
     row.wrong.append(
         rows.Wrong(
             '`scale_by_flood(b)` in the part `"muon"` alone',

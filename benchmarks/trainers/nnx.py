@@ -29,14 +29,14 @@ def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
     return other
 
 
-def library(network: Any) -> own_loop.Library:
+def framework(network: Any) -> own_loop.Framework:
     """Flax, for a network that is made from random numbers."""
 
     def start(tx: Any, seed: int) -> Any:
         model = network(nnx.Rngs(seed))
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    return own_loop.Library(
+    return own_loop.Framework(
         start,
         lambda m, x: m(x)[:, 0],
         nnx.jit,
@@ -57,7 +57,7 @@ def measure(run: rows.Run) -> rows.Row:
     formatted = rows.refusal(lambda: f"{value:.3f}")
     assert f"{float(value):.3f}" != formatted
 
-    made = library(lambda rngs: nnx.Linear(4, 1, rngs=rngs))
+    made = framework(lambda rngs: nnx.Linear(4, 1, rngs=rngs))
     row = own_loop.measure(
         run,
         made,

@@ -1,4 +1,4 @@
-"""A loop of the user's own, as the examples of a library of models write it."""
+"""A loop of the user's own, as the examples of a framework of models write it."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ def in_place(train_step: Any, carry: Carry, x: Any, y: Any) -> tuple[Carry, Any]
     return carry, train_step(*carry, x, y)
 
 
-class Library(NamedTuple):
-    """What such a library is asked for.
+class Framework(NamedTuple):
+    """What such a framework is asked for.
 
     Attributes:
       start: (optimizer, seed) -> what the step takes before its batch, the model first.
       predict: (model, inputs) -> outputs.
-      jit: the library's `jax.jit`.
+      jit: the framework's `jax.jit`.
       through_store: (carry, carry of another seed, folder) -> the carry, as its store
         gives it back.
       params: model -> a tree of its parameters.
@@ -47,57 +47,62 @@ class Library(NamedTuple):
 
 
 def measure(
-    run: rows.Run, library: Library, recipe: Callable[[], dict[str, Any]], **said: Any
+    run: rows.Run,
+    framework: Framework,
+    recipe: Callable[[], dict[str, Any]],
+    **said: Any,
 ) -> rows.Row:
     """Trains by the recipe's `train_step`, with its `tx`.
 
     Args:
       run: the run.
-      library: the library.
+      framework: the framework.
       recipe: () -> what the page's code defines.
       **said: further fields of the row.
     """
     own, steps = recipe(), run.steps(200)
     tx = own["tx"]
 
-    @library.jit
+    @framework.jit
     def evaluate(model: Any) -> Any:
-        return jax.numpy.mean((library.predict(model, VALID_X) - VALID_Y) ** 2)
+        return jax.numpy.mean((framework.predict(model, VALID_X) - VALID_Y) ** 2)
 
     def trained(carry: Carry, steps: int) -> tuple[Carry, rows.Path]:
         return rows.follow(
-            lambda carry: library.step(own["train_step"], carry, X, Y),
+            lambda carry: framework.step(own["train_step"], carry, X, Y),
             carry,
             steps,
             lambda carry: evaluate(carry[0]),
-            lambda carry: problem.mse(library.predict(carry[0], VALID_X), VALID_Y),
+            lambda carry: problem.mse(framework.predict(carry[0], VALID_X), VALID_Y),
         )
 
-    unbroken, path = trained(library.start(tx, 0), steps)
-    half, _ = trained(library.start(tx, 0), steps // 2)
-    again = library.through_store(half, library.start(tx, 1), run.work)
+    unbroken, path = trained(framework.start(tx, 0), steps)
+    half, _ = trained(framework.start(tx, 0), steps // 2)
+    again = framework.through_store(half, framework.start(tx, 1), run.work)
     resumed, _ = trained(again, steps - steps // 2)
     fields: dict[str, Any] = {
         "form": "optax form, or the loss form",
         "level": problem.LEVEL,
         "value": "you call `update`",
         "logs": "what the step returns, the raw loss",
-        **windows(library, recipe),
+        **windows(framework, recipe),
         **said,
     }
     return rows.Row(
         losses=path.losses,
         evaluation=path.evaluation,
         evaluation_raw=path.evaluation_raw,
-        resume=rows.distance(*(library.params(end[0]) for end in (unbroken, resumed))),
+        resume=rows.distance(
+            *(framework.params(end[0]) for end in (unbroken, resumed))
+        ),
         **fields,
     )
 
 
-def windows(library: Library, recipe: Callable[[], Any]) -> dict[str, Any]:
+def windows(framework: Framework, recipe: Callable[[], Any]) -> dict[str, Any]:
     """A window of micro-batches, at a level just below the loss of the whole batch."""
-    start = library.start(optax.identity(), 0)[0]
-    outputs = library.predict(start, X)
+    start = framework.start(optax.identity(), 0)[0]
+    outputs = framework.predict(start, X)
     level = problem.mse(outputs, Y) * 0.999
     sgd = optax.chain(scale_by_flood(level), optax.sgd(0.01))
     parts = problem.parts(outputs)
@@ -105,15 +110,15 @@ def windows(library: Library, recipe: Callable[[], Any]) -> dict[str, Any]:
     def window(tx: Any, batches: Any) -> Any:
         own = recipe()
         own["tx"] = tx  # which the recipe's step may read
-        carry = library.start(tx, 0)
+        carry = framework.start(tx, 0)
         for x, y in batches:
-            carry, _ = library.step(own["train_step"], carry, x, y)
-        return library.params(carry[0])
+            carry, _ = framework.step(own["train_step"], carry, x, y)
+        return framework.params(carry[0])
 
     whole = window(sgd, [(X, Y)])
     by_flood = window(flood(optax.sgd(0.01), level, every_k=4), parts)
     by_steps = window(optax.MultiSteps(sgd, 4).gradient_transformation(), parts)
-    off = rows.off_by(by_steps, whole, library.params(start))
+    off = rows.off_by(by_steps, whole, framework.params(start))
     return {
         "accumulates": "the window, by `every_k`",
         "accumulation": rows.distance(whole, by_flood),
