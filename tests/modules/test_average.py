@@ -206,6 +206,17 @@ def test_parameters_are_averaged_in_float32_at_least(dtype):
     )
 
 
+@pytest.mark.usefixtures("x64")
+def test_float64_is_averaged_in_float64():
+    params = {"w": jnp.array([1.0, 2.0]), "half": jnp.array([1.0], jnp.bfloat16)}
+    state, visited = run(chain(0.7), params)
+    wanted = expected(visited, 0.7)
+    np.testing.assert_allclose(averaged(state, params)["w"], wanted["w"], rtol=1e-14)
+    average = optax.tree.get(state, "flood_average")
+    assert (average["w"].dtype, average["half"].dtype) == (np.float64, np.float32)
+    np.testing.assert_allclose(average["half"], wanted["half"], rtol=3e-7)
+
+
 def test_average_of_16_bit_parameters_does_not_stand_still():
     """A hundredth of a small step is lost in bfloat16: the page's number."""
     half = jnp.ones(3, jnp.bfloat16)
