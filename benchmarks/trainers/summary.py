@@ -58,10 +58,8 @@ def accumulates(row: Row) -> str:
     return "**each micro-batch**" if bold else row["accumulates"] or NONE
 
 
-def head(row: Row) -> str:
-    """What a recipe begins with: how it was installed and when it was run."""
-    if "error" in row:
-        return f"not run: {row['error']}"
+def installed(row: Row) -> str:
+    """How it was installed and when it was run."""
     first, *rest = row["requirements"]
     few = [first, *rest] if len(rest) < 6 else [first]
     more = "" if len(rest) < 6 else f" and what `{row['trainer']}.py` names"
@@ -97,6 +95,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "off the raw one": lambda row: small(row["evaluation_off"]),
         "accumulated": lambda row: small(row["accumulation"]),
         "resumed": lambda row: small(row["resume"]),
+        "installed, Python, date": installed,
     }
     wrong = [
         {
@@ -131,13 +130,12 @@ def _numbers(row: Row) -> Iterator[tuple[str, float | None]]:
             yield f"wrong{number}/{name}", value
 
 
-def numbers(rows: Sequence[Row]) -> dict[str, float | str]:
-    """Every number by TRAINER/NAME, and by TRAINER/head how it was installed."""
-    found = {
+def numbers(rows: Sequence[Row]) -> dict[str, float]:
+    """Every number by TRAINER/NAME."""
+    return {
         f"{row['trainer']}/{name}": value
         for row in rows
         if "error" not in row
         for name, value in _numbers(row)
         if value is not None
     }
-    return found | {f"{row['trainer']}/head": head(row) for row in rows}

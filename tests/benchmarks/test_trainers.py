@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import __main__ as benchmarks, record, report
+from benchmarks import __main__ as benchmarks, report
 from benchmarks.trainers import environments, page, rows, summary
 
 KNOWN = environments.trainers()
@@ -40,15 +40,6 @@ def test_trainer_pins_its_versions_and_has_a_recipe_on_the_page(name):
     for block in code:
         compile(block, "page", "exec")
         assert sum(bool(line.strip()) for line in block.splitlines()) <= 10, block
-
-
-def test_every_recorded_run_is_at_the_head_of_its_recipe():
-    text = page.PAGE.read_text(encoding="utf-8")
-    for row in record.read("trainers")["rows"]:
-        head = (
-            f"## {row['section']}\nLast run: <!-- figure:trainers/{row['trainer']}/head"
-        )
-        assert head in text
 
 
 def test_every_recipe_that_the_suite_cannot_run_is_run_by_a_trainer():
@@ -209,7 +200,7 @@ def test_refusal_of_an_installer_is_its_first_error_and_the_cause():
     assert environments.why("one\ntwo") == "two"
 
 
-def test_rows_become_tables_numbers_and_heads():
+def test_rows_become_tables_and_numbers():
     trainer = KNOWN["equinox"]
     row = rows.Row(
         form="loss form",
@@ -238,6 +229,8 @@ def test_rows_become_tables_numbers_and_heads():
     known = summary.numbers([made])
     assert known["one/wrong1/last"] == 0.123
     installed = " ".join(trainer.requirements)
-    assert known["one/head"] == f"`pip install {installed}`, Python 3.13.0, 2026-12-01"
+    head = f"| `pip install {installed}`, Python 3.13.0, 2026-12-01 |"
+    assert head in tables["trainers-runs"]
     failed = {"trainer": "two", **trainer.described(), "error": "why", "date": ""}
-    assert summary.numbers([failed])["two/head"] == "not run: why"
+    assert summary.numbers([failed]) == {}
+    assert "not run: why" in summary.tables([failed])["trainers"]
