@@ -283,7 +283,7 @@ def test_processes_that_share_one_file_end_alike(tmp_path, whole):
 
 
 JOIN = """
-import hashlib, os, signal, sys, jax
+import hashlib, os, pathlib, signal, sys, time, jax
 rank, number, address, path, dies = sys.argv[1:]
 jax.distributed.initialize(address, int(number), int(rank))
 """
@@ -295,6 +295,8 @@ def counted(self, runs, rows):
     add(self, runs, rows)
     chunks.append(len(runs))
     if rank == dies and len(chunks) == 2:
+        while pathlib.Path(path).read_bytes().count(b"\\n") < 3:  # the first writes
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 Journal.add = counted
@@ -330,7 +332,9 @@ def test_sweep_of_two_processes_of_which_one_is_killed_goes_on_in_any_number(
     ranks[dies].wait(timeout=300)
     ranks[1 - dies].kill()  # as a cluster does, once one of them has failed
     codes = [code for code, *_ in ended(ranks)]
-    assert codes == [-signal.SIGKILL] * 2
+    # JAX may have aborted the other one by itself, as its peer was gone
+    assert codes[dies] == -signal.SIGKILL
+    assert codes[1 - dies] != 0
     content = b"".join(whole.metrics[name].tobytes() for name in sorted(whole.metrics))
     digest = hashlib.sha256(content).hexdigest()
     for number in (3 - dies, 1):
