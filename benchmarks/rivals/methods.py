@@ -154,7 +154,7 @@ METHODS = {
     ),
     "sam": Method("SAM", RADIUS, {"strength": 0.05}, kind="sam", cost=2.0),
     "msam": Method(
-        "Momentum-SAM", {"strength": Span(0.1, 3.0)}, {"strength": 0.3}, kind="msam"
+        "Momentum-SAM", {"strength": Span(0.1, 3.0)}, {"strength": 3.0}, kind="msam"
     ),
     "schedule_free": Method(
         "schedule-free AdamW", defaults={"rate": 2.5e-3}, kind="schedule_free"

