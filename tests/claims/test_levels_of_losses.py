@@ -5,11 +5,15 @@ distribution of the noisy target.
 """
 
 import math
+import pathlib
 import statistics
 
 import numpy as np
 
 from flood_optax import levels
+from tests.claims.test_docs import blocks
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "choosing-b.md"
 
 MATRIX = np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [0.05, 0.05, 0.9]])
 CLASSES = np.array([0.5, 0.2, 0.3])  # how frequent each true class is
@@ -32,6 +36,26 @@ def test_level_of_smoothed_labels_is_the_least_loss_on_smoothed_noisy_labels():
     np.testing.assert_allclose(level, least, rtol=2e-4)
     wrong = levels.noise_floor(smooth(MATRIX), label_frequencies=given)
     assert abs(wrong / least - 1) > 2e-3, "the frequencies are smoothed too"
+
+
+def test_level_of_each_label_is_the_least_mean_loss_of_the_examples_that_have_it():
+    """A census of a million labels, by the page's code and one by one."""
+    given = CLASSES @ MATRIX
+    (code,) = [text for text in blocks(PAGE.read_text()) if "by_label =" in text]
+    imports = next(blocks(PAGE.read_text()))
+    exec(imports + code, names := {})
+    np.testing.assert_allclose(names["frequencies"], given, rtol=1e-6)
+    np.testing.assert_allclose(names["matrix"], MATRIX, rtol=1e-6)
+    counts = np.rint(1e6 * CLASSES[:, None] * MATRIX).astype(int)
+    true, label = (np.repeat(i.ravel(), counts.ravel()) for i in np.indices((3, 3)))
+    predicted = counts / counts.sum(1, keepdims=True)  # nobody knows more of an example
+    losses = -np.log(predicted[true, label])
+    for j in range(3):
+        np.testing.assert_allclose(
+            names["by_label"][j], losses[label == j].mean(), rtol=1e-5
+        )
+    by_class = np.asarray(levels.noise_floor(MATRIX))
+    assert abs(by_class / names["by_label"] - 1).max() > 0.5, "not those of the classes"
 
 
 def test_level_of_several_binary_outputs_is_the_mean_of_their_floors():

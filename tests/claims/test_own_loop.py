@@ -19,13 +19,13 @@ import optuna
 import orbax.checkpoint as ocp
 import pytest
 
-from flood_optax import flood, levels
+from flood_optax import flood
 from tests import databases, processes
 from tests.claims.test_docs import blocks
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 STOP_AND_FLOOD, SEARCH = DOCS / "choosing-b.md", DOCS / "distributed.md"
-EPOCHS = 12
+EPOCHS, LOOP = 12, ("def train_epoch", "def train_on")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 
 
@@ -40,8 +40,8 @@ def code(page, definition):
 
 def loop():
     """The names that the page defines, for a shorter training."""
-    names = {"__name__": "own_loop", "levels": levels}
-    for definition in ("def train_epoch", "def train_on"):
+    names = {"__name__": "own_loop"}
+    for definition in ("noise_floor(0.2", "fit, valid, test =", *LOOP):
         text = code(STOP_AND_FLOOD, definition)
         exec(compile(text, str(STOP_AND_FLOOD), "exec"), names)
     names["EPOCHS"] = EPOCHS
