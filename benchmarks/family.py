@@ -142,23 +142,3 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
         label.set_fontweight("bold" if name == "flooding" else "normal")
     fig.suptitle("dots: last epoch, rings: early stopping", fontsize=11)
     return {record_name(payload): fig}
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns, intervals and gain of each method."""
-
-    def base_of(row: Mapping[str, Any]) -> str:
-        return f"{row['noise']:.0%}/{report.epoch_of(row)}"
-
-    def name_of(row: Mapping[str, Any]) -> str:
-        return f"{base_of(row)}/{row['method']}"
-
-    rows = payload["rows"]
-    found = report.named(rows, name_of)
-    plain = {base_of(row): row for row in rows if row["method"] == "plain"}
-    for row in rows:
-        name, gain = name_of(row), statistics.gain(row, plain[base_of(row)])
-        found |= report.named_interval(name, "gain", gain)
-        found[f"{name}/accuracy_half"] = accuracy(row).half
-        found[f"{name}/picked_median"] = float(np.median(row["picked"]))
-    return found

@@ -130,26 +130,3 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
         "fashion-levels": by_level,
         "fashion-curves": on_the_way,
     }
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of each row, theirs and ours, of each level, and each loss on the way."""
-
-    def runs_of(row: Mapping[str, Any]) -> str:
-        return f"{row['method']}/{report.slug(row['selection'])}"
-
-    def level_of(row: Mapping[str, Any]) -> str:
-        return f"{row['method']}/level-{row['level']:g}"
-
-    found = report.named(payload["rows"], runs_of)
-    found |= report.named(payload["by_level"], level_of)
-    for name, theirs in PUBLISHED.items():
-        found |= {f"{name}/theirs/{k}": v for k, v in theirs._asdict().items()}
-    for row in payload["rows"]:
-        if row["levels"] is not None:
-            found[f"{runs_of(row)}/level"] = float(np.array(row["levels"]).mean())
-    for curve in payload["curves"]:
-        for column in ("train_loss", "test_loss", "train_accuracy"):
-            for epoch, value in zip(curve["epochs"], curve[column], strict=True):
-                found[f"{curve['method']}/epoch-{epoch}/{column}"] = value
-    return found

@@ -193,24 +193,23 @@ STANDING = {  # groups of the rivals' study, by what the table calls them
 }
 
 
-def standings(records: Records) -> Mapping[str, Any]:
-    """The numbers of the rivals' study; none of the record of an earlier protocol."""
+Standings = Mapping[str, Mapping[str, statistics.Effect]]
+
+
+def standings(records: Records) -> Standings:
+    """Those of the rivals' study; none of the record of an earlier protocol."""
     payload = records.get("rivals", {})
     if "pieces" not in payload:
         return {}
-    return importlib.import_module("benchmarks.rivals").numbers(payload)
+    study = importlib.import_module("benchmarks.rivals.compared")
+    return study.Findings(payload).standings()
 
 
-def rivals(numbers: Mapping[str, Any], name: str, column: str) -> Comparison | None:
-    """A group of ours beside its rivals, by one of the study's selections.
-
-    Half of an interval stands for as many degrees of freedom as data sets less one.
-    """
-    base = f"standing/{name}/{column}"
-    mean, half = (numbers.get(f"{base}/{what}", math.nan) for what in ("mean", "half"))
-    if not math.isfinite(mean):
+def rivals(known: Standings, name: str, column: str) -> Comparison | None:
+    """A group of ours beside its rivals, by one of the study's selections."""
+    effect = known.get(name, {}).get(column)
+    if effect is None or not math.isfinite(effect.mean):
         return None
-    effect = statistics.effect_of(mean, half, int(numbers["sets"]) - 1)
     return Comparison("the best rival of each setting", STANDING[name], effect)
 
 
@@ -278,7 +277,7 @@ def is_full(setting: Payload) -> bool:
 
 def rows(records: Records) -> list[tuple[str, Comparison | None]]:
     """Every user, and what was found for them."""
-    validated, numbers = DECAY | SMOOTHING, standings(records)
+    validated, known = DECAY | SMOOTHING, standings(records)
 
     def noisy(full: bool) -> list[Setting]:
         return choosing(records, lambda s: s["flips"] > 0 and is_full(s) == full)
@@ -328,12 +327,12 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
         ),
         (
             "may try 20 configurations of every method, wrong labels, to the end",
-            rivals(numbers, "all", "end"),
+            rivals(known, "all", "end"),
         ),
-        ("may do the same, and stop early", rivals(numbers, "all", "early")),
+        ("may do the same, and stop early", rivals(known, "all", "early")),
         (
             "tune nothing, have no validation set and do not know the share",
-            rivals(numbers, "recipe", "none"),
+            rivals(known, "recipe", "none"),
         ),
         ("want a model to forget examples", unlearning(records)),
         ("must hide who was trained on", membership(records)),

@@ -68,26 +68,3 @@ def levels_table(payload: Mapping[str, Any]) -> str:
             "top eigenvalue": change("top_eigenvalue"),
         },
     )
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns and gain of each pair, and of each level."""
-    rows = payload["rows"]
-
-    def base_of(row: Mapping[str, Any]) -> str:
-        return f"{row['data']}/{row['noise']:.0%}"
-
-    def pair_of(row: Mapping[str, Any]) -> str:
-        return f"{base_of(row)}/{report.epoch_of(row)}"
-
-    def entry_of(row: Mapping[str, Any]) -> str:
-        return f"{pair_of(row)}/{'flooded' if row['flooded'] else 'plain'}"
-
-    def level_of(row: Mapping[str, Any]) -> str:
-        return f"{base_of(row)}/level-{row['level']:g}"
-
-    found = report.named(rows, entry_of) | report.named(payload["by_level"], level_of)
-    for plain, flooded in zip(rows[::2], rows[1::2], strict=True):
-        gain = statistics.gain(flooded, plain)
-        found |= report.named_interval(pair_of(plain), "gain", gain)
-    return found

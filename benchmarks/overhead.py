@@ -186,12 +186,6 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [beside(row) for row in rows if row["variant"] != row["reference"]]
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
-    """None: pages show the tables alone."""
-    del payload
-    return {}
-
-
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """Medians over models, optimizers and dtypes, short and whole, and every row."""
     rows = compared(payload["rows"])

@@ -14,21 +14,6 @@ from benchmarks.pictures import BLUE, FAINT, GREEN, INCHES, INK, RED, panels, sa
 LEAN = 0.4  # of the bowl (1 + LEAN x) |w|^2 / 2, flattest at one point of a level set
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
-    """The drift by rule and rate, the pairs, the cost by model, and the path's ends."""
-    pairs = {f"pairs/{k}": v for k, v in payload["pairs_of_batches"].items()}
-    path = {k: v for k, v in payload["paths"].items() if isinstance(v, int | float)}
-    return {
-        **report.named(
-            payload["drift"],
-            lambda row: f"{report.slug(row['rule'])}/{row['learning_rate']:g}",
-        ),
-        **report.named(payload["cost"]),
-        **pairs,
-        **{f"path/{name}": value for name, value in path.items()},
-    }
-
-
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The drift by rule and the cost."""
     drift, rates = payload["drift"], payload["protocol"]["learning_rates"]

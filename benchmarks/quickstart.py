@@ -158,19 +158,6 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     return {"quickstart": f"{made}\n\n{note}"}
 
 
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of each row, of either form, and where plain training was best."""
-
-    def row_of(row: Mapping[str, Any]) -> str:
-        return "plain" if row["level"] is None else f"flooded/{row['level']:g}"
-
-    shown = [row for row in payload["rows"] if row["form"] != FORMS[0]]
-    epoch, best = best_epoch(payload)
-    ends = {"forms_apart": payload[APART], "plain/best/epoch": epoch}
-    at_best = report.named([best], lambda _: "plain/best")
-    return report.named(shown, row_of) | at_best | ends
-
-
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Train and test loss over epochs, plain and flooded, with plain's best epoch."""
     level = payload["curves"]["level"]

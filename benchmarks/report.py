@@ -1,19 +1,11 @@
-"""Regenerates the tables, numbers and figures of README.md and docs/ from the results.
+"""Regenerates the tables and figures of README.md and docs/ from the results.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`, each on a line
-of its own. A number in running text stands between markers of its own,
-
-    gains <!-- figure:synthetic/spiral/5%/last/gain .1f -->4.1<!-- /figure --> points
-
-with its name, and after a space Python's format for it, `g` if left out; a line may end
-at any space. `python -m benchmarks report` writes the number, `report --check` finds it
-changed, misspelt or left open, `report --names WORDS` lists the names that hold every
-word, with their values. A name begins with that of the record. What follows is a key of
-the study's `numbers(payload)` or, without one, the words of a row and the column.
+of its own. `python -m benchmarks report` writes it, `report --check` finds it changed
+or left open.
 """
 
 import argparse
-import difflib
 import importlib
 import pathlib
 import re
@@ -24,10 +16,6 @@ from benchmarks import record
 
 MARKER = re.compile(
     r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table:(?P=name) -->", re.S
-)
-FIGURE = re.compile(
-    r"(?P<opening><!--\s+figure:(?P<name>\S+)(?:\s+(?P<format>\S+?))?\s+-->)"
-    r"(?P<body>[^<]*)(?P<closing><!--\s+/figure\s+-->)"
 )
 Cell = str | Callable[[Mapping[str, Any]], str]
 Columns = Mapping[str, Cell] | Sequence[tuple[str, Cell]]
@@ -68,48 +56,6 @@ def provenance(payload: Mapping[str, Any]) -> str:
     )
 
 
-def named(
-    rows: Iterable[Mapping[str, Any]],
-    name: Callable[[Mapping[str, Any]], str] | None = None,
-) -> dict[str, Any]:
-    """The numbers of the rows by NAME/COLUMN; without `name` by the words of the row.
-
-    Raises:
-      ValueError: if two rows have one name.
-    """
-
-    def words(row: Mapping[str, Any]) -> str:
-        return "/".join(slug(value) for value in row.values() if isinstance(value, str))
-
-    found: dict[str, Any] = {}
-    for row in rows:
-        base = (name or words)(row)
-        for column, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                if (key := f"{base}/{column}") in found:
-                    raise ValueError(f"Two rows make the number {key}.")
-                found[key] = value
-    return found
-
-
-def named_interval(
-    base: str, name: str, interval: tuple[float, float]
-) -> dict[str, float]:
-    """A mean, and half of its interval beside it."""
-    mean, half = interval
-    return {f"{base}/{name}": mean, f"{base}/{name}_half": half}
-
-
-def epoch_of(row: Mapping[str, Any]) -> str:
-    """Where a row was read off: at the last epoch, or at the best one."""
-    return "best" if row["early_stopping"] else "last"
-
-
-def slug(words: str) -> str:
-    """Words as one: in a name there is no space."""
-    return re.sub(r"[^\w.%+-]+", "-", words).strip("-")
-
-
 def records(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Each record, its name and benchmark; `NAME-WHAT` is another record of NAME.
 
@@ -144,52 +90,15 @@ def tables(results: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def numbers(results: pathlib.Path) -> dict[str, Any]:
-    """Every number that running text may show, by its name."""
-    found: dict[str, Any] = {}
-    for name, module, payload in records(results):
-        if hasattr(module, "numbers"):
-            made = module.numbers(payload)
-        else:
-            made = named(payload.get("rows", ()))
-        found |= {f"{name}/{key}": value for key, value in made.items()}
-    return found
-
-
-def render(text: str, made: Mapping[str, str], known: Mapping[str, Any]) -> str:
-    """The page with the tables and numbers that exist written between their markers."""
+def render(text: str, made: Mapping[str, str]) -> str:
+    """The page with the tables that exist written between their markers."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         body = f"\n{made[name].strip()}\n\n" if name in made else match["body"]
         return f"<!-- table:{name} -->\n{body}<!-- /table:{name} -->"
 
-    def write(match: re.Match[str]) -> str:
-        if match["name"] not in known:
-            return match[0]
-        body = format(known[match["name"]], match["format"] or "g")
-        return match["opening"] + body + match["closing"]
-
-    return FIGURE.sub(write, MARKER.sub(fill, text))
-
-
-def wrong_figures(text: str, known: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the numbers in the running text of a page."""
-    complete = list(FIGURE.finditer(text))
-    closed = {match.start() for match in complete}
-    wrong = [
-        f"figure {opened[1]} has no end marker"
-        for opened in re.finditer(r"<!--\s+figure:(\S*)", text)
-        if opened.start() not in closed
-    ]
-    for match in complete:
-        name, shown = match["name"], match["body"]
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            wrong.append(f"figure {name} has no result; close: {', '.join(close)}")
-        elif (due := format(known[name], match["format"] or "g")) != shown:
-            wrong.append(f"figure {name} is {due}, the page shows {shown!r}")
-    return wrong
+    return MARKER.sub(fill, text)
 
 
 def pages(repository: pathlib.Path) -> list[pathlib.Path]:
@@ -203,11 +112,11 @@ def check(
     """What differs between pages and results; an empty list if nothing does.
 
     A marker without a result, an opening marker without its end and a table no page
-    shows are differences as well; a number no page shows is none.
+    shows are differences as well.
     """
     repository = repository or record.REPOSITORY
     results = results or repository / "benchmarks" / "results"
-    made, known = tables(results), numbers(results)
+    made = tables(results)
     shown: set[str] = set()
     wrong: list[str] = []
     for page in pages(repository):
@@ -223,9 +132,8 @@ def check(
         wrong += [
             f"{name}: table {marker} differs from its result"
             for marker, match in complete.items()
-            if marker in made and render(match[0], made, {}) != match[0]
+            if marker in made and render(match[0], made) != match[0]
         ]
-        wrong += [f"{name}: {fault}" for fault in wrong_figures(text, known)]
     wrong += [f"no page shows the table {name}" for name in sorted(made.keys() - shown)]
     return wrong
 
@@ -247,23 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m benchmarks report", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    parser.add_argument(
-        "--names", nargs="*", metavar="WORD", help="list the numbers named so"
-    )
     args = parser.parse_args(argv)
     repository = record.REPOSITORY
     results = repository / "benchmarks" / "results"
-    if args.names is not None:
-        for name, value in numbers(results).items():
-            if all(word in name for word in args.names):
-                shown = value if isinstance(value, str) else f"{value:.6g}"
-                print(f"{name}  {shown}")
-        return
     if not args.check:
-        made, known = tables(results), numbers(results)
+        made = tables(results)
         for page in pages(repository):
             before = page.read_text(encoding="utf-8")
-            after = render(before, made, known)
+            after = render(before, made)
             if after != before:
                 page.write_text(after, encoding="utf-8")
                 print(f"Wrote {page.relative_to(repository)}")

@@ -96,13 +96,6 @@ class Effect(NamedTuple):
         return format(self.interval, spec)
 
 
-def effect_of(mean: float, half: float, freedom: int) -> Effect:
-    """The effect that has this interval."""
-    if freedom < 1:
-        return Effect(mean, math.inf, freedom)
-    return Effect(mean, half / float(stats.t.ppf(0.975, freedom)), freedom)
-
-
 def corrected(values: Sequence[float] | np.ndarray, ratio: float) -> Effect:
     """The mean of differences on draws that overlap (Nadeau and Bengio 2003).
 

@@ -8,9 +8,9 @@ A study is a module, or a package, whose docstring's first line is its question,
 A finished study has no `measure`: its record and its tables stay, and its code is at
 the commit that the record names.
 
-Where it needs them, it has `options(parser)` for options of its own, `numbers(payload)`
-and `figures(payload)` for the pages (see `report`), and `record_name(payload)` where
-the record is not called as the study is.
+Where it needs them, it has `options(parser)` for options of its own, `figures(payload)`
+for the pages (see `report`), and `record_name(payload)` where the record is not called
+as the study is.
 """
 
 import argparse

@@ -20,12 +20,13 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
             "{:.2f} ({:.2f} to {:.2f})".format(
                 row["time_ratio_median"], *row["time_ratio_range"]
             ),
+            "-" if row["steps_run"] is None else f"{row['steps_run']:,}",
             count(row, "traces"),
             count(row, "compilations"),
             f"{row['memory_mb']:.0f}",
         ]
         for row in payload["rows"]
     ]
-    header = ["model", "rival", "seconds", "ratio (range)", "traces", "compilations"]
-    source = report.provenance(payload)
-    return {"sweep": f"{report.markdown([*header, 'memory, MB'], rows)}\n\n{source}"}
+    header = ["model", "rival", "seconds", "ratio (range)", "steps", "traces"]
+    made = report.markdown([*header, "compilations", "memory, MB"], rows)
+    return {"sweep": f"{made}\n\n{report.provenance(payload)}"}

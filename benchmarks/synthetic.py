@@ -45,36 +45,6 @@ def second_descent(loss: Sequence[float], window: int = 11) -> Descent | None:
     )
 
 
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns and gain of each cell, each level, the troughs of each curve."""
-    cells = payload["cells"]
-
-    def cell_of(row: Mapping[str, Any]) -> str:
-        return f"{row['data']}/{row['noise']:.0%}"
-
-    def entry_of(cell: Mapping[str, Any]) -> str:
-        training = "flooded" if cell["flooded"] else "plain"
-        return f"{cell_of(cell)}/{report.epoch_of(cell)}/{training}"
-
-    found = report.named(cells, entry_of)
-    for plain, flooded in zip(cells[::2], cells[1::2], strict=True):
-        base = f"{cell_of(plain)}/{report.epoch_of(plain)}"
-        found |= report.named_interval(base, "gain", statistics.gain(flooded, plain))
-    for cell in payload["by_level"]:
-        for i, level in enumerate(cell["level"]):
-            for column in cell.keys() - {"data", "noise", "level"}:
-                found[f"{cell_of(cell)}/level-{level:g}/{column}"] = cell[column][i]
-    for curve in payload["curves"]:
-        loss, descent = curve["test_loss"], second_descent(curve["test_loss"])
-        base = f"{cell_of(curve)}/curve-{'flooded' if curve['level'] else 'plain'}"
-        at = {"lowest": int(np.argmin(loss)), "last": len(loss) - 1}
-        at |= {} if descent is None else descent._asdict()
-        for name, epoch in at.items():
-            found[f"{base}/{name}"] = loss[epoch]
-            found[f"{base}/{name}_epoch"] = epoch
-    return found
-
-
 COLUMNS = (
     ("data", "{title}"),
     ("flips", "{plain[noise]:.0%}"),

@@ -61,10 +61,6 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     return part_of(payload).tables(payload)
 
 
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    return part_of(payload).numbers(payload)
-
-
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
     return findings.figures(payload) if "settings" in payload else {}
 

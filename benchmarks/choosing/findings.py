@@ -382,36 +382,6 @@ def help_table(payload: Mapping[str, Any]) -> str:
     )
 
 
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Gains of every rule by group and by setting, shares and costs."""
-    settings = payload["settings"]
-    found: dict[str, Any] = {
-        "settings": len(settings),
-        "noisy": len(chosen(payload, "all")),
-        "seeds": payload["protocol"]["seeds"],
-        "levels": len(payload["protocol"]["grid"]),
-        "data": len({s["data"] for s in settings}),
-    }
-    for group in GROUPS:
-        part = chosen(payload, group)
-        found[f"{group}/settings"] = len(part)
-        found[f"{group}/data"] = len({s["data"] for s in part})
-        for rule in RULES if part else ():
-            one = over_data(part, rule).interval
-            found |= report.named_interval(f"{rule}/{group}", "gain", one)
-            if group != "clean":
-                found[f"{rule}/{group}/share"] = share(part, rule)
-    for rule in RULES:
-        found[f"{rule}/cost"] = cost(settings, rule)
-        for setting in settings:
-            one = in_setting(payload, setting, rule).interval
-            base = f"{setting['setting']}/{rule}"
-            found |= report.named_interval(base, "gain", one)
-    for name, (_, effect) in weight_effects(payload).items():
-        found |= report.named_interval(f"weights/{name}", "gain", effect.interval)
-    return found
-
-
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
     """The rules sorted by their points over plain training, on wrong labels."""
     noisy = chosen(payload, "all")

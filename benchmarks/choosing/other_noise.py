@@ -379,31 +379,32 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
         ],
     )
     return {
-        RECORD: f"{means}\n\n{source}",
+        RECORD: "\n\n".join((means, note(payload), source)),
         f"{RECORD}-settings": f"{settings}\n\n{source}",
     }
+
+
+def note(payload: Mapping[str, Any]) -> str:
+    """What the table is of, and what averaging the weights does at the known level."""
+    rows = payload["noise"]
+    noisy = [row for row in rows if np.mean(row["wrong"]) > 0]
+    batches = {
+        "full batches": [row for row in noisy if row["batch"] is None],
+        "mini-batches": [row for row in noisy if row["batch"] is not None],
+    }
+    averaged = " and ".join(
+        f"{over_data(chosen, 'known_average', 'known'):+.1f} on {title}"
+        for title, chosen in batches.items()
+        if chosen
+    )
+    return (
+        f"Points over plain training, {len({row['data'] for row in rows})} data sets, "
+        f"{payload['protocol']['seeds']} seeds. **Bold**: ahead or behind, by Holm's "
+        "steps over the rows of the column. Averaged less last weights, where labels "
+        f"are wrong and the share is known: {averaged}."
+    )
 
 
 def setting_title(row: Mapping[str, Any]) -> str:
     known = pixels.TITLES | {"breast_cancer": "breast cancer"}
     return f"{known.get(row['data'], row['data'])}, {row['batch'] or 'full'}"
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Gains by kind of noise and rule, with half of their intervals."""
-    rows = payload["noise"]
-    found: dict[str, Any] = {"settings": len(rows), **payload["protocol"]}
-    found = {name: value for name, value in found.items() if isinstance(value, int)}
-    noisy = [row for row in rows if np.mean(row["wrong"]) > 0]
-    for batch, full in (("full", True), ("mini", False)):
-        if chosen := [row for row in noisy if (row["batch"] is None) == full]:
-            one = over_data(chosen, "known_average", "known").interval
-            found |= report.named_interval(f"weights/{batch}", "gain", one)
-            found[f"weights/{batch}/settings"] = len(chosen)
-    for group in GROUPS:
-        if chosen := of_kind(rows, group):
-            found[f"{group}/settings"] = len(chosen)
-            for rule in NAMES:
-                one = over_data(chosen, rule).interval
-                found |= report.named_interval(f"{group}/{rule}", "gain", one)
-    return found

@@ -116,18 +116,10 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     )
     text = (
         "Share of wrong labels put in (head) and found, in per cent: mean and, in "
-        f"brackets, standard deviation over {payload['protocol']['draws']} draws."
+        f"brackets, standard deviation over {payload['protocol']['draws']} draws. "
+        f"A quarter of {payload['protocol']['whole']} digits gives "
+        f"{spread(payload['subset']['difference'], '+.1f')} points more than all. Of a "
+        f"weak annotator's labels {spread(payload['annotator']['wrong'])} are wrong, "
+        f"and {spread(payload['annotator']['half'])} are found."
     )
     return {RECORD: "\n\n".join((body, text, report.provenance(payload)))}
-
-
-def numbers(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Means and standard deviations, in per cent, and what asking all labels adds."""
-    found: dict[str, Any] = {"draws": payload["protocol"]["draws"]}
-    more = [np.mean(r["all"]) - np.mean(r["half"]) for r in payload["wrong_labels"]]
-    found |= {"all/least_more": 100 * min(more), "all/most_more": 100 * max(more)}
-    for name in ("subset", "annotator"):
-        for column, draws in payload[name].items():
-            found[f"{name}/{column}"] = 100 * float(np.mean(draws))
-            found[f"{name}/{column}_sd"] = 100 * float(np.std(draws, ddof=1))
-    return found

@@ -95,15 +95,6 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     return {name: f"{text}\n\n{source}" for name, text in made.items()}
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
-    """Each program beside its reference, by target, model, dtype, sharding, form."""
-    beside = summary.compared(payload["rows"], summary.references())
-    return report.named(
-        beside,
-        lambda row: "/".join(report.slug(str(word)) for word in identity(dict(row))),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = record.arguments("compilers", __doc__)
     parser.add_argument(

@@ -17,13 +17,13 @@ import numpy as np
 from benchmarks import record, study
 from benchmarks.rivals import settings
 from benchmarks.rivals.before import known
-from benchmarks.rivals.findings import figures, numbers, tables
+from benchmarks.rivals.findings import figures, tables
 from benchmarks.rivals.methods import METHODS, SCHEDULES, Method
 from benchmarks.rivals.problems import problem
 from benchmarks.rivals.settings import SIZES, Constants, Problem
 from benchmarks.rivals.training import COLUMNS, READOUTS, stacked, stops_of, trainer
 
-__all__ = ["figures", "measure", "numbers", "options", "record_name", "tables"]
+__all__ = ["figures", "measure", "options", "record_name", "tables"]
 
 Row = Mapping[str, Any]
 TRAINED = {key: method for key, method in METHODS.items() if not method.of}

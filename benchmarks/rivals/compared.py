@@ -153,7 +153,7 @@ def mean(settings: Iterable[Setting], difference: Difference) -> float:
 
 
 class Findings:
-    """All that the tables, numbers and figures are made from."""
+    """All that the tables and figures are made from."""
 
     def __init__(self, payload: Payload):
         self.payload = payload

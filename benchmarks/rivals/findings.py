@@ -1,4 +1,4 @@
-"""Where flooding stands among the methods: the tables, numbers and figure of it."""
+"""Where flooding stands among the methods: the tables and the figure of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,6 @@ from benchmarks.rivals.compared import (
     PLAIN,
     READOUTS,
     RECIPE,
-    RIVALS,
     WHEN,
     Findings,
     Payload,
@@ -49,14 +48,25 @@ def shown(value: float) -> str:
 
 def standing_table(found: Findings) -> str:
     """Where flooding stands beside the best rival of each setting."""
-    cells = judged(flat(found.standings()))
-    return report.markdown(
+    family = flat(found.standings())
+    cells = judged(family)
+    known = [one for one in family.values() if np.isfinite(one.mean)]
+    verdicts = statistics.verdicts_of(known)
+    above, below = statistics.verdicts(one.interval for one in known)
+    note = (
+        f"Of {len(known)} differences Holm's steps leave "
+        f"{verdicts.count(statistics.AHEAD)} ahead and "
+        f"{verdicts.count(statistics.BEHIND)} behind. By themselves the intervals of "
+        f"{above} lie above 0 and those of {below} below."
+    )
+    made = report.markdown(
         ["points over the best rival", *(title for title, _ in COLUMNS.values())],
         [
             [title, *(cells[name, column] for column in COLUMNS)]
             for name, (title, *_) in COMPARED.items()
         ],
     )
+    return f"{made}\n\n{note}"
 
 
 def tries_table(found: Findings) -> str:
@@ -234,37 +244,6 @@ def tables(payload: Payload) -> dict[str, str]:
         "rivals-spaces": space_table(),
     }
     return {name: f"{table}\n\n{source(payload)}" for name, table in made.items()}
-
-
-def numbers(payload: Payload) -> dict[str, Any]:
-    """How much there is, the standings, what a band adds, and the means of methods."""
-    found = Findings(payload)
-    made: dict[str, Any] = {
-        "settings": len(found.settings),
-        "noisy": len(found.noisy),
-        "clean": len(found.clean),
-        "sets": len({s.data for s in found.settings}),
-        "methods": len(found.methods),
-        "rivals": len([m for m in found.methods if m in RIVALS]),
-        "tries": TRIES,
-        "runs": TRIES * sum(len(one["rows"]) for one in pieces_of(payload)),
-    }
-    effects = {f"standing/{a}/{b}": e for (a, b), e in flat(found.standings()).items()}
-    effects |= {f"added/{a}/{b}": e for (a, b), e in flat(found.added()).items()}
-    effects |= {f"recipe/less/{m}": e for m, e in found.beside_recipe().items()}
-    for name, one in effects.items():
-        made |= {f"{name}/mean": one.mean, f"{name}/half": one.interval.half}
-    for m in found.methods:
-        for when in WHEN:
-            for k in BUDGETS:
-                gain = found.gain_of_tries(m, k, when, noisy=True)
-                made[f"{m}/{when}/{k}/gain"] = gain
-        if METHODS[m].defaults is not None:
-            for schedule in SCHEDULES:
-                for r in READOUTS:
-                    gain = found.gain_of_fixed(m, schedule, r, noisy=True)
-                    made[f"{m}/{schedule}/{r}/gain"] = gain
-    return made
 
 
 DRAWN = {  # methods of the figure: a short name, and the line

@@ -25,49 +25,19 @@ def helped(row: Mapping[str, Any]) -> bool:
     return gain(row).mean >= POINTS
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
-    """The drift by rule and band, and the outcome by optimizer."""
-    rows = payload["practice"]
-    rated = [
-        {**row, "gain": gain(row).mean, "half": gain(row).half, "helped": helped(row)}
-        for row in rows
-    ]
-    return {
-        **report.named(
-            payload["drift"],
-            lambda row: f"{report.slug(row['rule'])}/{row['crossing']}",
-        ),
-        **report.named(
-            payload["batches"],
-            lambda row: f"batches/{report.slug(row['rule'])}/{row['band']:g}",
-        ),
-        **report.named(
-            rated,
-            lambda row: (
-                f"{row['flipped']:.0%}/{report.slug(row['optimizer'])}"
-                f"/{row['learning_rate']:g}"
-            ),
-        ),
-        **{
-            f"{noise:.0%}/{name}": count
-            for noise in {row["flipped"]: None for row in rated}
-            for name, count in counts(
-                [row for row in rated if row["flipped"] == noise]
-            ).items()
-        },
-    }
-
-
-def counts(rated: list[dict[str, Any]]) -> dict[str, int]:
-    """How often a rule was right, and how often it would be to say one thing always."""
-    return {
-        "optimizers": len(rated),
-        "helped": sum(row["helped"] for row in rated),
-        "ahead": sum(row["gain"] > row["half"] for row in rated),
-        "behind": sum(row["gain"] < -row["half"] for row in rated),
-        "right": sum(row["foretold"] == row["helped"] for row in rated),
-        "amended_right": sum(row["amended"] == row["helped"] for row in rated),
-    }
+def counted(rows: list[dict[str, Any]]) -> str:
+    """How often each rule was right, and how often there was a gain to foretell."""
+    ahead, behind = statistics.verdicts(gain(row) for row in rows)
+    first, amended = (
+        sum(row[rule] == helped(row) for row in rows)
+        for rule in ("foretold", "amended")
+    )
+    return (
+        f"With {rows[0]['flipped']:.0%} of the labels wrong the first rule was right "
+        f"in {first} of {len(rows)} rows and the amended one in {amended}. "
+        f"{sum(map(helped, rows))} rows gain a point or more; the interval of "
+        f"{ahead} lies above 0, that of {behind} below."
+    )
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:
@@ -155,10 +125,12 @@ def _practice(rows: list[dict[str, Any]]) -> str:
 
         return write
 
-    return report.table(
+    shares = dict.fromkeys(row["flipped"] for row in rows)
+    of_share = [[row for row in rows if row["flipped"] == share] for share in shares]
+    made = report.table(
         rows,
         {
-            "flipped": "{flipped:.0%}",
+            "wrong labels": "{flipped:.0%}",
             "optimizer": "{optimizer}, {learning_rate:g}",
             "loss a step": "{speed:.2g}",
             "batch sd": "{deviation:.2f}",
@@ -174,6 +146,7 @@ def _practice(rows: list[dict[str, Any]]) -> str:
             "amended": verdict("amended"),
         },
     )
+    return "\n\n".join((made, " ".join(map(counted, of_share))))
 
 
 LOOKS = {  # colour and line, and where its name stands: steps of a stroke, and by

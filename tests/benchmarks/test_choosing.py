@@ -156,21 +156,23 @@ def make_payload():
 
 def test_gains_are_means_over_all_noisy_settings_with_data_sets_as_the_unit():
     payload = make_payload()
-    found = findings.numbers(payload)
-    assert (found["settings"], found["noisy"], found["data"]) == (4, 3, 2)
+    noisy, mini = (findings.chosen(payload, group) for group in ("all", "mini"))
     own, grid = (4.5 + 3 - 2.1) / 3, (5 + 2 + 0) / 3
-    assert found["floor/all/gain"] == pytest.approx(own)
-    assert found["floor/all/share"] == pytest.approx(own / grid)
-    assert found["floor/mini/gain"] == pytest.approx((3 - 2.1) / 2)
+    assert findings.over_data(noisy, "floor").mean == pytest.approx(own)
+    assert findings.share(noisy, "floor") == pytest.approx(own / grid)
+    assert findings.over_data(mini, "floor").mean == pytest.approx((3 - 2.1) / 2)
     rows = {s["setting"]: findings.gains(s, "floor") for s in payload["settings"]}
     due = statistics.clustered({"wine": [rows["a"], rows["b"]], "spiral": [rows["c"]]})
-    assert found["floor/all/gain_half"] == pytest.approx(due.interval.half)
+    assert findings.over_data(noisy, "floor").interval == pytest.approx(due.interval)
+
+    def half(name):
+        (setting,) = (s for s in payload["settings"] if s["setting"] == name)
+        return findings.in_setting(payload, setting, "floor").interval.half
+
     # Of wine's 178 examples 58 are tested; the spiral has no pool.
     wide = statistics.corrected(rows["b"], 58 / 120).interval
-    assert found["b/floor/gain_half"] == pytest.approx(wide.half)
-    assert found["c/floor/gain_half"] == pytest.approx(
-        statistics.interval(rows["c"]).half
-    )
+    assert half("b") == pytest.approx(wide.half)
+    assert half("c") == pytest.approx(statistics.interval(rows["c"]).half)
 
 
 def test_the_rule_of_the_weights_is_chosen_on_other_data_sets():
@@ -312,9 +314,8 @@ def test_the_record_says_what_is_missing(tmp_path, capsys):
     capsys.readouterr()
     name = payload["settings"][0]["setting"]
     assert payload["protocol"]["missing"] == {}
-    found = findings.numbers({**payload, "environment": {}})
-    assert found["settings"] == 1
-    assert f"{name}/floor/gain" in found
+    (setting,) = payload["settings"]
+    assert np.isfinite(findings.gains(setting, "floor")).all()
     args.minutes = 1e-9
     late = choosing.measure(args)
     assert late["settings"] == []
@@ -338,11 +339,10 @@ def test_the_share_of_wrong_labels_has_a_record_of_its_own(tmp_path):
     table = choosing.tables(payload)["choosing-wrong-labels"]
     mean, sd = 100 * np.mean(row["half"]), 100 * np.std(row["half"], ddof=1)
     assert f"| wine (60) | {mean:.1f} ({sd:.1f}) |" in table
-    found = choosing.numbers(payload)
     part = payload["subset"]
-    assert found["subset/difference"] == pytest.approx(
-        100 * np.mean(np.subtract(part["part"], part["whole"])), abs=1e-3
-    )
-    assert found["annotator/wrong"] > 2 * found["annotator/half"]
+    more = 100 * np.subtract(part["part"], part["whole"])
+    assert f"{more.mean():+.1f} ({more.std(ddof=1):.1f}) points more" in table
+    annotator = payload["annotator"]
+    assert np.mean(annotator["wrong"]) > 2 * np.mean(annotator["half"])
     assert choosing.figures(payload) == {}
     assert wrong_labels.subset(0) == wrong_labels.subset(0)

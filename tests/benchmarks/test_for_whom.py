@@ -70,11 +70,12 @@ def test_fewer_canaries_and_smaller_gaps_are_ahead():
 
 
 def test_a_standing_of_the_rivals_keeps_its_interval():
-    numbers = {"standing/all/end/mean": -3.5, "standing/all/end/half": 2.6, "sets": 8}
-    found = for_whom.rivals(numbers, "all", "end").effect
-    assert found.interval == pytest.approx((-3.5, 2.6))
-    assert found.freedom == 7
-    assert for_whom.rivals(numbers, "all", "early") is None
+    effect = statistics.Effect(-3.5, 1.1, 7)
+    none = statistics.Effect(float("nan"), float("inf"), 0)
+    known = {"all": {"end": effect, "early": none}}
+    assert for_whom.rivals(known, "all", "end").effect == effect
+    assert for_whom.rivals(known, "all", "early") is None
+    assert for_whom.rivals(known, "recipe", "none") is None
     assert for_whom.standings({"rivals": {"rows": []}}) == {}
 
 

@@ -121,7 +121,9 @@ def test_the_smoke_run_makes_its_table_and_keeps_what_is_finished(
 ):
     args = argparse.Namespace(smoke=True, out=tmp_path, work=tmp_path, draws=2)
     monkeypatch.setattr(
-        membership, "METHODS", {m: membership.METHODS[m] for m in ("plain", "relax")}
+        membership,
+        "METHODS",
+        {m: membership.METHODS[m] for m in ("plain", "early", "relax", "flood")},
     )
     payload = membership.measure(args)
     monkeypatch.setattr(membership, "train", lambda *_: pytest.fail("again"))
@@ -130,7 +132,9 @@ def test_the_smoke_run_makes_its_table_and_keeps_what_is_finished(
     environment |= {"cpu_count": 2, "jax": "x", "optax": "x"}
     made = membership.tables({**payload, "environment": environment})
     assert "| RelaxLoss |" in made["membership"]
-    found = membership.numbers(payload)
-    plain, relax = (row["canaries"] for row in payload["rows"])
-    gain = np.mean(relax) - np.mean(plain)
-    assert found["digits/relax/canaries_gain"] == pytest.approx(gain)
+    found = {row["method"]: np.mean(row["canaries"]) for row in payload["rows"]}
+    less = made["membership-less"].splitlines()[2]
+    assert less.startswith(
+        f"| digits | flooding | {found['flood'] - found['relax']:+.2f} ± "
+    )
+    assert f"| {found['flood'] - found['early']:+.2f} ± " in less

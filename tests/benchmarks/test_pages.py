@@ -1,4 +1,4 @@
-"""What the pages show is what the results say: tables, and numbers in running text."""
+"""What the pages show is what the results say."""
 
 import json
 import sys
@@ -78,85 +78,6 @@ def test_report_check_finds_a_result_that_changed(pages, capsys):
     results = pages.parent / "benchmarks" / "results"
     (results / "fake.json").write_text(json.dumps({"found": [1.25]}))
     assert report.check() == ["README.md: table numbers differs from its result"]
-
-
-# Numbers in running text
-
-TEXT = (
-    "It falls to <!-- figure:fake/a-row/loss .2f -->{}<!-- /figure -->, by\n"
-    "<!-- figure:fake/a-row/steps -->{}<!-- /figure --> steps (<!--\n"
-    "figure:fake/b/loss\n"
-    "+.0% -->{}<!-- /figure -->).\n"
-)
-ROWS = [
-    {"name": "a row", "loss": 0.506, "steps": 12, "held": True, "all": [1.0]},
-    {"name": "b", "loss": -0.2, "steps": 7, "held": None, "all": []},
-]
-
-
-@pytest.fixture
-def page(tmp_path, monkeypatch):
-    """A repository of one page and one record, whose benchmark names no number."""
-    fake = types.SimpleNamespace(tables=lambda _: {})
-    monkeypatch.setitem(sys.modules, "benchmarks.fake", fake)
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    (results / "fake.json").write_text(json.dumps({"rows": ROWS}))
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs" / "page.md"
-    page.write_text(TEXT.format("", "", ""))
-    (tmp_path / "README.md").write_text("# Title\n")
-    monkeypatch.setattr(record, "REPOSITORY", tmp_path)
-    return page
-
-
-def test_report_writes_numbers_into_running_text_once_and_for_all(page, capsys):
-    report.main([])
-    once = page.read_text()
-    assert once == TEXT.format("0.51", "12", "-20%")
-    report.main([])
-    assert page.read_text() == once
-    report.main(["--check"])
-    assert "agree" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("0.51", "0.50"), "figure fake/a-row/loss is 0.51, the page shows '0.50'"),
-        (("b/loss\n", "b/lost\n"), "figure fake/b/lost has no result; close: .*b/loss"),
-        (("12<!-- /figure -->", "12"), "figure fake/a-row/steps has no end marker"),
-    ],
-    ids=["planted number", "misspelt", "left open"],
-)
-def test_report_check_finds_in_running_text(page, change, message, capsys):
-    report.main([])
-    page.write_text(page.read_text().replace(*change))
-    with pytest.raises(SystemExit, match=rf"docs/page.md: {message}"):
-        report.main(["--check"])
-    capsys.readouterr()
-
-
-def test_report_check_finds_a_number_whose_result_changed(page, capsys):
-    report.main([])
-    capsys.readouterr()
-    (page.parents[1] / "benchmarks" / "results" / "fake.json").write_text(
-        json.dumps({"rows": [ROWS[0] | {"steps": 13}, ROWS[1]]})
-    )
-    assert report.check() == [
-        "docs/page.md: figure fake/a-row/steps is 13, the page shows '12'"
-    ]
-
-
-@pytest.mark.usefixtures("page")
-def test_report_lists_the_names_that_hold_every_word(capsys):
-    report.main(["--names", "loss", "row"])
-    assert capsys.readouterr().out == "fake/a-row/loss  0.506\n"
-
-
-def test_two_rows_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="Two rows make the number a/x"):
-        report.named([{"name": "a", "x": 1}, {"name": "a", "x": 2}])
 
 
 # The repository's own pages
