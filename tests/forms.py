@@ -1,8 +1,10 @@
 """Every form of flooding: the one list that tests run through."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from flood_optax import flood, flood_mean, flooded, scale_by_flood, shapes
+from flood_optax import FloodState, flood, flood_mean, flooded, scale_by_flood, shapes
 
 # name -> (inner, level, **options) -> the optimizer
 OPTAX = {
@@ -49,3 +51,20 @@ def optimizers(inner, level, **options):
 def objectives(losses_fn, level, **options):
     """Every loss form of the mean of the losses."""
     return {name: make(losses_fn, level, **options) for name, make in LOSS.items()}
+
+
+def course(optimizer, **each):
+    """The update of a 1 at each step, and the fields of the FloodState after it.
+
+    Args:
+        optimizer: Any form.
+        each: What `update` is given: value, weight, flush, with a row for every step.
+    """
+    one = jnp.ones([])
+
+    def step(state, row):
+        update, state = optimizer.update(one, state, one, **row)
+        fields = {name: optax.tree.get(state, name) for name in FloodState._fields}
+        return state, {"multiplier": update, **fields}
+
+    return jax.lax.scan(step, optimizer.init(one), each)[1]

@@ -3,6 +3,7 @@
 This file is also a script, the run that is killed: `FILE DIRECTORY FORMAT [KILL_AT]`.
 """
 
+import functools
 import os
 import pathlib
 import pickle
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 from flood_optax import (
     FloodState,
@@ -25,9 +27,10 @@ from flood_optax import (
     scale_by_flood,
 )
 from flood_optax.flax import TrainState
-from tests import processes, stores
+from tests import forms, oracles, processes, stores
 
 STEPS, STOP = 22, 11  # micro-steps; STOP is inside a window of 3 and after the warm-up
+WEIGHTS = np.float32([3, 0, 5, 1, 16, 2, 7, 0, 1, 5, 2] * 2)
 
 
 def level():
@@ -38,8 +41,10 @@ def level():
 ADAM = optax.adam(optax.exponential_decay(0.1, 10, 0.9))
 FORMS = {
     "chain": optax.chain(scale_by_flood(level()), ADAM),
+    "band": optax.chain(scale_by_flood(level(), band=0.3), ADAM),
     "wrapper": flood(ADAM, level()),
     "window": flood(ADAM, level(), every_k=3),
+    "weighted": flood(ADAM, level(), every_k=3),
     "skipping": flood(
         ADAM,
         level(),
@@ -65,9 +70,11 @@ def created(params, optimizer):
 
 
 @jax.jit
-def train_step(state, x):
+def train_step(state, x, **extra):
     value, grads = jax.value_and_grad(loss_fn)(state.params, x)
-    return state.apply_gradients(grads=grads, value=value)
+    if "weight" in extra:  # what counts nothing may be anything
+        value = jnp.where(extra["weight"] == 0, jnp.nan, value)
+    return state.apply_gradients(grads=grads, value=value, **extra)
 
 
 def rows(step):
@@ -75,9 +82,17 @@ def rows(step):
 
 
 def train(state, start, stop):
+    weigh = state.tx is FORMS["weighted"]
     for step in range(start, stop):
-        state = train_step(state, rows(step))
+        extra = {"weight": WEIGHTS[step]} if weigh else {}
+        state = train_step(state, rows(step), **extra)
     return state
+
+
+@functools.cache
+def trained(form, stop):
+    """Without a stop before."""
+    return train(fresh(form), 0, stop)
 
 
 def pickle_save(path, state):
@@ -94,55 +109,91 @@ FORMATS = stores.FORMATS | {"pickle": (pickle_save, pickle_restore)}
 quiet_orbax = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 
 
+def kept(file_format, path, tree, target):
+    """The tree, saved and restored to itself."""
+    save, restore = FORMATS[file_format]
+    save(path / file_format, tree)
+    restored = restore(path / file_format, target)
+    chex.assert_trees_all_equal_structs(restored, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, tree)
+    chex.assert_trees_all_equal(restored, tree)
+    return restored
+
+
 @quiet_orbax
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("form", FORMS)
 def test_checkpoint_restored_run_ends_where_the_uninterrupted_one_ends(
     form, file_format, tmp_path
 ):
-    save, restore = FORMATS[file_format]
-    stopped = train(fresh(form), 0, STOP)
-    flood_state = FloodState(
-        *(optax.tree.get(stopped.opt_state, field) for field in FloodState._fields)
-    )
-    assert all(field != 0 for field in flood_state)  # each would be missed
-    if form in ("window", "skipping", "average"):
+    stopped = trained(form, STOP)
+    fields = [optax.tree.get(stopped.opt_state, name) for name in FloodState._fields]
+    assert all(fields)  # each would be missed
+    if form in ("window", "weighted", "skipping", "average"):
         window = stopped.opt_state.flood_window
         assert window.flood_mini_step > 0
         assert all(np.any(leaf) for leaf in jax.tree.leaves(window.flood_grad_mean))
         assert window.flood_value_mean > 0
+    if form == "weighted":
+        assert window.flood_weight == WEIGHTS[9:STOP].sum()
     if form == "average":
-        kept = averaged(stopped.opt_state, stopped.params)
-        assert jax.tree.all(
-            jax.tree.map(lambda a, p: (a != p).all(), kept, stopped.params)
-        )
-    path = tmp_path / "checkpoint"
-    save(path, stopped)
-    restored = restore(path, fresh(form))
-    chex.assert_trees_all_equal_structs(restored, stopped)
-    chex.assert_trees_all_equal_shapes_and_dtypes(restored, stopped)
-    chex.assert_trees_all_equal(restored, stopped)
-    chex.assert_trees_all_equal(
-        train(restored, STOP, STEPS), train(fresh(form), 0, STEPS)
-    )
+        mean = averaged(stopped.opt_state, stopped.params)
+        for name, leaf in mean.items():
+            assert (np.asarray(leaf) != stopped.params[name]).all()
+    restored = kept(file_format, tmp_path, stopped, fresh(form))
+    chex.assert_trees_all_equal(train(restored, STOP, STEPS), trained(form, STEPS))
 
 
 @quiet_orbax
-def test_checkpoint_restores_integer_parameters_without_accumulators(tmp_path):
+@pytest.mark.parametrize("file_format", stores.FORMATS)
+def test_checkpoint_restores_integer_parameters_without_accumulators(
+    file_format, tmp_path
+):
     params = {"w": jnp.array([1.0, 2.0]), "index": jnp.array([3, 1])}
     optimizer = flood(optax.sgd(0.1), 0.5, every_k=2)
     grads = {"w": jnp.array([0.5, -1.0]), "index": jnp.array([0, 0])}
     _, state = optimizer.update(grads, optimizer.init(params), params, value=0.25)
-    for save, restore in (FORMATS["flax"], FORMATS["orbax"]):
-        path = tmp_path / save.__name__
-        save(path, state)
-        got = restore(path, optimizer.init(params))
-        chex.assert_trees_all_equal_structs(got, state)
-        chex.assert_trees_all_equal(got, state)
+    kept(file_format, tmp_path, state, optimizer.init(params))
 
 
 @quiet_orbax
-@pytest.mark.parametrize("file_format", ["flax", "orbax"])
+@pytest.mark.parametrize("file_format", stores.FORMATS)
+@pytest.mark.parametrize("first", [None, 0.125], ids=["plain_first", "band_first"])
+@pytest.mark.parametrize("form", ["scale_by_flood", "flood", "flood_every_k"])
+def test_checkpoint_goes_on_with_a_band_and_without(form, first, file_format, tmp_path):
+    slow = 0.625 + 0.3 * np.sin(np.arange(60) / 4)
+    noise = np.random.default_rng(5).uniform(-0.1, 0.1, 60)
+    before, after = np.split(np.float32(np.round(32 * (slow + noise)) / 32), [33])
+    second = 0.125 if first is None else None
+    make = functools.partial(forms.OPTAX[form], optax.trace(0.5), 0.625)
+    old, new = make(band=first), make(band=second)
+    one = jnp.ones([])
+
+    def run(optimizer, state, losses):
+        def step(state, loss):
+            _, state = optimizer.update(one, state, one, value=loss)
+            return state, [optax.tree.get(state, name) for name in FloodState._fields]
+
+        return lax.scan(step, state, losses)
+
+    run = jax.jit(run, static_argnums=0)
+    state, _ = run(old, old.init(one), before)
+    restored = kept(file_format, tmp_path, state, new.init(one))
+    _, found = run(new, restored, after)
+    chex.assert_trees_all_equal(found, run(new, state, after)[1])
+    if form == "flood_every_k":
+        return
+    # by hand: the direction is that of the last loss before the checkpoint
+    rises = oracles.strokes(before, 0.625, first or 0)[1][-1] < 0
+    ends, half = [], second or 0
+    for loss in after:
+        ends.append(0.625 + half if rises else 0.625 - half)
+        rises = loss < ends[-1]
+    np.testing.assert_array_equal(found[1], np.float32(ends))
+
+
+@quiet_orbax
+@pytest.mark.parametrize("file_format", stores.FORMATS)
 @pytest.mark.parametrize("form", ["chain", "wrapper"])
 def test_checkpoint_of_plain_training_is_refused_then_taken_in_parts(
     form, file_format, tmp_path
@@ -207,7 +258,7 @@ def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):
     assert code == 0, errors
     assert output.endswith("resumed from 8\n")
     end = stores.flax_restore(tmp_path / "end", fresh("skipping"))
-    chex.assert_trees_all_equal(end, train(fresh("skipping"), 0, STEPS))
+    chex.assert_trees_all_equal(end, trained("skipping", STEPS))
 
 
 if __name__ == "__main__":

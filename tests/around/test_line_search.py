@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import flood, shapes
+from flood_optax import flood, flooded, shapes
 
 START = jnp.array([1.9, -0.1])
 STEPS = 30
@@ -36,6 +36,10 @@ SHAPES = {
     "pause": shapes.pause(),
     "asymmetric": shapes.asymmetric(0.5, 0.1),
 }
+# L-BFGS compiles for four seconds a program; in the while loop it runs every time
+some_searches = pytest.mark.parametrize(
+    "search", [pytest.param("lbfgs", marks=pytest.mark.slow), "backtracking"]
+)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -61,11 +65,7 @@ def searched(optimizer, from_state):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    # L-BFGS compiles for four seconds a shape; below it runs every time
-    "search",
-    [pytest.param("lbfgs", marks=pytest.mark.slow), "backtracking"],
-)
+@some_searches
 def test_value_and_grad_from_state_is_the_raw_one_for_every_shape(search, shape):
     optimizer = flood(SEARCHES[search](), 2.0, shape=SHAPES[shape])
     got, wanted = (searched(optimizer, from_state) for from_state in (True, False))
@@ -105,17 +105,55 @@ def test_value_and_grad_from_state_in_a_while_loop(search):
     assert objective(params) == pytest.approx(2.0, abs=0.05)
 
 
+@some_searches
+def test_line_search_sees_value_gradient_and_function_at_one_end_of_a_band(search):
+    level, band = 2.0, 0.5
+    banded, bare = flood(SEARCHES[search](), level, band=band), SEARCHES[search]()
+
+    @jax.jit
+    def step(w, state):
+        value, grad = jax.value_and_grad(objective)(w)
+        updates, state = banded.update(
+            grad, state, w, value=value, grad=grad, value_fn=objective
+        )
+        return optax.apply_updates(w, updates), state, value
+
+    @jax.jit
+    def bare_step(w, state, end):
+        bent = flooded(objective, end)
+        value, grad = jax.value_and_grad(bent)(w)
+        updates, state = bare.update(
+            grad, state, w, value=value, grad=grad, value_fn=bent
+        )
+        return optax.apply_updates(w, updates), state, objective(w)
+
+    w, state, other, other_state = START, banded.init(START), START, bare.init(START)
+    rises, ends = False, []
+    for _ in range(STEPS):
+        ends.append(level + band if rises else level - band)
+        other, other_state, loss = bare_step(other, other_state, ends[-1])
+        rises = loss < ends[-1]
+        w, state, value = step(w, state)
+        np.testing.assert_allclose(value, loss, rtol=1e-5)
+        assert optax.tree.get(state, "flood_level") == ends[-1]
+        np.testing.assert_allclose(w, other, rtol=1e-5)
+    assert len(set(ends)) == 2
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def stepped(optimizer, params, loss_fn):
+    """The state after one step."""
+    value, grad = jax.value_and_grad(loss_fn)(params)
+    given = {"value": value, "grad": grad, "value_fn": loss_fn}
+    return optimizer.update(grad, optimizer.init(params), params, **given)[1]
+
+
 def test_flood_that_is_off_keeps_the_value_and_gradient_of_the_search():
     """So that it costs no evaluation: as if there was no flood."""
-    states = []
-    for optimizer in (optax.lbfgs(), flood(optax.lbfgs(), -np.inf)):
-        state = optimizer.init(START)
-        value, grad = jax.value_and_grad(objective)(START)
-        _, state = optimizer.update(
-            grad, state, START, value=value, grad=grad, value_fn=objective
-        )
-        states.append(state)
-    plain, off = states
+    plain, off = (
+        stepped(made, START, objective)
+        for made in (optax.lbfgs(), flood(optax.lbfgs(), -np.inf))
+    )
     chex.assert_trees_all_equal(off.flood_inner_state, plain)
     assert np.isfinite(optax.tree.get(off, "value"))
 
@@ -128,9 +166,6 @@ def test_flooded_search_leaves_leaves_of_the_same_names_alone():
         return jnp.sum((p["value"] - 1) ** 2 + 2 * (p["grad"] - 1) ** 2)
 
     optimizer = flood(optax.chain(optax.trace(0.9), backtracking()), 0.2)
-    state = optimizer.init(params)
-    value, grad = jax.value_and_grad(loss_fn)(params)
-    _, state = optimizer.update(
-        grad, state, params, value=value, grad=grad, value_fn=loss_fn
-    )
+    state = stepped(optimizer, params, loss_fn)
+    grad = {"value": np.float32([-1.0]), "grad": np.float32([2.0])}
     chex.assert_trees_all_equal(state.flood_inner_state[0].trace, grad)

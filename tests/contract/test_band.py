@@ -1,4 +1,7 @@
-"""The band, between whose ends the loss swings, against a walk through it in Python."""
+"""The band, between whose ends the loss swings: of any kind, traced, and refused.
+
+Its course in every form and dtype is in test_courses.py.
+"""
 
 import functools
 import itertools
@@ -7,129 +10,45 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import pytest
 
-from flood_optax import FloodState, FloodWarning, Shape, flood, scale_by_flood, shapes
+from flood_optax import FloodWarning, Shape, flood, scale_by_flood, shapes
 from tests import forms, oracles
 
-LEVEL, BAND = 0.625, 0.125  # the ends are .5 and .75, exact in 16 bits
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-}
-FIELDS = FloodState._fields
+LEVEL, BAND, STEPS = 0.625, 0.125, 400  # the ends are .5 and .75
 
 
-def walk(steps, dtype, *, level=LEVEL, band=BAND, seed=0, spoiled=True):
+def walk(level=LEVEL, band=BAND, dtype=np.float32):
     """A random walk through the band that often meets its ends, NaN and infinities."""
-    rng = np.random.default_rng(seed)
-    drift = np.repeat(rng.choice([-1.0, 1.0], steps // 8 + 1), 8)[:steps]
+    rng = np.random.default_rng(0)
+    level = np.where(np.isfinite(level), level, LEVEL)
+    drift = np.repeat(rng.choice([-1.0, 1.0], STEPS // 8), 8)
     losses = level + 2.2 * band * np.sin(np.cumsum(0.3 * drift + 0.2)) + 0.02
-    kinds = rng.integers(0, 20, steps)
-    losses = np.where(kinds < 3, level + band, losses)
-    losses = np.where((kinds >= 3) & (kinds < 6), level - band, losses)
-    for kind, bad in ((6, np.nan), (7, np.inf), (8, -np.inf)):
-        losses = np.where(spoiled & (kinds == kind), bad, losses)
+    kinds = rng.integers(0, 20, STEPS)
+    for kind, loss in enumerate((level + band, level - band, np.nan, np.inf, -np.inf)):
+        losses = np.where(kinds == kind, loss, losses)
     return losses.astype(dtype)
 
 
-def course(optimizer, losses, **each):
-    """What each step multiplies by and records; `each` has a row for every step."""
-    one = jnp.ones([])
-    weights = {name: jnp.asarray(x) for name, x in each.items()}
-
-    def step(state, row):
-        loss, extra = row
-        update, state = optimizer.update(one, state, one, value=loss, **extra)
-        return state, (update, *(optax.tree.get(state, name) for name in FIELDS))
-
-    rows = jnp.asarray(losses), weights
-    _, found = jax.lax.scan(step, optimizer.init(one), rows)
-    return dict(zip(("multiplier", *FIELDS), jax.device_get(found), strict=True))
-
-
-def assert_course(found, losses, level, band, counts=None):
-    """The multipliers, levels, values and counts of Python's walk, exactly."""
-    wide = losses.astype(np.float64 if losses.dtype == np.float64 else np.float32)
-    ends, multipliers = oracles.strokes(wide, level, band, counts)
-    np.testing.assert_array_equal(found["multiplier"], multipliers)
-    if counts is None:
-        np.testing.assert_array_equal(found["flood_level"], ends.astype(np.float32))
-        np.testing.assert_array_equal(found["flood_below"], np.cumsum(wide < ends))
-    if losses.dtype != np.float64:
-        np.testing.assert_array_equal(found["flood_value"], wide)
-
-
-def table(rows):
-    """A schedule that reads its levels from a table."""
-    return lambda step: jnp.take(jnp.asarray(rows), step)
-
-
-def moving(steps):
+def moving():
     """Levels that rise, fall, are off for a while, and are negative at the end."""
-    levels = LEVEL + 0.25 * np.sin(np.arange(steps) / 15)
-    levels[steps // 3 : steps // 3 + 20] = -np.inf
-    levels[-steps // 4 :] -= 1.5
+    levels = LEVEL + 0.25 * np.sin(np.arange(STEPS) / 15)
+    levels[STEPS // 3 : STEPS // 3 + 20] = -np.inf
+    levels[-STEPS // 4 :] -= 1.5
     return levels.astype(np.float32)
 
 
-# ---- the course of multipliers ----
-
-EVERY_STEP = [name for name in forms.OPTAX if name not in ("flood_every_k",)]
-STEPS = 500
+MOVING = moving()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", EVERY_STEP)
-def test_band_course_is_the_walk_through_it_for_every_form_and_dtype(form, dtype):
-    losses = walk(STEPS, DTYPES[dtype])
-    wide = losses.astype(np.float32)
-    for end in (LEVEL - BAND, LEVEL + BAND):
-        assert np.sum(wide == end) > 20  # ties
-    optimizer = forms.OPTAX[form](optax.identity(), LEVEL, band=BAND)
-    found = course(optimizer, losses)
-    counts = np.isfinite(wide) if form == "flood_skip" else None
-    if counts is None:
-        assert_course(found, losses, LEVEL, BAND)
-        assert 50 < found["flood_below"][-1] < STEPS - 50
-        assert np.unique(found["flood_level"]).tolist() == [0.5, 0.75]
-    else:  # what is skipped leaves no trace
-        _, multipliers = oracles.strokes(wide, LEVEL, BAND, counts)
-        np.testing.assert_array_equal(found["multiplier"], multipliers)
+def schedule(step):
+    return jnp.take(jnp.asarray(MOVING), step)
 
 
-@pytest.mark.usefixtures("x64")
-def test_band_course_of_float64_losses_sees_what_float32_does_not():
-    """Losses within 1e-9 of an end, and a band narrower than float32 resolves."""
-    rng = np.random.default_rng(1)
-    losses = walk(STEPS, np.float64) + rng.choice([-1e-9, 0, 1e-9], STEPS)
-    assert_course(course(scale_by_flood(LEVEL, band=BAND), losses), losses, LEVEL, BAND)
-    losses = walk(STEPS, np.float64, level=1e8, band=2.0)
-    found = course(flood(optax.identity(), 1e8, band=2.0), losses)
-    ends, multipliers = oracles.strokes(losses, 1e8, 2.0)
-    np.testing.assert_array_equal(found["multiplier"], multipliers)
-    np.testing.assert_array_equal(
-        found["flood_value"] < found["flood_level"], losses < ends
-    )
-    assert np.float32(1e8 - 2) == np.float32(1e8 + 2)
-
-
-@pytest.mark.parametrize("form", ["scale_by_flood", "flood"])
-def test_band_moves_with_a_schedule_and_falls_silent_where_it_is_off(form):
-    levels = moving(STEPS)
-    losses = walk(STEPS, np.float32) - np.where(np.arange(STEPS) < 375, 0, 1.5)
-    losses = losses.astype(np.float32)
-    optimizer = forms.OPTAX[form](optax.identity(), table(levels), band=BAND)
-    found = course(optimizer, losses)
-    assert_course(found, losses, levels, BAND)
-    off = slice(STEPS // 3, STEPS // 3 + 20)
-    assert (found["multiplier"][off] == 1).all()
-    assert (found["flood_level"][off] == -np.inf).all()
-    assert len(np.unique(found["flood_level"][-100:] > levels[-100:])) == 2
+def course(optimizer, losses):
+    return jax.device_get(jax.jit(lambda x: forms.course(optimizer, value=x))(losses))
 
 
 def injected(level, band):
@@ -137,72 +56,96 @@ def injected(level, band):
     return make(level=level, band=band)
 
 
-BANDS = {
-    "array": lambda: scale_by_flood(LEVEL, band=jnp.float32(BAND)),
-    "bfloat16": lambda: scale_by_flood(LEVEL, band=jnp.bfloat16(BAND)),
-    "numpy": lambda: scale_by_flood(np.float16(LEVEL), band=np.array(BAND)),
-    "injected": lambda: injected(LEVEL, BAND),
-    "injected_schedule": lambda: injected(LEVEL, lambda step: BAND),
+INTEGERS = (1, np.uint8(1), np.int8(1), jnp.uint16(1))  # -1 of an unsigned one is 255
+KINDS = {
+    "array": (LEVEL, BAND, lambda: scale_by_flood(LEVEL, band=jnp.float32(BAND))),
+    "bfloat16": (LEVEL, BAND, lambda: scale_by_flood(LEVEL, band=jnp.bfloat16(BAND))),
+    "numpy": (
+        *(LEVEL, BAND),
+        lambda: scale_by_flood(np.float16(LEVEL), band=np.array(BAND)),
+    ),
+    "injected": (LEVEL, BAND, lambda: injected(LEVEL, BAND)),
+    "injected schedule": (LEVEL, BAND, lambda: injected(LEVEL, lambda step: BAND)),
+    "schedule": (MOVING, BAND, lambda: scale_by_flood(schedule, band=BAND)),
+    "schedule of a wrapper": (
+        *(MOVING, BAND),
+        lambda: flood(optax.identity(), schedule, band=BAND),
+    ),
+    **{
+        repr(one): (3, 1, lambda one=one: scale_by_flood(3, band=one))
+        for one in INTEGERS
+    },
 }
 
 
-@pytest.mark.parametrize("kind", BANDS)
-def test_band_of_any_kind_is_the_same_band(kind):
-    losses = walk(STEPS, np.float32)
-    assert_course(course(BANDS[kind](), losses), losses, LEVEL, BAND)
-
-
-@pytest.mark.parametrize("band", [1, np.uint8(1), np.int8(1), jnp.uint16(1)], ids=repr)
-def test_band_of_integers_keeps_its_sign(band):
-    """The negative of an unsigned one is 255: a band that ends far above."""
-    losses = walk(STEPS, np.float32, level=3, band=1.0)
-    assert_course(course(scale_by_flood(3, band=band), losses), losses, 3, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_band_of_any_kind_is_the_walk_through_it(kind):
+    level, band, make = KINDS[kind]
+    losses = walk(level, band)
+    found = course(make(), losses)
+    ends, multipliers = oracles.strokes(losses, level, band)
+    np.testing.assert_array_equal(found["multiplier"], multipliers)
+    np.testing.assert_array_equal(found["flood_level"], ends)
+    np.testing.assert_array_equal(found["flood_value"], losses)
+    np.testing.assert_array_equal(found["flood_below"], np.cumsum(losses < ends))
+    assert len(np.unique(ends > level)) == 2
+    off = ends == -np.inf
+    assert off.sum() == (20 if level is MOVING else 0)
+    assert (found["multiplier"][off] == 1).all()
 
 
 def test_band_and_level_may_be_traced_and_mapped():
-    losses = walk(200, np.float32)
-    bands = jnp.array([0.0, 0.03, BAND, 0.2, 0.4])
+    """The last is a fifth of a level that is off, as in a sweep: no end, no NaN."""
+    losses = walk()
+    levels = np.float32([LEVEL] * 5 + [-np.inf])
+    bands = np.float32([0.0, 0.03, BAND, 0.2, 0.4, 0.2 * -np.inf])
 
-    def run(level, band):
-        return course(scale_by_flood(level, band=band), losses)["multiplier"]
-
-    def wrapped(level, band):
-        one = jnp.ones([])
+    def multipliers(level, band):
         optimizer = flood(optax.identity(), level, band=band)
+        return forms.course(optimizer, value=jnp.asarray(losses))["multiplier"]
 
-        def step(state, loss):
-            update, state = optimizer.update(one, state, one, value=loss)
-            return state, update
-
-        return jax.lax.scan(step, optimizer.init(one), jnp.asarray(losses))[1]
-
-    mapped = jax.jit(jax.vmap(wrapped, in_axes=(None, 0)))(LEVEL, bands)
-    for band, multipliers in zip(np.asarray(bands), mapped, strict=True):
-        wanted = oracles.strokes(losses, LEVEL, band)[1]
-        np.testing.assert_array_equal(multipliers, wanted)
-        np.testing.assert_array_equal(run(LEVEL, float(band)), wanted)
-        np.testing.assert_array_equal(jax.jit(wrapped)(LEVEL, band), wanted)
-    assert len({tuple(np.nan_to_num(row)) for row in np.asarray(mapped)}) == 5
+    mapped = jax.jit(jax.vmap(multipliers))(levels, bands)
+    traced = jax.jit(multipliers)
+    for level, band, found in zip(levels, bands, np.asarray(mapped), strict=True):
+        wanted = np.ones(STEPS)
+        if level != -np.inf:
+            wanted = oracles.strokes(losses, level, band)[1]
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(traced(level, band), wanted)
+    assert len({tuple(np.nan_to_num(row)) for row in np.asarray(mapped)}) == 6
 
 
-def test_band_of_a_fifth_of_each_level_leaves_the_one_that_is_off_alone():
-    """As in a sweep whose first level is -inf, and so the fifth of it."""
-    losses, one = walk(200, np.float32), jnp.ones([])
+# ---- float64 ----
 
-    @jax.vmap
-    def run(level):
-        optimizer = flood(optax.identity(), level, band=0.2 * level)
+ZERO_ENDS = [(0.1, 0.1), (-0.125, 0.125), (1e-300, 1e-300), (2e-38, 1.9e-38)]
 
-        def step(state, loss):
-            update, state = optimizer.update(one, state, one, value=loss)
-            return state, update
 
-        return jax.lax.scan(step, optimizer.init(one), jnp.asarray(losses))[1]
+def wide_losses(level, band):
+    """Losses that float32 takes for an end, or for 0: it has no number so small."""
+    rng = np.random.default_rng(1)
+    if (level, band) not in ZERO_ENDS:
+        near = rng.choice([-1e-9, 0, 1e-9], STEPS) * level
+        return walk(level, band, np.float64) + near
+    ends = np.array([level - band, level + band])
+    near = np.repeat(ends, 3) + np.tile([-1e-50, 0.0, 1e-50], 2)
+    first = [level / 2, ends[0] - 1e-50, level * 1.5, level * 2.5]  # up from below 0
+    return np.concatenate([first, rng.choice([*near, -1.0, 1.0], 200)])
 
-    off, on = run(jnp.array([-np.inf, LEVEL]))
-    np.testing.assert_array_equal(off, np.ones(200))
-    band = np.float32(0.2) * np.float32(LEVEL)
-    np.testing.assert_array_equal(on, oracles.strokes(losses, LEVEL, band)[1])
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("level", "band"), [(LEVEL, BAND), (1e8, 2.0), *ZERO_ENDS])
+def test_band_of_float64_losses_sees_what_float32_does_not(level, band):
+    losses = wide_losses(level, band)
+    for make in (scale_by_flood, functools.partial(flood, optax.identity())):
+        found = course(make(level, band=band), losses)
+        ends, multipliers = oracles.strokes(losses, level, band)
+        np.testing.assert_array_equal(found["multiplier"], multipliers)
+        below = found["flood_value"] < found["flood_level"]
+        if level in (LEVEL, 1e8):  # what is logged is on the right side of its end
+            np.testing.assert_array_equal(below, losses < ends)
+        np.testing.assert_array_equal(found["flood_below"], np.cumsum(losses < ends))
+        assert {-1.0, 1.0} <= {*multipliers}
+    assert np.float32(1e8 - 2) == np.float32(1e8 + 2)
 
 
 # ---- none, and 0 ----
@@ -210,34 +153,36 @@ def test_band_of_a_fifth_of_each_level_leaves_the_one_that_is_off_alone():
 NONE = {"none": None, "zero": 0.0, "int": 0, "array": jnp.zeros([]), "minus": -0.0}
 
 
+@functools.cache
+def program(form, **options):
+    optimizer = forms.OPTAX[form](optax.adam(0.1), LEVEL, **options)
+    params = {"w": jnp.ones(3), "b": jnp.ones([], jnp.bfloat16)}
+    update = functools.partial(optimizer.update, value=np.float32(0.3))
+    jaxpr = jax.make_jaxpr(update)(params, optimizer.init(params), params)
+    return re.sub("0x[0-9a-f]+", "", str(jaxpr))
+
+
 @pytest.mark.parametrize("none", NONE)
 @pytest.mark.parametrize("form", forms.OPTAX)
 def test_no_band_and_zero_are_one_program(form, none):
-    def program(**options):
-        optimizer = forms.OPTAX[form](optax.adam(0.1), LEVEL, **options)
-        params = {"w": jnp.ones(3), "b": jnp.ones([], jnp.bfloat16)}
-        update = functools.partial(optimizer.update, value=jnp.float32(0.3))
-        jaxpr = jax.make_jaxpr(update)(params, optimizer.init(params), params)
-        return re.sub("0x[0-9a-f]+", "", str(jaxpr))
-
-    assert program(band=NONE[none]) == program()
-    assert program(band=0.1) != program()
+    assert program.__wrapped__(form, band=NONE[none]) == program(form)
+    assert program(form, band=0.1) != program(form)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **band: optax.inject_hyperparams(scale_by_flood)(level=0.5, **band),
-        lambda **band: optax.inject_hyperparams(flood, static_args="every_k")(
-            optax.sgd(0.1), level=0.5, **band
-        ),
-    ],
-    ids=["scale_by_flood", "flood"],
-)
-def test_injected_flood_has_a_band_in_its_state_only_if_it_was_given_one(make):
+INJECTED = {
+    "scale_by_flood": optax.inject_hyperparams(scale_by_flood),
+    "flood": functools.partial(
+        optax.inject_hyperparams(flood, static_args="every_k"), optax.sgd(0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", INJECTED)
+def test_injected_flood_has_a_band_in_its_state_only_if_it_was_given_one(form):
     """A default that is a number would enter checkpoints of injected floods."""
-    assert set(make().init(jnp.ones(2)).hyperparams) == {"level"}
-    assert set(make(band=0.1).init(jnp.ones(2)).hyperparams) == {"level", "band"}
+    for given in ({"level": 0.5}, {"level": 0.5, "band": 0.1}):
+        state = INJECTED[form](**given).init(jnp.ones(2))
+        assert state.hyperparams.keys() == given.keys()
 
 
 def test_strict_promotion_takes_a_band_of_another_dtype():
@@ -246,7 +191,7 @@ def test_strict_promotion_takes_a_band_of_another_dtype():
         for level, band in itertools.product((np.float32, np.float16), bands):
             transform = scale_by_flood(level(LEVEL), band=band)
             _, state = transform.update(
-                jnp.ones(2), transform.init(jnp.ones(2)), value=jnp.bfloat16(0.5)
+                np.ones(2, "f4"), transform.init(np.ones(2)), value=jnp.bfloat16(0.5)
             )
             assert state.flood_level == LEVEL - float(band)
 
@@ -266,12 +211,35 @@ def test_band_that_changes_its_value_is_not_traced_again_and_may_be_donated():
     params = {"w": jnp.array([1.0, -2.0])}
     state, seen = flood(optax.adam(0.1), LEVEL).init(params), []
     for band, value in [(0.125, 0.45), (0.25, 0.8), (0.0625, 0.7), (0.0, 0.6)]:
-        params, state = step(params, state, jnp.float32(band), jnp.float32(value))
+        params, state = step(params, state, np.float32(band), np.float32(value))
         seen.append(float(state.flood_state.flood_level))
     assert seen == [0.5, 0.875, 0.6875, 0.625]
 
 
-steeper = Shape(  # than |r|, the more so the farther away
+def test_band_changed_in_mid_run_goes_on_in_its_direction():
+    optimizer = injected(LEVEL, BAND)
+    update = jax.jit(chex.assert_max_traces(optimizer.update, n=1))
+    state, seen = optimizer.init(jnp.ones([])), []
+    for loss, band in [
+        (0.45, 0.125),  # below .5: up
+        (0.74, 0.125),
+        (0.74, 0.05),  # the upper end is now .675: down
+        (0.58, 0.05),
+        (0.58, 0.03),  # below .595: up
+        (0.63, 0.25),
+        (0.87, 0.25),
+        (0.87, 0.0),  # no band: down
+        (0.62, 0.0),
+        (0.62, 0.125),  # up since the last step was
+        (0.76, 0.125),
+    ]:
+        state.hyperparams["band"] = jnp.float32(band)
+        updates, state = update(np.float32(1), state, value=np.float32(loss))
+        seen.append(float(updates))
+    assert seen == [-1, -1, 1, 1, -1, -1, -1, 1, -1, -1, 1]
+
+
+STEEPER = Shape(  # than |r|, the more so the farther away
     lambda r: jnp.abs(r) + r * r / 2,
     lambda r: jnp.where(r >= 0, 1 + r, r - 1),
 )
@@ -279,15 +247,15 @@ steeper = Shape(  # than |r|, the more so the farther away
 
 def test_no_gradient_flows_into_the_band():
     def after(band):
-        transform = scale_by_flood(LEVEL, band=band, shape=steeper)
-        state, total = transform.init(jnp.ones([])), 0.0
-        for loss in (0.45, 0.6, 0.9):
-            update, state = transform.update(jnp.ones([]), state, value=loss)
-            total += update + state.flood_level + state.flood_value
-        return total
+        transform = scale_by_flood(LEVEL, band=band, shape=STEEPER)
+        found = forms.course(transform, value=jnp.array([0.45, 0.6, 0.9]))
+        return sum(found[x].sum() for x in ("multiplier", "flood_level", "flood_value"))
 
-    assert jax.grad(after)(BAND) == 0
-    assert after(BAND) != after(2 * BAND)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(after)))(
+        np.float32([BAND, 2 * BAND])
+    )
+    assert not slope.any()
+    assert value[0] != value[1]
 
 
 RESTING = {
@@ -299,23 +267,23 @@ RESTING = {
     "own": Shape(lambda r: r * r / 2, lambda r: r),
     "climbing": Shape(lambda r: -r, lambda r: -jnp.ones_like(r)),  # never sinks
 }
+CALLS = {
+    "scale_by_flood": functools.partial(scale_by_flood, 1.0),
+    "flood": functools.partial(flood, optax.sgd(0.02), 1.0),
+    "injected": lambda **options: optax.inject_hyperparams(
+        scale_by_flood, static_args="shape"
+    )(1.0, **options).init(jnp.ones(2)),
+}
 
 
-@pytest.mark.parametrize("call", ["scale_by_flood", "flood", "injected"])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("rests", RESTING)
 def test_band_refuses_a_shape_that_rests_at_an_end(rests, call):
-    make = {
-        "scale_by_flood": functools.partial(scale_by_flood, 1.0),
-        "flood": functools.partial(flood, optax.sgd(0.02), 1.0),
-        "injected": lambda **options: optax.inject_hyperparams(
-            scale_by_flood, static_args="shape"
-        )(1.0, **options).init(jnp.ones(2)),
-    }[call]
-    call = "scale_by_flood" if call == "injected" else call
-    message = f"`{call}(band=...)` must come with a shape that turns the loss around"
+    name = "scale_by_flood" if call == "injected" else call
+    message = f"`{name}(band=...)` must come with a shape that turns the loss around"
     with pytest.raises(ValueError, match=re.escape(message)):
-        make(band=0.2, shape=RESTING[rests])
-    make(band=0.0, shape=RESTING[rests])  # is none
+        CALLS[call](band=0.2, shape=RESTING[rests])
+    CALLS[call](band=0.0, shape=RESTING[rests])  # is none
 
 
 def test_band_cannot_know_whether_a_shape_of_traced_numbers_turns_around():
@@ -334,42 +302,6 @@ def test_band_wider_than_a_positive_level_is_warned_of(make):
     with pytest.warns(FloodWarning, match="got 0.6 above 0.5: a loss that") as caught:
         make(0.5, band=0.6)
     assert caught[0].filename == __file__
-    for level, band in ((0.5, 0.5), (-0.5, 0.6), (0.0, 0.1), (-np.inf, 0.1)):
+    for level, band in ((0.5, 0.5), (-0.5, 0.6), (0.0, 0.1), (-np.inf, 2e38)):
         make(level, band=band)
     make(lambda step: 0.5, band=0.6)
-
-
-@pytest.mark.parametrize(
-    "level", [3e38, -3e38, lambda step: 3e38], ids=["above", "below", "schedule"]
-)
-def test_band_whose_end_overflows_is_refused(level):
-    """An upper end of +inf would ascend for ever, a lower one of -inf be off."""
-    with pytest.raises(ValueError, match=r"must leave both ends finite, got 2e\+38"):
-        course(scale_by_flood(level, band=2e38), np.zeros(1))
-    scale_by_flood(-np.inf, band=2e38)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("level", "band"),
-    [(0.1, 0.1), (-0.125, 0.125), (1e-300, 1e-300), (2e-38, 1.9e-38)],
-)
-def test_band_of_float64_with_an_end_at_zero_keeps_its_strokes(level, band):
-    """A float32 number just below 0 is subnormal, and XLA takes it for 0."""
-    ends = np.array([level - band, level + band])
-    losses = np.repeat(ends, 3) + np.tile([-1e-50, 0.0, 1e-50], 2)
-    losses = np.random.default_rng(0).choice([*losses, -1.0, 1.0], 200)
-    assert_multipliers(scale_by_flood(level, band=band), losses, level, band)
-
-
-@pytest.mark.usefixtures("x64")
-def test_band_of_float64_climbs_from_just_below_zero():
-    losses = np.array([0.05, -1e-50, 0.15, 0.25])
-    found = course(scale_by_flood(0.1, band=0.1), losses)
-    np.testing.assert_array_equal(found["multiplier"], [1, -1, -1, 1])
-
-
-def assert_multipliers(optimizer, losses, level, band):
-    _, multipliers = oracles.strokes(losses, level, band)
-    assert {*multipliers} == {-1.0, 1.0}
-    np.testing.assert_array_equal(course(optimizer, losses)["multiplier"], multipliers)

@@ -1,4 +1,4 @@
-"""The two forms and a numpy oracle are one: bit for bit, at every side of the level."""
+"""The two forms and a numpy oracle are one: op by op, and over whole trainings."""
 
 import functools
 
@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-import flood_optax
-from flood_optax import flooded, scale_by_flood
+from flood_optax import Shape, flooded, scale_by_flood, shapes
+from tests import forms
 
 
 class TanhMLP(nn.Module):
@@ -29,17 +29,6 @@ def mlp():
     return lambda p: jnp.mean((model.apply(p, x) - y) ** 2), params
 
 
-def logistic():
-    x = jax.random.normal(jax.random.key(2), (13, 4))
-    y = (x[:, 0] + 0.3 * x[:, 3] > 0.2).astype(x.dtype)
-    params = {"w": jnp.array([0.3, -0.2, 0.1, 0.7], x.dtype), "b": x[0, 0]}
-
-    def loss_fn(p):
-        return optax.sigmoid_binary_cross_entropy(x @ p["w"] + p["b"], y).mean()
-
-    return loss_fn, params
-
-
 def quartic():
     def loss_fn(p):
         return (p[0] ** 2 - 1) ** 2 + 0.3 * p[0] * p[1] + 0.2 * p[1] ** 4 - 0.1 * p[1]
@@ -47,73 +36,53 @@ def quartic():
     return loss_fn, jnp.array([0.4, -1.3])
 
 
-MAKERS = {"mlp": mlp, "logistic": logistic, "quartic": quartic}
+MAKERS = {"mlp": mlp, "quartic": quartic}
 
 
-def kept_by_width(make):
-    """Made once for 32 and once for 64 bits: what is compiled for it serves all."""
-    made = functools.cache(lambda x64: make())
-    return lambda: made(jax.config.jax_enable_x64)
+@functools.cache
+def problem(name, bits):
+    """Its loss, parameters, value and gradient: once for 32 and once for 64 bits."""
+    assert jax.config.jax_enable_x64 == (bits == 64)
+    loss_fn, params = MAKERS[name]()
+    return loss_fn, params, *jax.value_and_grad(loss_fn)(params)
 
 
-PROBLEMS = {name: kept_by_width(make) for name, make in MAKERS.items()}
 SIDES = {
-    "far_above": lambda loss: loss + 0.3,
-    "just_above": lambda loss: np.nextafter(loss, -np.inf, dtype=loss.dtype),
-    "tie": lambda loss: loss,
-    "just_below": lambda loss: np.nextafter(loss, np.inf, dtype=loss.dtype),
-    "far_below": lambda loss: loss - 0.3,
-    "off": lambda loss: -np.inf,
+    # the level, and whether the loss descends to it
+    "far_above": (lambda loss: loss + 0.3, False),
+    "just_above": (lambda loss: np.nextafter(loss, np.inf, dtype=loss.dtype), False),
+    "tie": (lambda loss: loss, True),
+    "just_below": (lambda loss: np.nextafter(loss, -np.inf, dtype=loss.dtype), True),
+    "far_below": (lambda loss: loss - 0.3, True),
+    "off": (lambda loss: -np.inf, True),
 }
-DESCENDS = {"just_above", "tie", "far_below", "off"}  # the side the *level* is on
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("bits", [32, 64])
-def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, problem, side, request):
+def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, name, side, request):
     if bits == 64:
         request.getfixturevalue("x64")
-    loss_fn, params = PROBLEMS[problem]()
-    value, grad = jax.value_and_grad(loss_fn)(params)
+    loss_fn, params, value, grad = problem(name, bits)
     assert value.dtype == f"float{bits}"
-    level = SIDES[side](np.asarray(value))
-
-    sign = 1.0 if side in DESCENDS else -1.0
+    level_of, descends = SIDES[side]
+    level = level_of(np.asarray(value))
+    sign = 1.0 if descends else -1.0
     oracle = jax.tree.map(lambda g: np.asarray(g) * np.asarray(sign, g.dtype), grad)
-
-    loss_form = jax.grad(flooded(loss_fn, level))(params)
     transform = scale_by_flood(level)
     state = transform.init(params)
+    loss_form = jax.grad(flooded(loss_fn, level))(params)
     optax_form, _ = transform.update(grad, state, value=value)
-    jitted = jax.jit(lambda g, v: transform.update(g, state, value=v)[0])
-
-    chex.assert_trees_all_equal(loss_form, oracle)
-    chex.assert_trees_all_equal(optax_form, oracle)
-    chex.assert_trees_all_equal(jitted(grad, value), oracle)
-    chex.assert_trees_all_equal_shapes_and_dtypes(loss_form, grad)
+    jitted, _ = jax.jit(transform.update)(grad, state, value=value)
+    for found in (loss_form, optax_form, jitted):
+        chex.assert_trees_all_equal(found, oracle)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, grad)
 
 
-@pytest.mark.parametrize("side", ["far_above", "far_below", "off"])
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.usefixtures("x64")
-def test_both_forms_agree_when_the_whole_step_is_compiled(problem, side):
-    # XLA fuses the two programs apart, so sums may round apart: 1e-14, not bits
-    loss_fn, params = PROBLEMS[problem]()
-    level = SIDES[side](np.asarray(loss_fn(params)))
-    transform = scale_by_flood(level)
+# ---- trainings, compiled, in float64 ----
 
-    @jax.jit
-    def optax_form(params):
-        value, grad = jax.value_and_grad(loss_fn)(params)
-        return transform.update(grad, transform.init(params), value=value)[0]
-
-    loss_form = jax.jit(jax.grad(flooded(loss_fn, level)))
-    chex.assert_trees_all_close(
-        loss_form(params), optax_form(params), rtol=1e-13, atol=1e-15
-    )
-
-
+LEVEL, BAND, STEPS = 0.4, 0.08, 80
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
@@ -121,68 +90,94 @@ OPTIMIZERS = {
     "adamw_clipped": lambda: optax.chain(
         optax.clip_by_global_norm(0.2), optax.adamw(0.05, weight_decay=0.1)
     ),
+    "polyak_sgd": lambda: optax.polyak_sgd(max_learning_rate=0.3),
+}
+SHAPES = {
+    "reflect": shapes.reflect(),
+    "asymmetric": shapes.asymmetric(0.5),
+    "own": Shape(
+        lambda r: jnp.abs(r) + r * r / 2,
+        lambda r: jnp.where(r >= 0, 1 + r, r - 1),
+    ),
 }
 
 
-LEVEL = 0.4  # of the trajectories
+def train(step, optimizer):
+    """Parameters, state and direction at the end, and the loss before each step."""
+    params = problem("mlp", 64)[1]
 
+    @jax.jit
+    def run():
+        start = params, optimizer.init(params), False
+        return jax.lax.scan(lambda carry, _: step(*carry), start, length=STEPS)
 
-def train(optimizer, objective):
-    """The last parameters of 80 steps, and the raw loss after each."""
-    loss_fn, params = PROBLEMS["mlp"]()
-
-    def step(carry, _):
-        params, state = carry
-        value, grad = jax.value_and_grad(objective)(params)
-        updates, state = optimizer.update(grad, state, params, value=value)
-        params = optax.apply_updates(params, updates)
-        return (params, state), loss_fn(params)
-
-    start = (params, optimizer.init(params))
-    (last, _), losses = jax.lax.scan(step, start, length=80)
-    return last, losses
+    return run()
 
 
 @functools.cache
-def trained_on_the_flooded_loss(name):
-    plain = optax.with_extra_args_support(OPTIMIZERS[name]())
-    return train(plain, flooded(PROBLEMS["mlp"]()[0], LEVEL))
+def by_the_loss_form(name, shape, band):
+    """Where there is a band the loop carries the direction: see docs/traps.md."""
+    inner = optax.with_extra_args_support(OPTIMIZERS[name]())
+
+    def step(params, state, rises):
+        end = LEVEL + jnp.where(rises, band, -band)
+        objective = flooded(
+            problem("mlp", 64)[0], end, return_info=True, shape=SHAPES[shape]
+        )
+        (value, info), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, state = inner.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, state, info.loss < end), info.loss
+
+    return train(step, inner)
 
 
-@pytest.mark.parametrize("form", ["chain", "wrapper"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+COURSES = [
+    *((form, name, 0, "reflect") for form in ("chain", "flood") for name in OPTIMIZERS),
+    *(("chain", "adam", BAND, "reflect"), ("flood", "adam", BAND, "reflect")),
+    *(("flood", name, BAND, "reflect") for name in ("momentum", "polyak_sgd")),
+    *(("flood", "sgd", BAND, shape) for shape in ("asymmetric", "own")),
+]
+COURSES.remove(("chain", "polyak_sgd", 0, "reflect"))  # it reads the raw loss there
+
+
+@pytest.mark.parametrize(("form", "name", "band", "shape"), COURSES)
 @pytest.mark.usefixtures("x64")
-def test_training_trajectories_of_the_forms_coincide(name, form):
-    inner = OPTIMIZERS[name]()
-    if form == "chain":
-        flooding = optax.chain(scale_by_flood(LEVEL), inner)
-    else:
-        flooding = flood_optax.flood(inner, LEVEL)
-    by_loss, losses = trained_on_the_flooded_loss(name)
-    by_optax, _ = train(flooding, PROBLEMS["mlp"]()[0])
-    chex.assert_trees_all_close(by_loss, by_optax, rtol=1e-12)
-    # the run crosses the level: otherwise it compares nothing
-    assert losses[0] > LEVEL
-    assert np.any(losses < LEVEL)
+def test_training_trajectories_of_the_forms_coincide(form, name, band, shape):
+    optimizer = forms.OPTAX[form](
+        OPTIMIZERS[name](), LEVEL, band=band, shape=SHAPES[shape]
+    )
+
+    def step(params, state, rises):
+        value, grads = jax.value_and_grad(problem("mlp", 64)[0])(params)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        return (optax.apply_updates(params, updates), state, rises), value
+
+    (params, state, _), losses = train(step, optimizer)
+    (wanted, inner, _), wanted_losses = by_the_loss_form(name, shape, band)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-12)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-12)
+    found = state[1] if form == "chain" else state.flood_inner_state
+    chex.assert_trees_all_close(found, inner, rtol=1e-10, atol=1e-12)
+    # the run crosses both ends, more than once: otherwise it compares nothing
+    below = optax.tree.get(state, "flood_below")
+    assert losses[0] > LEVEL + band
+    assert 5 < below < STEPS - 5
+    assert np.sum(np.diff(losses > LEVEL) != 0) >= 3
 
 
 @pytest.mark.parametrize("level", [0.0, -np.inf])
-def test_flooding_at_zero_or_off_is_plain_training_bit_for_bit(level):
-    loss_fn, params = logistic()
-    inner = optax.adam(0.1)
-    flooding = optax.chain(scale_by_flood(level), inner)
-    states = [(params, inner.init(params)), (params, flooding.init(params))]
-
-    def steps(states):
-        (p, s), (q, t) = states
-        u, s = inner.update(jax.grad(loss_fn)(p), s, p)
-        value, grad = jax.value_and_grad(loss_fn)(q)
-        v, t = flooding.update(grad, t, q, value=value)
-        return [(optax.apply_updates(p, u), s), (optax.apply_updates(q, v), t)]
-
-    for _ in range(8):
-        states = steps(states)
-    chex.assert_trees_all_equal(states[0][0], states[1][0])
-
-
-# ---- a pair of steps is one step on |grad L|^2 ----
+@pytest.mark.parametrize("form", ["chain", "flood"])
+def test_flooding_at_zero_or_off_is_plain_training_bit_for_bit(form, level):
+    loss_fn, params, *_ = problem("mlp", 32)
+    inner = optax.with_extra_args_support(optax.adam(0.1))
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+    ends = []
+    for optimizer in (inner, forms.OPTAX[form](inner, level)):
+        at, state = params, optimizer.init(params)
+        for _ in range(8):
+            value, grads = value_and_grad(at)
+            updates, state = optimizer.update(grads, state, at, value=value)
+            at = optax.apply_updates(at, updates)
+        ends.append(at)
+    chex.assert_trees_all_equal(*ends)
