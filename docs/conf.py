@@ -2,7 +2,6 @@
 
 import importlib
 import pathlib
-import re
 import sys
 import urllib.error
 import urllib.request
@@ -29,7 +28,6 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-    "benchmark_figures",
     "heads",
     "mathml",
     "redirects",
@@ -117,14 +115,6 @@ html_theme_options = {
 }
 
 
-def without_comments(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Drops the markers of generated numbers.
-
-    A line that begins with one would be a block of HTML and break its paragraph.
-    """
-    source[0] = re.sub(r"<!--.*?-->", "", source[0], flags=re.DOTALL)
-
-
 OURS = ["", ".levels", ".penalty", ".sharpness", ".sweep"]
 
 
@@ -138,6 +128,5 @@ def own_reference(app: Sphinx, env: Any, node: pending_xref, child: nodes.Node) 
 
 
 def setup(app: Sphinx) -> None:
-    """Registers the hooks."""
-    app.connect("source-read", without_comments)
+    """Registers the hook."""
     app.connect("missing-reference", own_reference)

@@ -34,11 +34,6 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     return {name: f"{text}\n\n{source}" for name, text in made.items()}
 
 
-def numbers(payload: dict[str, Any]) -> dict[str, Any]:
-    """What each trainer's run gave, and what its wrong forms gave."""
-    return summary.numbers(payload["rows"])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     known = environments.trainers()
     parser = record.arguments("trainers", (__doc__ or "").partition("\n")[0])

@@ -1,7 +1,7 @@
 """Rows of trainers as tables."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
@@ -116,26 +116,4 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             wrong,
             {"trainer": "{shown}", "what one would write": "{code}", "gives": "{text}"},
         ),
-    }
-
-
-def _numbers(row: Row) -> Iterator[tuple[str, float | None]]:
-    for name in ("level", "last", "below", "evaluation_least", "evaluation_off"):
-        yield name, row[name]
-    for name in ("accumulation", "resume"):
-        yield name, row[name]
-    yield from row["notes"].items()
-    for number, fault in enumerate(row["wrong"], 1):
-        for name, value in fault["numbers"].items():
-            yield f"wrong{number}/{name}", value
-
-
-def numbers(rows: Sequence[Row]) -> dict[str, float]:
-    """Every number by TRAINER/NAME."""
-    return {
-        f"{row['trainer']}/{name}": value
-        for row in rows
-        if "error" not in row
-        for name, value in _numbers(row)
-        if value is not None
     }

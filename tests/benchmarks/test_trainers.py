@@ -200,7 +200,7 @@ def test_refusal_of_an_installer_is_its_first_error_and_the_cause():
     assert environments.why("one\ntwo") == "two"
 
 
-def test_rows_become_tables_and_numbers():
+def test_rows_become_tables():
     trainer = KNOWN["equinox"]
     row = rows.Row(
         form="loss form",
@@ -226,11 +226,8 @@ def test_rows_become_tables_and_numbers():
     assert "| 0.2 | 0.205 | 50% | - | - | - | 0 |" in tables["trainers-runs"]
     assert "| `flooded` | raw loss 0.12 |" in tables["trainers-wrong"]
     assert "](../trainers.md#" in tables["trainers-wrong"]
-    known = summary.numbers([made])
-    assert known["one/wrong1/last"] == 0.123
     installed = " ".join(trainer.requirements)
     head = f"| `pip install {installed}`, Python 3.13.0, 2026-12-01 |"
     assert head in tables["trainers-runs"]
     failed = {"trainer": "two", **trainer.described(), "error": "why", "date": ""}
-    assert summary.numbers([failed]) == {}
     assert "not run: why" in summary.tables([failed])["trainers"]
