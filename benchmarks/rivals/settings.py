@@ -109,7 +109,7 @@ SMOKE = Constants(checks=2, folds=2, probed=8)
 
 TABLE = Size(60, 60, 58, 20, 600)
 IMAGES = Size(1000, 500, 2000, 50, 1600)
-CONVOLVED = IMAGES._replace(lanes=1, flips=(0.2, 0.4), seeds=2)
+CONVOLVED = Size(500, 250, 2000, 50, 800, flips=(0.2, 0.4), lanes=1, seeds=2)
 SIZES = {
     "wine": TABLE,
     "iris": TABLE._replace(validation=30, test=60),
