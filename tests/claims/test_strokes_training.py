@@ -205,26 +205,14 @@ def test_a_schedule_that_ends_at_zero_leaves_nothing_to_average():
     gain, error = paired(ends.averaged[:, 0], ends.last)
     assert abs(gain) + 2 * error < 0.5
     assert surely_above(ends.last, constant.last), "the schedule does the same work"
-    for name, end in (("constant", constant), ("cosine", ends)):
-        cells = [(kind.mean(), kind.std(ddof=1) / 12**0.5) for kind in end[:2]]
-        print(name, *(f"{mean:.1f} ± {error:.1f}" for mean, error in cells))  # noqa: T201
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", [DIGITS, BREAST_CANCER, WINE, MNIST], ids=lambda setting: setting.name
 )
-def test_table_of_decays(setting):
-    """The table of the page: with other seeds than those of the other tests."""
-    decays = (0.9, 0.98, 0.99, 0.995, 0.998, 0.999)
-    ends = three(setting, range(100, 108), decays)
-    best = ends[0].best.mean()
-    print()  # noqa: T201 - the table of the page
-    print(f"{setting.name}: plain {ends[0].last.mean():.1f}, at its best {best:.1f}")  # noqa: T201
-    for name, end in zip(("plain", "flooded", "band"), ends, strict=True):
-        gains = [paired(end.averaged[:, i], ends[0].last) for i in range(len(decays))]
-        gains = [paired(end.last, ends[0].last), *gains]
-        cells = " | ".join(f"{mean:+.1f} ± {error:.1f}" for mean, error in gains)
-        print(f"| {setting.name} | {name} | {cells} |")  # noqa: T201
-    banded = ends[2].averaged[:, 1:5].mean(axis=0)
+def test_every_decay_from_98_hundredths_on_is_about_as_good_with_a_band(setting):
+    """With other seeds than those of the other tests."""
+    decays = (0.98, 0.99, 0.995, 0.998)
+    banded = three(setting, range(100, 108), decays)[2].averaged.mean(axis=0)
     assert np.ptp(banded) < 3.0, "a plateau from .98 to .998"
