@@ -1,11 +1,6 @@
-"""The family in training: published numbers, real data, and what to log.
-
-The experiments use real data (scikit-learn's digits, the yearly sunspots of
-statsmodels) and fixed keys. Their bounds leave a wide margin to what was seen.
-"""
+"""The family in training: published numbers, and AdaFlood's levels on real data."""
 
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +11,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import data
-from flood_optax import (
-    flood_loss,
-    flood_mean,
-    levels,
-    scale_by_flood,
-    shapes,
-)
-from flood_optax.objective import relax_loss
+from flood_optax import flood_loss, flood_mean, levels, scale_by_flood, shapes
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -37,8 +25,9 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 )
 def test_softad_multipliers_are_those_of_the_authors_code(sigma, expected):
     theta = 0.4
-    losses = jnp.array([-1.0, 0.5, 5.0]) + theta
-    slope = jax.grad(lambda x: flood_loss(x, theta, shape=shapes.soft(sigma)).sum())
+    losses = np.float32([-1.0, 0.5, 5.0]) + np.float32(theta)
+    bent = lambda x: flood_loss(x, theta, shape=shapes.soft(sigma)).sum()
+    slope = jax.jit(jax.grad(bent))
     np.testing.assert_allclose(slope(losses), expected, atol=5e-5)
 
 
@@ -46,7 +35,8 @@ def test_softad_toy_converges_where_flooding_chatters():
     # f = x^2/2 from x = -2 at level 1/2, learning rate 1/10 (Holland and Nakatani)
     def path(shape):
         grad = jax.grad(lambda x: flood_loss(x**2 / 2, 0.5, shape=shape))
-        return jax.lax.scan(lambda x, _: 2 * (x - 0.1 * grad(x),), -2.0, None, 400)[1]
+        step = lambda x, _: 2 * (x - 0.1 * grad(x),)
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, -2.0, None, 400)[1])())
 
     hard, soft = path(shapes.reflect()), path(shapes.soft())
     x, numpy_hard = -2.0, []
@@ -56,8 +46,8 @@ def test_softad_toy_converges_where_flooding_chatters():
     np.testing.assert_allclose(hard, numpy_hard, rtol=1e-4)
     np.testing.assert_allclose(soft[-1], -1.0, atol=1e-6)
     tail = hard[-20:] ** 2 / 2
-    assert (jnp.diff(jnp.sign(tail - 0.5)) != 0).mean() > 0.9, "down, up, down, up"
-    assert jnp.abs(tail - 0.5).mean() > 0.03, "and not closer to the level"
+    assert (np.diff(np.sign(tail - 0.5)) != 0).mean() > 0.9, "down, up, down, up"
+    assert np.abs(tail - 0.5).mean() > 0.03, "and not closer to the level"
 
 
 def mlp(key, *sizes):
@@ -96,7 +86,7 @@ def test_flooded_training_ends_at_the_level_as_published():
     # .0509, .1150, .2113, .3014, so within .015 of the level (seu-injection-framework)
     centers = [[-1, -1], [1, 1]]
     x, y = make_blobs(1200, centers=centers, cluster_std=0.6, random_state=0)[:2]
-    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    x, y = np.float32(x), np.float32(y)
 
     def loss_fn(params, x, y):
         return optax.sigmoid_binary_cross_entropy(logits_of(params, x)[:, 0], y).mean()
@@ -115,13 +105,15 @@ def test_flooded_training_ends_at_the_level_as_published():
 
         def epoch(carry, key):
             order = jax.random.permutation(key, 1200).reshape(6, 200)
-            return jax.lax.scan(step, carry, (x[order], y[order]))
+            return jax.lax.scan(
+                step, carry, (jnp.asarray(x)[order], jnp.asarray(y)[order])
+            )
 
         keys = jax.random.split(jax.random.key(1), 100)
         (params, _), _ = jax.lax.scan(epoch, (params, optimizer.init(params)), keys)
         return loss_fn(params, x, y)
 
-    levels_ = jnp.array([-jnp.inf, 0.05, 0.1, 0.2, 0.3])
+    levels_ = np.float32([-np.inf, 0.05, 0.1, 0.2, 0.3])
     plain, *ends = train(levels_)
     assert plain < 0.03
     np.testing.assert_allclose(ends, levels_[1:], atol=0.02)
@@ -130,46 +122,25 @@ def test_flooded_training_ends_at_the_level_as_published():
 # Real data
 
 
-class Digits(NamedTuple):
-    x: np.ndarray
-    y: np.ndarray
-    flipped: np.ndarray
-    other_x: np.ndarray
-    other_y: np.ndarray
-    test_x: np.ndarray
-    test_y: np.ndarray
-
-
 @pytest.fixture(scope="module")
 def digits():
-    """300 digits to train on and 300 others, a fifth of the labels wrong."""
-    clean = data.digits(train=300, validation=300)
+    """300 digits to train on, a fifth of the labels wrong, and which those are."""
     noisy = data.digits(train=300, validation=300, noise=0.2)
-    return Digits(
-        noisy.train_x,
-        noisy.train_y,
-        noisy.train_y != clean.train_y,
-        noisy.validation_x,
-        noisy.validation_y,
-        clean.test_x,
-        clean.test_y,
+    clean = data.digits(train=300, validation=300)
+    return noisy, noisy.train_y != clean.train_y
+
+
+def fit_classifier(digits, objective, steps=300):
+    """Minimises objective(losses) on the training digits."""
+
+    def of_params(params, _):
+        scores = logits_of(params, digits.train_x)
+        return objective(cross_entropy(scores, digits.train_y))
+
+    start = mlp(jax.random.key(2), 64, 64, 10)
+    return jax.jit(minimise, static_argnums=(0, 2, 3))(
+        of_params, start, steps, optax.adam(1e-2)
     )
-
-
-def accuracy(params, digits):
-    return (logits_of(params, digits.test_x).argmax(-1) == digits.test_y).mean()
-
-
-def fit_classifier(digits, objective, steps=300, seed=2, learning_rate=1e-2):
-    """Minimises objective(losses, step) on the training digits."""
-
-    def of_params(params, step):
-        return objective(cross_entropy(logits_of(params, digits.x), digits.y), step)
-
-    params = mlp(jax.random.key(seed), 64, 64, 10)
-    return jax.jit(
-        lambda: minimise(of_params, params, steps, optax.adam(learning_rate))
-    )()
 
 
 # the cheap variant runs every time
@@ -177,67 +148,43 @@ def fit_classifier(digits, objective, steps=300, seed=2, learning_rate=1e-2):
     "variant", [pytest.param("whole_network", marks=pytest.mark.slow), "last_layer"]
 )
 def test_adaflood_gives_mislabelled_digits_higher_levels(digits, variant):
-    x, y = jnp.asarray(digits.x), jnp.asarray(digits.y)
-    start = lambda key: mlp(key, 64, 64, 10)
+    digits, flipped = digits
+    x, y, sizes = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y), (64, 64, 10)
     if variant == "last_layer":  # the cheap variant: other layers stay as they are
-        whole = fit_classifier(digits, lambda losses, _: losses.mean(), steps=100)
-        x = features(whole, x)
-        start = lambda key: mlp(key, 64, 10)
-
-    def fit(indices, key):
-        def objective(params, _):
-            return cross_entropy(logits_of(params, x[indices]), y[indices]).mean()
-
-        return minimise(objective, start(key), 100, optax.adam(1e-2))
+        whole = fit_classifier(digits, jnp.mean, steps=100)
+        x, sizes = features(whole, x), (64, 10)
 
     def evaluate(params, indices):
         return cross_entropy(logits_of(params, x[indices]), y[indices])
 
+    def fit(indices, key):
+        objective = lambda params, _: evaluate(params, indices).mean()
+        return minimise(objective, mlp(key, *sizes), 100, optax.adam(1e-2))
+
     @jax.jit
-    def held_out(key):
-        return levels.held_out_losses(
+    def level_of(key):
+        held_out = levels.held_out_losses(
             fit, evaluate, 300, num_folds=5, key=key, vmap=True
         )
+        return levels.adaflood(held_out, gamma=0.1)
 
-    level = levels.adaflood(held_out(jax.random.key(0)), gamma=0.1)
-    auc = roc_auc_score(digits.flipped, level)
+    level = np.asarray(level_of(jax.random.key(0)))
+    auc = roc_auc_score(flipped, level)
     assert auc > 0.9, auc  # .97 and .96 when written
     if variant == "last_layer":
         return
 
-    plain = fit_classifier(digits, lambda losses, _: losses.mean())
+    plain = fit_classifier(digits, jnp.mean)
     ada = fit_classifier(
-        digits, lambda losses, _: flood_mean(losses, level, over="example")
+        digits, lambda losses: flood_mean(losses, level, over="example")
     )
-    losses = cross_entropy(logits_of(ada, digits.x), digits.y)
+    losses, unflooded = (evaluate(params, slice(None)) for params in (ada, plain))
     # every example is held at its own level, so the wrong labels are not learnt
     assert np.quantile(np.abs(losses - level), 0.95) < 0.25
-    assert losses[digits.flipped].mean() > 1.5
-    assert cross_entropy(logits_of(plain, x), y)[digits.flipped].mean() < 0.1
-    assert accuracy(ada, digits) > accuracy(plain, digits) + 0.02  # .76 against .71
+    assert losses[flipped].mean() > 1.5
+    assert unflooded[flipped].mean() < 0.1
 
+    def accuracy(params):
+        return (logits_of(params, digits.test_x).argmax(-1) == digits.test_y).mean()
 
-def test_relax_loss_makes_membership_harder_to_infer(digits):
-    # attack: an example is a member of the training set if its loss is low
-    def attacked(params):
-        member = cross_entropy(logits_of(params, digits.x), digits.y)
-        other = cross_entropy(logits_of(params, digits.other_x), digits.other_y)
-        is_member = np.repeat([1, 0], [len(member), len(other)])
-        return roc_auc_score(is_member, -np.concatenate([member, other]))
-
-    def train(objective):
-        params = mlp(jax.random.key(2), 64, 64, 10)
-        return jax.jit(lambda: minimise(objective, params, 500, optax.adam(3e-3)))()
-
-    def relaxed(params, step):
-        logits = logits_of(params, digits.x)
-        return relax_loss(logits, digits.y, 0.8, epoch=step // 5)
-
-    before = train(lambda p, _: cross_entropy(logits_of(p, digits.x), digits.y).mean())
-    after = train(relaxed)
-    assert attacked(before) > 0.69  # .73
-    assert attacked(after) < attacked(before) - 0.05  # .64
-    assert accuracy(after, digits) > accuracy(before, digits)  # .82 against .72
-
-
-# What to log
+    assert accuracy(ada) > accuracy(plain) + 0.02  # .76 against .71
