@@ -5,6 +5,8 @@ forms; the flooded runs are made by the library.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import diffrax
 import jax
@@ -17,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 
-from flood_optax import flood_mean, flooded, penalty, scale_by_flood
+from flood_optax import flood_mean, flooded, penalty, scale_by_flood, shapes
 from tests import forms
 
 RNG = np.random.default_rng(11)
@@ -60,12 +62,39 @@ def quartic():
 PROBLEMS = {f.__name__: f for f in (tanh_mlp, logistic_regression, quartic)}
 
 
+class Problem(NamedTuple):
+    """A loss of one vector, where to start, and its compiled gradients."""
+
+    loss_fn: Callable
+    start: np.ndarray
+    raw: Callable  # w -> value and gradient
+    step: Callable  # w, level, eta -> after a step of the flooded loss
+    by_optax: Callable  # the same, by the optax form
+    curved: Callable  # w -> H g, as the gradient of |g|^2 / 2
+
+
 @functools.cache
 def vector_problem(make):
-    """A loss of one vector, where to start, and how to make the tree again."""
-    loss_fn, params = make()
-    flat, unravel = ravel_pytree(params)
-    return jax.jit(lambda w: loss_fn(unravel(w))), flat, jax.jit(loss_fn), unravel
+    loss_of_tree, params = make()
+    start, unravel = ravel_pytree(params)
+    loss_fn = lambda w: loss_of_tree(unravel(w))
+    gradient = jax.grad(loss_fn)
+
+    @jax.jit
+    def step(w, level, eta):
+        return w - eta * jax.grad(flooded(loss_fn, level))(w)
+
+    @jax.jit
+    def by_optax(w, level, eta):
+        optimizer = optax.chain(scale_by_flood(level), optax.sgd(eta))
+        params = unravel(w)
+        value, grads = jax.value_and_grad(loss_of_tree)(params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), value=value)
+        return ravel_pytree(optax.apply_updates(params, updates))[0]
+
+    curved = jax.jit(jax.grad(lambda w: 0.5 * jnp.sum(gradient(w) ** 2)))
+    raw = jax.jit(jax.value_and_grad(loss_fn))
+    return Problem(loss_fn, np.asarray(start), raw, step, by_optax, curved)
 
 
 @pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS)
@@ -73,92 +102,61 @@ def problem(request, x64):
     return vector_problem(request.param)
 
 
-def move(loss_fn, w, signed_rate):
-    return w - signed_rate * jax.grad(loss_fn)(w)
-
-
-def level_between(loss_fn, w, eta, order):
+def level_between(problem, eta, order):
     """A level such that the first step goes the way `order` says."""
-    signed = eta if order == "down-up" else -eta
-    losses = loss_fn(w), loss_fn(move(loss_fn, w, signed))
-    assert (losses[0] > losses[1]) == (order == "down-up")
-    return (losses[0] + losses[1]) / 2
+    loss, g = problem.raw(problem.start)
+    after = problem.raw(problem.start - (eta if order == "down-up" else -eta) * g)[0]
+    assert (loss > after) == (order == "down-up")
+    return (loss + after) / 2
 
 
-def double_backward(loss_fn, w):
-    """H g, as the gradient of |g|^2 / 2."""
-    return jax.grad(lambda w: 0.5 * jnp.sum(jax.grad(loss_fn)(w) ** 2))(w)
-
-
-def flooded_pair_loss_form(problem, level, eta):
-    _, flat, tree_loss, unravel = problem
-    params = unravel(flat)
-    gradient = jax.grad(flooded(tree_loss, level))
+def pair(problem, eta, order, form="step"):
+    """How far two flooded steps move."""
+    level, w = level_between(problem, eta, order), problem.start
     for _ in range(2):
-        step = lambda p, g: p - eta * g
-        params = jax.tree.map(step, params, gradient(params))
-    return ravel_pytree(params)[0] - flat
+        w = np.asarray(getattr(problem, form)(w, level, eta))
+    return w - problem.start
 
 
-def flooded_pair_optax_form(problem, level, eta):
-    _, flat, tree_loss, unravel = problem
-    params = unravel(flat)
-    optimizer = optax.chain(scale_by_flood(level), optax.sgd(eta))
-    state = optimizer.init(params)
-    for _ in range(2):
-        value, grads = jax.value_and_grad(tree_loss)(params)
-        updates, state = optimizer.update(grads, state, params, value=value)
-        params = optax.apply_updates(params, updates)
-    assert optax.tree.get(state, "flood_below") == 1
-    return ravel_pytree(params)[0] - flat
-
-
-FORMS = {"loss": flooded_pair_loss_form, "optax": flooded_pair_optax_form}
 ORDERS = {"down-up": "backward", "up-down": "forward"}
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ["step", "by_optax"], ids=["loss", "optax"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_flooded_pair_is_one_step_along_a_finite_difference(problem, order, form):
     """Of size eta^2 and radius eta, to the rounding of the parameters."""
-    loss_fn, w, *_ = problem
-    eta = 0.02
-    pair = form(problem, level_between(loss_fn, w, eta, order), eta)
-    g = jax.grad(loss_fn)
+    eta, w = 0.02, problem.start
+    moved, g = pair(problem, eta, order, form), lambda w: np.asarray(problem.raw(w)[1])
     if order == "down-up":
         difference = (g(w) - g(w - eta * g(w))) / eta
     else:
         difference = (g(w + eta * g(w)) - g(w)) / eta
-    rounding = 8 * np.spacing(float(jnp.abs(w).max()))
-    assert jnp.linalg.norm(pair) > 1e5 * rounding
-    np.testing.assert_allclose(pair, -(eta**2) * difference, rtol=0, atol=rounding)
-    _, penalised = penalty.value_and_grad(
-        loss_fn, eta**2, method=ORDERS[order], radius=eta
+    rounding = 8 * np.spacing(np.abs(w).max())
+    assert np.linalg.norm(moved) > 1e5 * rounding
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=rounding)
+    close(moved, -(eta**2) * difference)
+    _, penalised = jax.jit(
+        penalty.value_and_grad(
+            problem.loss_fn, eta**2, method=ORDERS[order], radius=eta
+        )
     )(w)
-    np.testing.assert_allclose(pair, g(w) - penalised, rtol=0, atol=rounding)
+    close(moved, g(w) - penalised)
     if order == "down-up":
-        library = penalty.pair_displacement(loss_fn, w, eta)
-        np.testing.assert_allclose(pair, library, rtol=0, atol=rounding)
+        by_library = jax.jit(penalty.pair_displacement, static_argnums=0)
+        close(moved, by_library(problem.loss_fn, w, eta))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_flooded_pair_differs_from_the_penalty_at_third_order(problem, order):
     """|pair + eta^2 H g| over three decades of eta, H g by double backward."""
-    loss_fn, w, *_ = problem
-    product = double_backward(loss_fn, w)
-
-    @jax.jit
-    def distance(eta, level):
-        gradient = jax.grad(flooded(loss_fn, level))
-        once = w - eta * gradient(w)
-        twice = once - eta * gradient(once)
-        return jnp.linalg.norm(twice - w + eta**2 * product)
-
+    product = np.asarray(problem.curved(problem.start))
     etas = np.logspace(-4, -1, 7)
-    distances = [distance(e, level_between(loss_fn, w, e, order)) for e in etas]
-    slope = np.polyfit(np.log(etas), np.log(np.array(distances)), 1)[0]
+    distances = [
+        np.linalg.norm(pair(problem, eta, order) + eta**2 * product) for eta in etas
+    ]
+    slope = np.polyfit(np.log(etas), np.log(distances), 1)[0]
     assert abs(slope - 3) < 0.05
-    assert distances[0] < 1e-3 * etas[0] ** 2 * jnp.linalg.norm(product)
+    assert distances[0] < 1e-3 * etas[0] ** 2 * np.linalg.norm(product)
 
 
 def project(loss_fn, w, level):
@@ -233,22 +231,21 @@ LONG_RUNS = {
 def test_flooded_sgd_follows_the_penalty_flow_on_the_level_set(x64, name):
     """Seen at tau = steps eta^2 / 2, on the level set: their distance is O(eta^2)."""
     make, duration, eta = LONG_RUNS[name]
-    loss_fn, w, *_ = vector_problem(make)
-    level = float(loss_fn(w))
+    loss_fn, w, raw, *_ = vector_problem(make)
+    level = float(raw(w)[0])
     times = np.linspace(0, duration, 6)[1:]
     onto = jax.jit(jax.vmap(lambda w: project(loss_fn, w, level)))
     run = jax.jit(functools.partial(flooded_run, loss_fn, level))
-    flow = onto(reference_flow(loss_fn, w, jnp.array(times)))
+    flow = onto(jax.jit(reference_flow, static_argnums=0)(loss_fn, w, times))
     etas, errors = eta / 2.0 ** np.arange(4), []
     for rate in etas:
-        seen = onto(run(w, rate, round(times[0] * 2 / rate**2)))
-        errors.append(float(jnp.linalg.norm(seen - flow, axis=1).max()))
+        seen = np.asarray(onto(run(w, rate, round(times[0] * 2 / rate**2))))
+        errors.append(np.linalg.norm(seen - flow, axis=1).max())
     order = np.polyfit(np.log(etas), np.log(errors), 1)[0]
     assert 1.6 < order < 2.4, (order, errors)
-    assert errors[-1] < 1e-3 * jnp.linalg.norm(flow[-1] - w)
-    points = jnp.concatenate([w[None], seen])
-    squared = jnp.sum(jax.vmap(jax.grad(loss_fn))(points) ** 2, axis=1)
-    assert (jnp.diff(squared) < 0).all(), squared
+    assert errors[-1] < 1e-3 * np.linalg.norm(flow[-1] - w)
+    squared = [np.sum(np.square(raw(point)[1])) for point in (w, *seen)]
+    assert (np.diff(squared) < 0).all(), squared
     assert squared[-1] < 0.97 * squared[0]
 
 
@@ -257,15 +254,15 @@ def test_flooded_iterate_finds_the_flattest_point_of_the_level_set(x64):
     level, k, eta = 0.45, LEAN, 0.05
     gradient = jax.grad(flooded(bowl, level))
     descend = lambda _, w: w - eta * gradient(w)
-    w = jax.lax.fori_loop(0, 48_000, descend, jnp.array([0.9, 0.6]))
+    w = jax.lax.fori_loop(0, 48_000, descend, np.array([0.9, 0.6]))
     # (1 + kx) x^2 = 2b there. The iterate swings along g, which points along x: y is
     # exact and x within a step.
     left = -1.5
     assert 0.5 * (1 + k * left) * left**2 == pytest.approx(level, rel=1e-15)
     np.testing.assert_allclose(w, [left, 0], atol=eta)
-    flattest = project(bowl, w, level)
+    flattest = jax.jit(project, static_argnums=0)(bowl, w, level)
     np.testing.assert_allclose(flattest, [left, 0], atol=1e-9)
-    squared = jnp.sum(jax.grad(bowl)(flattest) ** 2)
+    squared = np.sum(np.square(jax.jit(jax.grad(bowl))(flattest)))
     closed_form = 2 * level * (1 + 2 * k * left) + (k * level / (1 + k * left)) ** 2
     np.testing.assert_allclose(squared, closed_form, rtol=1e-9)
 
@@ -281,7 +278,7 @@ def in_batches():
         first, second = w[:-3].reshape(4, 3), w[-3:]
         return jnp.mean((jnp.tanh(inputs @ first) @ second - targets) ** 2) / 2
 
-    return loss_fn, 0.7 * jnp.asarray(rng.normal(size=15)), jnp.arange(8)
+    return loss_fn, 0.7 * rng.normal(size=15), np.arange(8)
 
 
 def test_pairs_on_one_mini_batch_penalise_the_mean_of_its_squared_gradient(x64):
@@ -304,16 +301,21 @@ def test_flooded_mini_batches_move_at_first_order_in_the_learning_rate(x64):
     So it dwarfs eta/2 |P_T H g|, the penalty's drift: the ratio grows as 1 / eta.
     """
     loss_fn, w, batches = in_batches()
-    level, g = float(loss_fn(w)), jax.grad(loss_fn)(w)
-    flooded_gradient = jax.grad(flooded(loss_fn, level))
-    step = jax.vmap(flooded_gradient, (None, 0))(w, batches).mean(0)
-    bound = lambda w: jnp.mean(
-        jnp.abs(jax.vmap(lambda i: loss_fn(w, i))(batches) - level) + level
-    )
-    np.testing.assert_allclose(step, jax.grad(bound)(w), rtol=1e-12)
+    level, g = map(np.asarray, jax.jit(jax.value_and_grad(loss_fn))(w))
+
+    @jax.jit
+    def mean_step(w):
+        each = jax.vmap(jax.grad(flooded(loss_fn, level)), (None, 0))(w, batches)
+        return each.mean(0), penalty.level_set_drift(loss_fn, w)
+
+    def bound(w):
+        losses = jax.vmap(loss_fn, (None, 0))(w, batches)
+        return jnp.mean(jnp.abs(losses - level) + level)
+
+    step, drift = map(np.asarray, mean_step(w))
+    np.testing.assert_allclose(step, jax.jit(jax.grad(bound))(w), rtol=1e-12)
     tangent = step - g * (g @ step) / (g @ g)
-    drift = jnp.linalg.norm(penalty.level_set_drift(loss_fn, w))
-    assert jnp.linalg.norm(tangent) > 1.0 * drift
+    assert np.linalg.norm(tangent) > 1.0 * np.linalg.norm(drift)
 
 
 MEAN, SIZE, DRAWS = 0.3, 5, 200_000  # protocol: losses Exp(0.3), five of them
@@ -324,6 +326,9 @@ EXACT = {
     0.35: -1.6810e-02,
     0.45: -9.7802e-02,
 }
+
+
+FLOODED_BATCHES = jax.jit(jax.vmap(flood_mean, (0, None)))
 
 
 def mean_gain(level):
@@ -339,7 +344,7 @@ def test_theorem_1_is_an_identity(x64, level):
     """MSE(Rh) - MSE(Rt) = 4 (R - b) E[(b - Rh)+], draw by draw and in the mean."""
     losses = np.random.default_rng(5).exponential(MEAN, (DRAWS, SIZE))
     empirical = losses.mean(1)
-    estimate = jax.jit(jax.vmap(lambda batch: flood_mean(batch, level)))(losses)
+    estimate = FLOODED_BATCHES(losses, level)
     gain = (empirical - MEAN) ** 2 - (np.asarray(estimate) - MEAN) ** 2
     identity = 4 * (MEAN - level) * np.maximum(level - empirical, 0)
     np.testing.assert_allclose(gain, identity, rtol=0, atol=1e-14)
@@ -359,36 +364,30 @@ LOSSES = st.lists(st.floats(-2, 5), min_size=24, max_size=24)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(losses=LOSSES, level=st.floats(-3, 6))
 def test_jensen_full_batch_below_mini_batches_below_examples(shape, losses, level):
-    losses = jnp.array(losses, jnp.float32)
-    full, mini, single = JENSEN(losses, level, shape)
+    losses = np.float32(losses)
+    full, mini, single = np.asarray(jensen(losses, level, shape, 6))
     assert full <= mini + 1e-5
     assert mini <= single + 1e-5
-    residuals = np.asarray(losses) - np.float32(level)
-    if (
-        shape is forms.SHAPES["reflect"]
-        and (np.sign(residuals) == np.sign(residuals[0])).all()
-    ):
+    signs = np.sign(losses - np.float32(level))
+    if shape is forms.SHAPES["reflect"] and (signs == signs[0]).all():
         np.testing.assert_allclose([mini, single], full, rtol=1e-5, atol=1e-5)
 
 
-def jensen(losses, level, shape):
-    per_batch = lambda batch: flood_mean(batch, level, shape=shape)
-    return (
-        flood_mean(losses, level, shape=shape),
-        jax.vmap(per_batch)(losses.reshape(6, 4)).mean(),
-        flood_mean(losses, level, over="example", shape=shape),
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def jensen(losses, level, shape, parts):
+    """The full batch, the mean of so many mini-batches, and that of the examples."""
+    flooded_mean = functools.partial(flood_mean, level=level, shape=shape)
+    return jnp.stack(
+        [
+            flooded_mean(losses),
+            jax.vmap(flooded_mean)(losses.reshape(parts, -1)).mean(),
+            flooded_mean(losses, over="example"),
+        ]
     )
 
 
-JENSEN = jax.jit(jensen, static_argnums=2)
-
-
 def test_jensen_is_strict_where_losses_lie_on_both_sides():
-    losses = jnp.array(np.random.default_rng(0).uniform(size=1000), jnp.float32)
-    full = flood_mean(losses, 0.5)
-    mini = jax.vmap(lambda batch: flood_mean(batch, 0.5))(
-        losses.reshape(10, 100)
-    ).mean()
-    single = flood_mean(losses, 0.5, over="example")
+    losses = np.float32(np.random.default_rng(0).uniform(size=1000))
+    full, mini, single = np.asarray(jensen(losses, 0.5, shapes.reflect(), 10))
     assert full < mini < single
     np.testing.assert_allclose(single, 0.75, atol=0.02)  # E|U - 1/2| + 1/2
