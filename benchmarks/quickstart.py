@@ -18,10 +18,12 @@ from benchmarks.pictures import BLUE, INCHES, INK, RED, panels, say
 from benchmarks.training import cross_entropy, loss_and_accuracy, value_and_grad
 
 TRAIN, NOISE, WIDTH, LEARNING_RATE = 300, 0.2, 256, 1e-3
+DECAY = 0.98  # of the average of the weights
 LEVELS, SEEDS, EPOCHS = (0.2, 0.4, 0.6), (0, 1, 2), 300
 FORMS = ("loss form", "optax form")
 APART = "largest_parameter_difference_between_forms"
 METRICS = ("train_loss", "test_loss", "test_accuracy")
+AVERAGED = "averaged_test_loss"  # in curves alone
 
 
 class MLP(nnx.Module):
@@ -39,11 +41,12 @@ class MLP(nnx.Module):
 
 
 def optimizer(form: str, level: Any) -> optax.GradientTransformationExtraArgs:
-    """Adam, behind a flood in the optax form alone."""
-    adam = optax.adam(LEARNING_RATE)
+    """Adam, behind a flood in the optax form alone, and an average of the weights."""
+    average = flood_optax.average_params(DECAY)
+    adam = optax.chain(optax.adam(LEARNING_RATE), average)
     if form == "optax form":
         return optax.chain(flood_optax.scale_by_flood(level), adam)
-    return optax.with_extra_args_support(adam)
+    return adam
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -74,7 +77,7 @@ def evaluate(graph: Any, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 def train(
     form: str, level: float | None, seed: int, epochs: int, bar: Any, *, drawn: bool
 ) -> Any:
-    """One run: the curves of the raw losses, and the parameters it ends with.
+    """One run: its curves, of `METRICS` and `AVERAGED`, and its last parameters.
 
     What is not drawn is evaluated at its end alone, and NaN before.
     """
@@ -85,12 +88,15 @@ def train(
     at = jnp.asarray(-jnp.inf if level is None else level)
     run = params, optimizer(form, at).init(params)
     losses: list[jax.Array] = []
-    seen = np.full((epochs, 2), np.nan)
+    seen = np.full((epochs, 3), np.nan)
     for epoch in range(epochs):  # one full batch each
         run, loss = step(form, graph, run, at, batch)
         losses.append(loss)
         if drawn or epoch == epochs - 1:
-            seen[epoch] = evaluate(graph, run[0], *test)
+            params, state = run
+            last = evaluate(graph, params, *test)
+            kept = evaluate(graph, flood_optax.averaged(state, params), *test)
+            seen[epoch] = *last, kept[0]
         bar.update()
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(run[0])]
     return np.column_stack([np.stack(losses), seen]), leaves
@@ -99,7 +105,7 @@ def train(
 def columns(reached: np.ndarray) -> dict[str, float]:
     """Mean and standard deviation over the seeds of [seeds, metrics]."""
     found: dict[str, float] = {}
-    for metric, values in zip(METRICS, reached.T, strict=True):
+    for metric, values in zip(METRICS, reached.T[: len(METRICS)], strict=True):
         found |= {metric: float(values.mean()), f"{metric}_sd": statistics.sd(values)}
     return found
 
@@ -159,7 +165,10 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
 
 
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Train and test loss over epochs, plain and flooded, with plain's best epoch."""
+    """Train and test loss over epochs, plain and flooded, with plain's best epoch.
+
+    And, where the record has it, the test loss of the averaged weights.
+    """
     level = payload["curves"]["level"]
     epoch, best = best_epoch(payload)
     lowest = best["test_loss"]
@@ -175,6 +184,10 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
             above = -10 if run == "flooded" and name == "train" else 9
             text = f"{name} loss {mean[-1, i]:.2f}"
             say(axis, text, (last, mean[-1, i]), (0, above), color=colour, ha="right")
+        if mean.shape[1] > len(METRICS) and run == "flooded":
+            axis.plot(mean[:, -1], color=RED, lw=1.5, ls="--")
+            text = "averaged weights: dashed"
+            say(axis, text, (last, mean[-1, -1]), (0, 24), color=RED, ha="right")
         axis.axhline(lowest, color=INK, lw=1, ls=":")
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.5))
     axes[0].plot(epoch - 1, lowest, "o", color=RED, mec=INK)
@@ -240,7 +253,7 @@ def compared(
         APART: apart,
         "curves": {
             "level": drawn,
-            "metrics": METRICS,
+            "metrics": [*METRICS, AVERAGED],
             "plain": curves["plain", None].round(4).tolist(),
             "flooded": curves[FORMS[1], drawn].round(4).tolist(),
         },

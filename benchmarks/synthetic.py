@@ -3,6 +3,7 @@
 Finished: its record names the commit that holds its code, and the command.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -163,14 +164,15 @@ def curves_figure(payload: Mapping[str, Any]) -> Any:
 def levels_figure(payload: Mapping[str, Any]) -> Any:
     """A panel for each data set: the gain over the level, at the last epoch.
 
-    A dot marks the entropy of the flips, a ring the mean of the levels that validation
-    picked.
+    A dot marks the entropy of the flips. A ring marks the levels that validation picked
+    and what they gain, with their standard deviation and the interval of the gain: of
+    the lines the record has no trials.
     """
-    cells = payload["by_level"]
+    cells, pairs = payload["by_level"], payload["cells"]
     picked = {
-        (cell["data"], cell["noise"]): cell["level_mean"]
-        for cell in payload["cells"]
-        if cell["flooded"] and not cell["early_stopping"]
+        (flooded["data"], flooded["noise"]): (flooded, statistics.gain(flooded, plain))
+        for plain, flooded in zip(pairs[::2], pairs[1::2], strict=True)
+        if not flooded["early_stopping"]
     }
     names = list(dict.fromkeys(cell["data"] for cell in cells))
     fig, axes = panels(
@@ -178,22 +180,31 @@ def levels_figure(payload: Mapping[str, Any]) -> Any:
     )
     for axis, name in zip(axes, names, strict=True):
         mine = [cell for cell in cells if cell["data"] == name]
-        for colour, cell in zip((BLUE, GREEN, RED), mine, strict=False):
+        lowest = (-9, -9, -3)  # where a line that falls bears its name
+        for colour, low, cell in zip((BLUE, GREEN, RED), lowest, mine, strict=False):
             levels, noise = np.array(cell["level"]), cell["noise"]
             accuracy = 100 * np.array(cell["test_accuracy_last"])
             gains = accuracy - accuracy[0]
             axis.plot(levels, gains, color=colour)
-            for at, face in (
-                (levels_of.noise_floor(noise, 2), colour),
-                (picked[name, noise], "none"),
-            ):
-                gain = np.interp(float(at), levels, gains)
-                axis.plot(float(at), gain, "o", color=colour, mfc=face, ms=8, mew=1.5)
-            inside = np.flatnonzero(gains > -9)[-1]
+            floor = float(levels_of.noise_floor(noise, 2))
+            look: dict[str, Any] = {"color": colour, "ms": 8, "mew": 1.5}
+            axis.plot(floor, np.interp(floor, levels, gains), "o", **look)
+            flooded, (gain, half) = picked[name, noise]
+            look |= {"mfc": "none", "elinewidth": 1, "xerr": flooded["level_sd"]}
+            at = flooded["level_mean"]
+            axis.errorbar(
+                at, gain, half if math.isfinite(half) else None, fmt="o", **look
+            )
+            inside = np.flatnonzero(gains > low)[-1]
             end = (levels[inside], gains[inside])
-            by = (5, 0 if inside == len(levels) - 1 else 9)
-            say(axis, f"{noise:.0%} wrong", end, by, color=colour)
+            left = low == -9 and inside < len(levels) - 1
+            by, side = ((-7, 0), "right") if left else ((5, 2), "left")
+            say(axis, f"{noise:.0%} wrong", end, by, color=colour, ha=side)
         axis.axhline(0, color=FAINT, lw=0.6)
         axis.set(title=TITLES[name], ylabel="points gained", ylim=(-10, 10))
-    axes[-1].set_xlabel("level; dot: entropy of the flips, ring: picked by validation")
+    axes[-1].set_xlabel(
+        "level; dot: entropy of the flips, ring: levels picked by validation,\n"
+        "with standard deviation and 95 % interval of the gain over "
+        f"{payload['protocol']['trials']} trials"
+    )
     return fig

@@ -382,37 +382,64 @@ def help_table(payload: Mapping[str, Any]) -> str:
     )
 
 
+SHORTER = {  # words of the titles, for the figure
+    "`": "",
+    ", by validation": "",
+    "validation ": "",
+    ", as validates better": "",
+    " on a shared trunk": "",
+    "level from accordance": "accordance",
+    "level on plateau": "plateau",
+    "share estimated by folds": "by folds",
+    " at Label Wave's loss": ", Label Wave",
+    " by Label Wave": ", Label Wave",
+    " with early": ", early",
+    "the grid": "grid",
+}
+
+
+def shorter(title: str) -> str:
+    for words, fewer in SHORTER.items():
+        title = title.replace(words, fewer)
+    return title
+
+
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules sorted by their points over plain training, on wrong labels."""
+    """The rules sorted by their points over plain training, on wrong labels.
+
+    Last and averaged weights of a rule are in one row.
+    """
     noisy = chosen(payload, "all")
     if not noisy:
         return {}
     found = {rule: over_data(noisy, rule).interval for rule in RULES}
-    order = sorted(RULES, key=lambda rule: found[rule].mean)
-    fig, (axis,) = panels(1, 1, size=(INCHES, 0.26 * len(order) + 0.8))
+    rows: dict[str, list[str]] = {}
+    for rule in sorted(RULES, key=lambda rule: -found[rule].mean):
+        rows.setdefault(shorter(RULES[rule].title), []).append(rule)
+    fig, (axis,) = panels(1, 1, size=(INCHES, 0.32 * len(rows) + 1.1))
     axis.axvline(0, color=FAINT, lw=0.8)
-    least, most = -15.0, 22.0
-    for row, rule in enumerate(order):
-        one, floods = found[rule], RULES[rule].floods
-        color = BLUE if floods else RED
-        half = one.half if np.isfinite(one.half) else 0.0
-        low, high = max(one.mean - half, least), min(one.mean + half, most)
-        axis.plot((low, high), (row, row), color=color, lw=1)
-        shape = "s" if RULES[rule].weights == AVERAGED else "o"
-        face = color if floods else "none"
-        axis.plot(max(one.mean, least), row, shape, ms=5, color=color, mfc=face)
-        say(axis, f"{cost(payload['settings'], rule):.1f}", (most, row), (6, 0))
-    say(axis, "runs", (most, len(order)), (6, 0))
+    least, most = -16.0, 22.0
+    for row, rules in enumerate(reversed(rows.values())):
+        for rule in rules:
+            one, (_, weights, floods) = found[rule], RULES[rule]
+            color = BLUE if floods else RED
+            half = one.half if np.isfinite(one.half) else 0.0
+            low, high = max(one.mean - half, least), min(one.mean + half, most)
+            at = row + (0.18 if len(rules) > 1 and weights == AVERAGED else 0)
+            at -= 0.18 if len(rules) > 1 and weights != AVERAGED else 0
+            axis.plot((low, high), (at, at), color=color, lw=1)
+            shape = "s" if weights == AVERAGED else "o"
+            face = color if floods else "none"
+            axis.plot(max(one.mean, least), at, shape, ms=5, color=color, mfc=face)
+        say(axis, f"{cost(payload['settings'], rules[0]):.1f}", (most, row), (6, 0))
+    say(axis, "runs", (most, len(rows)), (6, 0))
     axis.set(
-        yticks=range(len(order)),
-        yticklabels=[_short(RULES[rule]) for rule in order],
+        yticks=range(len(rows)),
+        yticklabels=list(reversed(rows)),
         xlim=(least, most),
-        xlabel="points over plain training, with 95 % interval",
+        ylim=(-0.7, len(rows) + 0.4),
+        xlabel="points over plain training, 95 % interval;\n"
+        "squares: averaged weights, hollow: no flooding",
     )
-    axis.tick_params(axis="y", length=0, labelsize=8)
+    axis.tick_params(axis="y", length=0)
     return {"choosing": fig}
-
-
-def _short(rule: Rule) -> str:
-    words = rule.title.replace("`", "").replace(", by validation", "")
-    return f"{words}, averaged" if rule.weights == AVERAGED and rule.floods else words

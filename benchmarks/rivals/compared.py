@@ -173,6 +173,17 @@ class Findings:
             ),
         )
 
+    def spread_of_tries(self, method: str, when: str) -> statistics.Interval:
+        """The interval of the gain by all tries."""
+        return effect(
+            self.noisy,
+            lambda s: (
+                s.tried(method, TRIES, when) - s.fixed(*PLAIN)
+                if s.has(method, when)
+                else None
+            ),
+        ).interval
+
     def gain_of_fixed(
         self, method: str, schedule: str, readout: str, *, noisy: bool
     ) -> float:

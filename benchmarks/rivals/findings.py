@@ -258,8 +258,11 @@ DRAWN = {  # methods of the figure: a short name, and the line
 }
 
 
+BARS = 24, 44  # where the intervals stand, beside the most configurations
+
+
 def named(axis: Any, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Names at the ends of lines, from below: apart, and within the axes."""
+    """Names beside the lines, from below: apart, and within the axes."""
     low, high = axis.get_ylim()
     line = (high - low) / 14  # of letters
     places: list[float] = []
@@ -267,13 +270,14 @@ def named(axis: Any, ends: Sequence[tuple[float, str, Any]]) -> None:
         places.append(max(gain, places[-1] + line) if places else gain)
     for up, (place, (_, name, color)) in enumerate(zip(places, ends, strict=True)):
         highest = high - line * (len(ends) - 1 - up)
-        say(axis, name, (BUDGETS[-1], min(place, highest)), color=color)
+        say(axis, name, (BARS[-1], min(place, highest)), color=color)
 
 
 def figures(payload: Payload) -> dict[str, Any]:
-    """The gain by the number of configurations tried."""
+    """The gain by the number of configurations tried, and its intervals at the end."""
     found = Findings(payload)
-    fig, axes = panels(2, 1, size=(INCHES, 7), sharex=True)
+    beside = dict(zip(DRAWN, np.geomspace(*BARS, len(DRAWN)), strict=True))
+    fig, axes = panels(2, 1, size=(INCHES, 8), sharex=True)
     for axis, when in zip(axes, WHEN, strict=True):
         ends: list[tuple[float, str, Any]] = []
         for m, (name, style) in DRAWN.items():
@@ -281,13 +285,20 @@ def figures(payload: Payload) -> dict[str, Any]:
                 gains = [found.gain_of_tries(m, k, when, noisy=True) for k in BUDGETS]
                 axis.plot(BUDGETS, gains, marker="o", ms=3, **style)
                 ends.append((gains[-1], name, style["color"]))
-        if when == "end":  # the lines are the same in both
-            named(axis, sorted(ends))
+                mean, half = found.spread_of_tries(m, when)
+                if np.isfinite(half):
+                    edges = (mean - half, mean + half)
+                    axis.plot([beside[m]] * 2, edges, lw=1.2, **style)
+                    axis.plot(beside[m], mean, ".", color=style["color"])
+        named(axis, sorted(ends))
         axis.axhline(0, color=FAINT, lw=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_xlim(0.9, 70)  # room for the names
+        axis.set_xlim(0.9, 200)  # space for the names
         axis.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
         axis.set_title("at the end of the run" if when == "end" else "stopped early")
         axis.set_ylabel("points gained")
-    axes[1].set_xlabel("configurations tried, the best by noisy validation")
+    axes[1].set_xlabel(
+        "configurations tried, the best by noisy validation;\n"
+        "bars: 95 % intervals at the last, data sets being the unit"
+    )
     return {"rivals": fig}

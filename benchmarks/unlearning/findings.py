@@ -297,7 +297,9 @@ def figures(payload: Payload) -> dict[str, Any]:
                 name = "held" if method == held else s.titles[method]
                 at = s.checks[shown], losses[shown] / tau
                 near = method != held and 0.2 < at[1] < 2  # what is held has its name
-                say(axis, name, at, (-4, -11 if near else 8), color=colour, ha="right")
+                under = -36 if method == "retain" else -11
+                by = (-4, under if near else 8)
+                say(axis, name, at, by, color=colour, ha="right")
         axis.axhline(1, color=INK, lw=1, ls=":")
         axis.set(xscale="log", yscale="log", ylim=(0.5 / TOP, 2 * TOP))
         axis.set(title=s.title, xlabel="steps")

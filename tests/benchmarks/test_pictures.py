@@ -11,17 +11,33 @@ from matplotlib import colors, text
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import pictures, record
+from benchmarks import pictures, record, report
 
 PHONE = 358  # pixels for a figure on a screen of 390
 GROUNDS = "#ffffff", "#14181e"  # of the pages by day and by night
-STUDIES = "quickstart", "penalty", "strokes", "synthetic", "family"
+STUDIES = ("quickstart", "penalty", "strokes", "synthetic", "family", "unlearning")
 
 
-@pytest.fixture(scope="module", params=STUDIES)
+def drawn(name, payload):
+    return importlib.import_module(f"benchmarks.{name}").figures(payload)
+
+
+@pytest.fixture(scope="module", params=[*STUDIES, "choosing", "rivals"])
 def figures(request):
-    module = importlib.import_module(f"benchmarks.{request.param}")
-    return module.figures(record.read(request.param))
+    if request.param == "rivals":  # the smallest pieces show all that is drawn
+        names = ("wine", "iris")
+        pieces = [record.read(name, record.RESULTS / "rivals") for name in names]
+        return drawn("rivals", {"pieces": pieces})
+    return drawn(request.param, record.read(request.param))
+
+
+def test_every_study_with_figures_is_looked_at():
+    studies = {
+        module.__name__.rpartition(".")[2]
+        for _, module, _ in report.records(record.RESULTS)
+        if hasattr(module, "figures")
+    }
+    assert studies == {*STUDIES, "choosing", "rivals"}
 
 
 def test_letters_are_nine_pixels_high_on_a_phone(figures):
@@ -91,12 +107,16 @@ def lab(rgb):
 
 
 @pytest.mark.parametrize("kind", SEEN)
-def test_lines_are_told_apart_without_a_kind_of_cones(kind):
+def test_lines_are_told_apart_without_a_kind_of_cones(kind, figures):
     """A distance of 15 is plain to see; each line bears its name besides."""
     see = lambda colour: lab(np.clip(np.array(SEEN[kind]) @ linear(colour), 0, 1))
-    drawn = pictures.BLUE, pictures.RED, pictures.GREEN
-    for one, other in itertools.combinations(drawn, 2):
-        assert np.linalg.norm(see(one) - see(other)) > 15, (one, other)
+    for name, figure in figures.items():
+        for axis in figure.axes:
+            used = {colors.to_hex(line.get_color()).upper() for line in axis.lines}
+            used -= {pictures.INK, pictures.FAINT}  # what stands behind
+            for one, other in itertools.combinations(sorted(used), 2):
+                apart = np.linalg.norm(see(one) - see(other))
+                assert apart > 15, (name, one, other, apart)
 
 
 def test_colours_that_some_confuse_are_found():

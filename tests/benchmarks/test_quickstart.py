@@ -28,6 +28,7 @@ def test_quickstart_smoke_shows_that_the_forms_coincide(tmp_path, capsys):
     assert not shown.err  # no progress where there is no terminal
     plain, flooded = (np.array(result["curves"][run]) for run in ("plain", "flooded"))
     assert np.isfinite([plain, flooded]).all()  # what is drawn is seen in each epoch
+    assert (flooded[:, 1:, 3] > flooded[:, 1:, 1]).all()  # at first an average lags
     assert jnp.zeros([]).dtype == jnp.float32  # the precision is put back
 
 
@@ -42,9 +43,9 @@ def test_committed_quickstart_reached_its_levels_and_lowered_the_test_loss():
 
 def planted(second_form):
     """Two seeds of plain training, best at its second epoch, and one level, twice."""
-    plain = [[[2.0, 1.5, 0.3], [1.0, 0.5, 0.8], [0.1, 0.9, 0.7]]]
-    plain += [[[2.2, 1.7, 0.1], [1.4, 0.9, 0.6], [0.3, 0.8, 0.5]]]
-    flooded = np.array([[[1.0, 0.6, 0.85]], [[0.2, 0.8, 0.75]]])
+    plain = [[[2.0, 1.5, 0.3, 1.6], [1.0, 0.5, 0.8, 1.2], [0.1, 0.9, 0.7, 0.8]]]
+    plain += [[[2.2, 1.7, 0.1, 1.8], [1.4, 0.9, 0.6, 1.4], [0.3, 0.8, 0.5, 1.0]]]
+    flooded = np.array([[[1.0, 0.6, 0.85, 0.5]], [[0.2, 0.8, 0.75, 0.6]]])
     rows = [
         quickstart.summarise("plain", None, np.array(plain)),
         quickstart.summarise("loss form", 0.4, flooded),
@@ -75,8 +76,10 @@ def test_quickstart_figure_marks_the_best_epoch_of_plain_training_on_both_panels
     said = {text.get_text() for axis in figure.axes for text in axis.texts}
     assert said == {
         *("train loss 0.20", "test loss 0.85", "train loss 0.60", "test loss 0.70"),
-        "best epoch, 2: 0.70",
+        *("best epoch, 2: 0.70", "averaged weights: dashed"),
     }
+    (dashed,) = [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(dashed.get_ydata(), [0.55])
     for axis in figure.axes:
         assert [0.7, 0.7] in [list(line.get_ydata()) for line in axis.lines]
     (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
