@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif hasattr(module, "measure"):
         study.conduct(module, rest)
     else:
-        study.show(module, rest)
+        argparse.ArgumentParser(
+            f"python -m benchmarks {name}", description=module.__doc__
+        ).parse_args(rest)
+        study.show(module)
 
 
 if __name__ == "__main__":

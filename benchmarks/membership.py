@@ -73,7 +73,7 @@ class Data(NamedTuple):
 
 def draw(name: str, c: Constants, key: jax.Array) -> Data:
     """New candidates; models 2 k and 2 k + 1 share them out between them."""
-    pool_x, pool_y = (jnp.asarray(part) for part in pools.load(name, None))
+    pool_x, pool_y = (jnp.asarray(part) for part in pools.load(name))
     keys = jax.random.split(key, 3)
     order = jax.random.permutation(keys[0], len(pool_x))[: c.candidates + c.test]
     x, y = pool_x[order], pool_y[order]
@@ -282,12 +282,7 @@ def conduct(c: Constants, method: str, data: Data, keys: jax.Array) -> dict[str,
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument(
-        "--work",
-        type=pathlib.Path,
-        default=pathlib.Path("out", "membership"),
-        help="where what is finished is kept; a second start does what is missing",
-    )
+    study.work_option(parser, pathlib.Path("out", "membership"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -309,7 +304,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     functools.partial(conduct, c, method, data, keys),
                 )
                 found.setdefault(method, []).append(one)
-        pool = len(pools.load(name, None)[1])
+        pool = len(pools.load(name)[1])
         overlap = c.candidates / (pool - c.candidates)  # see `statistics.corrected`
         for method, seen in found.items():
             columns = {k: [round(one[k], 5) for one in seen] for k in seen[0]}

@@ -50,13 +50,8 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
             print(f"Drew {args.out / title}.svg")
 
 
-def show(study: ModuleType, argv: Sequence[str] | None) -> None:
+def show(study: ModuleType) -> None:
     """Prints what a finished study found, and how its code is run once more."""
-    name = study.__name__.removeprefix("benchmarks.")
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks {name}", description=study.__doc__
-    )
-    parser.parse_args(argv)
     for title, module, document in report.records(record.RESULTS):
         if module is study:
             commit, command = (
@@ -70,22 +65,14 @@ def show(study: ModuleType, argv: Sequence[str] | None) -> None:
             )
 
 
-def sweep_options(
-    parser: argparse.ArgumentParser, *, work: pathlib.Path | None = None
-) -> None:
-    """How the runs of a sweep are spread, and where finished ones are kept."""
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+def work_option(parser: argparse.ArgumentParser, work: pathlib.Path) -> None:
+    """Where what is finished is kept."""
     parser.add_argument(
         "--work",
         type=pathlib.Path,
         default=work,
-        help="where the finished runs are kept; a second start does what is missing",
+        help="where what is finished is kept; a second start does what is missing",
     )
-
-
-def data_option(parser: argparse.ArgumentParser) -> None:
-    """Where the IDX files of MNIST and Fashion-MNIST are."""
-    parser.add_argument("--data", type=pathlib.Path, help="directory of the IDX files")
 
 
 @contextlib.contextmanager

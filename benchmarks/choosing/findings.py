@@ -10,6 +10,7 @@ from benchmarks import pixels, report, statistics
 from benchmarks.pictures import BLUE, FAINT, INCHES, RED, panels, say
 from benchmarks.statistics import Effect
 
+RECORD = "choosing"
 LAST, AVERAGED = "last", "averaged"
 
 

@@ -1,7 +1,6 @@
 """Wrong labels of four kinds: none, even, by class, and by a weak teacher."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,17 +69,6 @@ def by_class(key: jax.Array, labels: jax.Array, noise: Noise, number: int) -> ja
     return jnp.where(moves, (labels + 1) % number, labels)
 
 
-def evenly(key: jax.Array, labels: jax.Array, noise: Noise, number: int) -> jax.Array:
-    """An exact share moves, to any of the other classes alike."""
-
-    def chosen(size: int, count: int) -> tuple[jax.Array, jax.Array]:
-        which, shift = jax.random.split(key)
-        moved = jax.random.permutation(which, size)[:count]
-        return moved, jax.random.randint(shift, (count,), 1, number)
-
-    return data.flip(labels, noise.rate, number, chosen)
-
-
 def taught(x: jax.Array, y: jax.Array, number: int) -> Callable[[jax.Array], jax.Array]:
     """The classes that ridge regression on one-hot labels gives."""
 
@@ -93,12 +81,10 @@ def taught(x: jax.Array, y: jax.Array, number: int) -> Callable[[jax.Array], jax
     return lambda x: (with_one(x) @ weights).argmax(1).astype(y.dtype)
 
 
-def drawing(
-    name: str, noise: Noise, directory: pathlib.Path | None = None
-) -> Callable[[jax.Array], Drawn]:
+def drawing(name: str, noise: Noise) -> Callable[[jax.Array], Drawn]:
     """From a key to sets that share no example, also not with the teacher's."""
     number = pools.CLASSES.get(name, 10)
-    pool_x, pool_y = (jnp.asarray(part) for part in pools.load(name, directory))
+    pool_x, pool_y = (jnp.asarray(part) for part in pools.load(name))
     ends = np.cumsum(SIZES[name])
     if len(pool_x) < ends[2] + noise.taught:
         raise ValueError(f"{name} has no {noise.taught} examples left for a teacher.")
@@ -112,8 +98,9 @@ def drawing(
         def given(key: jax.Array, part: slice) -> jax.Array:
             if noise.kind == "teacher":
                 return taught(x[teaching], y[teaching], number)(x[part])
-            change = by_class if noise.kind == "class" else evenly
-            return change(key, y[part], noise, number)
+            if noise.kind == "class":
+                return by_class(key, y[part], noise, number)
+            return data.flip(key, y[part], noise.rate, number)
 
         train, validation = slice(ends[0]), slice(ends[0], ends[1])
         labels = given(keys[1], train)
@@ -147,7 +134,7 @@ def title(noise: Noise) -> str:
     return f"{noise.rate:.0%}{words}" if noise.rate else "none"
 
 
-def overlap(name: str, directory: pathlib.Path | None = None) -> float:
+def overlap(name: str) -> float:
     """Examples tested over those that are not, as `statistics.corrected` asks."""
-    size, tested = len(pools.load(name, directory)[1]), SIZES[name][2]
+    size, tested = len(pools.load(name)[1]), SIZES[name][2]
     return tested / (size - tested)

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import optax
 from benchmarks import networks, pixels, pools, report, statistics, study, training
 from benchmarks.choosing import noise
 from benchmarks.choosing.noise import Noise
-from benchmarks.choosing.settings import Constants
 from benchmarks.pools import Sets
 from benchmarks.training import cross_entropy, grad, scan
 from flood_optax import levels, scale_by_flood
@@ -28,6 +26,16 @@ EVERY = 12  # steps between two checks
 GRID = (0.1, 0.25, 0.5)  # x log c
 DECAYS = (3e-3, 3e-2)
 PLAIN, KNOWN, KNOWN_BAND, ESTIMATED, ESTIMATED_BAND = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """Of the network and its training."""
+
+    widths: tuple[int, ...] = (100, 100)
+    steps: int = 360
+    adam: float = 2e-3
+    average: float = 0.98  # of the weights, a step
 
 
 class Recipe(NamedTuple):
@@ -182,11 +190,11 @@ def recipes(known: float, estimated: float, classes: int) -> list[Recipe]:
 
 
 def measure_setting(
-    setting: Setting, constants: Constants, seeds: int, directory: pathlib.Path | None
+    setting: Setting, constants: Constants, seeds: int
 ) -> dict[str, Any]:
     """What every rule reaches in a setting, by seed."""
     number = pools.CLASSES.get(setting.data, 10)
-    draw = noise.drawing(setting.data, setting.noise, directory)
+    draw = noise.drawing(setting.data, setting.noise)
     keys = [jax.random.split(jax.random.key(FIRST_SEED + i)) for i in range(seeds)]
     drawn = jax.jit(jax.vmap(draw))(jnp.stack([key[0] for key in keys]))
     wrong = np.asarray(drawn.wrong, np.float64)
@@ -213,7 +221,7 @@ def measure_setting(
         "data": setting.data,
         "batch": setting.batch,
         "noise": dataclasses.asdict(setting.noise),
-        "overlap": round(noise.overlap(setting.data, directory), 5),
+        "overlap": round(noise.overlap(setting.data), 5),
         "wrong": np.round(100 * wrong, 3).tolist(),
         "estimated": np.round(100 * np.array(rates), 3).tolist(),
         "rules": {
@@ -259,7 +267,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         study.kept(
             work / f"noise-{setting.name}.row",
             [dataclasses.asdict(setting), dataclasses.asdict(constants), seeds],
-            functools.partial(measure_setting, setting, constants, seeds, args.data),
+            functools.partial(measure_setting, setting, constants, seeds),
         )
         for setting in chosen
     ]

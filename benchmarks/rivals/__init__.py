@@ -36,13 +36,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, help="begin nothing later; the record has what is done"
     )
-    study.data_option(parser)
-    parser.add_argument(
-        "--work",
-        type=pathlib.Path,
-        default=pathlib.Path("out", "rivals"),
-        help="where the finished runs are kept; a second start does what is missing",
-    )
+    parser.add_argument("--data", type=pathlib.Path, help="of Fashion-MNIST's files")
+    study.work_option(parser, pathlib.Path("out", "rivals"))
 
 
 def record_name(payload: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, help="begin no method later; keep what is complete"
     )
-    study.sweep_options(parser, work=pathlib.Path("out", "unlearning"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    study.work_option(parser, pathlib.Path("out", "unlearning"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import characters, networks, pixels, pools, training
+from benchmarks import characters, data, networks, pixels, pools, training
 from benchmarks.training import cross_entropy, scan
 from benchmarks.unlearning.settings import Constants, Setting
 
@@ -68,7 +68,7 @@ def order(key: jax.Array, size: int, batch: int, steps: int) -> jax.Array:
 
 def images(setting: Setting, name: str = "mnist-5k") -> Problem:
     """Images of 14 x 14 pixels, or digits, and a network of two hidden layers."""
-    pool_x, pool_y = pools.load(name, None)
+    pool_x, pool_y = pools.load(name)
     net = networks.MLP((100, 100), pixels.CLASSES)
     sizes = setting.retain, setting.forget, setting.held_out, setting.test
 
@@ -80,7 +80,7 @@ def images(setting: Setting, name: str = "mnist-5k") -> Problem:
         for size, one in zip(sizes, jax.random.split(flip_key, 4), strict=True):
             part = at[begin : begin + size]
             labels = jnp.asarray(pool_y)[part]
-            labels = pixels.flip(one, labels, setting.flips)
+            labels = data.flip(one, labels, setting.flips, pixels.CLASSES)
             sets.append((jnp.asarray(pool_x)[part], labels))
             begin += size
         return Data(*sets)

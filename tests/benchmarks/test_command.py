@@ -13,15 +13,14 @@ pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 from benchmarks import __main__ as command, record, report
 
 FINISHED = {
-    *("family", "fashion", "images", "language", "penalty", "strokes"),
-    *("sweep", "synthetic"),
+    *("choosing", "family", "fashion", "images", "language", "penalty"),
+    *("strokes", "sweep", "synthetic"),
 }
 OWN_TESTS = {"compilers", "quickstart", "report", "trainers"}
 BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS - FINISHED)
 # ten seconds of compilation or more; the quickstart and the others run every time
 LONGEST = {
     "accelerator",
-    "choosing",
     "overhead",
     "rivals",
     "unlearning",

@@ -26,7 +26,7 @@ def test_candidates_are_shared_out_and_canaries_are_wrong(data):
     times = np.bincount(np.asarray(data.members).ravel(), minlength=40)
     assert times.tolist() == [2] * 40
     assert all(len(set(row)) == 20 for row in np.asarray(data.members).tolist())
-    pool_x, pool_y = (np.asarray(part) for part in pools.load("digits", None))
+    pool_x, pool_y = (np.asarray(part) for part in pools.load("digits"))
     true = {row.tobytes(): label for row, label in zip(pool_x, pool_y, strict=True)}
     right = [true[np.asarray(row).tobytes()] for row in data.x] == np.asarray(data.y)
     assert right.tolist() == [False] * 8 + [True] * 32

@@ -14,15 +14,14 @@ pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 from benchmarks import networks, pools
 from benchmarks.choosing import noise, other_noise
 from benchmarks.choosing.noise import Noise
-from benchmarks.choosing.other_noise import Ends, Recipe, Seen
-from benchmarks.choosing.settings import Constants
+from benchmarks.choosing.other_noise import Constants, Ends, Recipe, Seen
 
 TINY = Constants(widths=(8,), steps=24)
 
 
 def test_a_teacher_gives_the_labels_of_ridge_regression_on_examples_of_its_own():
     drawn = noise.drawing("wine", Noise("teacher", taught=6))(jax.random.key(4))
-    pool_x, pool_y = (np.asarray(part) for part in pools.load("wine", None))
+    pool_x, pool_y = (np.asarray(part) for part in pools.load("wine"))
     rows = {row.tobytes(): i for i, row in enumerate(pool_x)}
     parts = [np.asarray(part[0]) for part in drawn.sets]
     used = [rows[row.tobytes()] for part in parts for row in part]
@@ -143,7 +142,7 @@ def test_rules_read_the_runs_that_they_name():
 
 
 def test_the_smoke_run_makes_its_tables_and_keeps_its_settings(tmp_path, monkeypatch):
-    args = argparse.Namespace(smoke=True, out=tmp_path, work=tmp_path, data=None)
+    args = argparse.Namespace(smoke=True, out=tmp_path, work=tmp_path)
     payload = other_noise.measure(args)
     monkeypatch.setattr(other_noise, "measure_setting", lambda *_: pytest.fail("again"))
     assert other_noise.measure(args) == payload

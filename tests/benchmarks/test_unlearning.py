@@ -377,7 +377,7 @@ def test_sets_are_exact_and_apart(digits, text):
     assert [len(y) for _, y in data] == [24, 8, 12, 16]
     rows = np.concatenate([x for x, _ in data])
     assert len(np.unique(rows, axis=0)) == len(rows)
-    pool_x, pool_y = problems.pools.load("digits", None)
+    pool_x, pool_y = problems.pools.load("digits")
     true = {x.tobytes(): y for x, y in zip(pool_x, pool_y, strict=True)}
     for x, y in data:
         clean = [true[row.tobytes()] for row in np.asarray(x)]

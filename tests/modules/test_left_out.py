@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.choosing import settings
+from benchmarks import pools
+from benchmarks.choosing import wrong_labels
 from flood_optax import levels
 
 
@@ -79,10 +80,9 @@ SPREAD = {  # in points: three standard deviations of one draw
 @pytest.mark.parametrize("data", SPREAD)
 def test_noise_rate_finds_known_flips(data):
     flips, spread = SPREAD[data]
-    c = settings.classes(settings.Setting(data, 0.0))
+    c = pools.CLASSES.get(data, 10)
     for rate in (0.0, flips):
-        draw = settings.drawing(settings.Setting(data, rate))
-        x, y = draw(jax.random.key(1)).train
+        x, y = wrong_labels.drawn(data, rate, jax.random.key(1))
         found = float(levels.noise_rate(levels.leave_one_out(x, y, c), y))
         assert 100 * abs(found - rate) < (3 if rate == 0 else spread)
 
