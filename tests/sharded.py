@@ -5,6 +5,7 @@ pytest starts it once per number of forced host devices.
 """
 
 import functools
+import re
 import sys
 import warnings
 
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from flood_optax import flood
 from tests import forms, oracles, processes
 
-ROWS, FEATURES, CLASSES = 16, 8, 3
+ROWS, FEATURES = 16, 8
 LEARNING_RATE = 0.5
 
 
@@ -45,6 +46,13 @@ class Checks:
         """Registers one for the slow tests alone, which have a process of their own."""
         self.rare[function.__name__] = function
         return function
+
+    def each(self, register, function, **cases):
+        """Registers one check for each of the cases: the rest of a name, arguments."""
+        for case, arguments in cases.items():
+            check = functools.partial(function, *arguments)
+            check.__name__ = f"{function.__name__}_{case}"
+            register(check)
 
     def assert_held(self, name, script, devices):
         group = ["rare"] if name in self.rare else []
@@ -100,12 +108,10 @@ def numpy_losses(x, y):
     return r**2, {"w": 2 * r[:, None] * x, "b": 2 * r}
 
 
-def numpy_gradient(level, where=slice(None), groups=None):
-    """Sum over the groups of n_k/n sign(mean_k - b_k) d mean_k: value and gradient."""
-    x, y = (a[where] for a in batch())
-    losses, slopes = numpy_losses(x, y)
-    groups = None if groups is None else groups[where]
-    value, by_loss = oracles.mean(losses, level, groups=groups)
+def numpy_gradient(level):
+    """The flooded mean, and its gradient."""
+    losses, slopes = numpy_losses(*batch())
+    value, by_loss = oracles.mean(losses, level)
     return value, {name: by_loss @ slope for name, slope in slopes.items()}
 
 
@@ -117,9 +123,10 @@ LEVELS = {
 }
 
 
-def assert_close(got, expected, rtol=3e-6):
+def assert_close(got, expected, rtol=3e-6, name=""):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+        atol = rtol * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
 
 
 def expected_updates(level):
@@ -223,3 +230,16 @@ def mapped(function, mesh, in_specs, *, check_vma):
 
 def rows_on(mesh):
     return batch_and_halves(mesh)[0][0]
+
+
+COLLECTIVE = re.compile(
+    r"= (\S+|\(.*?\)) (all-reduce|all-gather|reduce-scatter|collective-permute"
+    r"|all-to-all)(?:-start)?\("
+)
+
+
+def collectives(step, *arguments):
+    """Kind and result types of every collective in the compiled program."""
+    text = jax.jit(step).lower(*arguments).compile().as_text()
+    shape = re.compile(r"\w+\[[\d,]*\]")
+    return [(m[2], sorted(shape.findall(m[1]))) for m in COLLECTIVE.finditer(text)]

@@ -12,7 +12,7 @@ import pytest
 from flood_optax import average_params, averaged, flood, flooded, scale_by_flood
 from tests import problems
 
-ROWS, RATE = 4, 0.05
+ROWS, RATE, LEVEL = 4, 0.05, 1.7
 
 
 # ---- a regression whose micro-batches differ, and its oracle in float64 ----
@@ -31,6 +31,7 @@ def numpy_training(x, y, sizes, level):
     return problems.trained(x, y, windows, rate=RATE, level=level)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def train(optimizer, x, y):
     """Runs over the micro-batches; params, updates and losses after each."""
 
@@ -47,59 +48,43 @@ def train(optimizer, x, y):
     return state, history
 
 
-# every_k, and a number of micro-batches that ends on a window
 SCHEDULES = {
-    "1": (1, 20),
-    "2": (2, 40),
-    "3": (3, 60),
-    "7": (7, 140),
-    "growing": (lambda window: 1 + window, 210),
-    "cycling": (lambda window: jnp.array([2, 1, 4])[window % 3], 70),
+    # every_k; the sizes of its windows
+    "1": (1, [1] * 20),
+    "2": (2, [2] * 20),
+    "3": (3, [3] * 20),
+    "7": (7, [7] * 20),
+    "growing": (lambda window: 1 + window, [*range(1, 21)]),
+    "cycling": (lambda window: jnp.array([2, 1, 4])[window % 3], [2, 1, 4] * 10),
+}
+OPTIMIZERS = {
+    name: flood(optax.sgd(RATE), LEVEL, every_k=every_k)
+    for name, (every_k, _) in SCHEDULES.items()
 }
 
 
-def window_sizes(every_k, number):
-    sizes = []
-    while sum(sizes) < number:
-        k = every_k(jnp.int32(len(sizes))) if callable(every_k) else every_k
-        sizes.append(int(k))
-    assert sum(sizes) == number
-    return sizes
-
-
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(
-    ("every_k", "number"),
-    SCHEDULES.values(),
-    ids=SCHEDULES.keys(),
-)
-def test_flood_every_k_equals_large_batch_training(every_k, number, seed):
-    x, y = micro_batches(number, seed)
-    sizes = window_sizes(every_k, number)
-    level = 1.7
-    expected = numpy_training(x, y, sizes, level)
+@pytest.mark.parametrize("every_k", SCHEDULES)
+def test_flood_every_k_equals_large_batch_training(every_k, seed):
+    sizes = SCHEDULES[every_k][1]
+    x, y = micro_batches(sum(sizes), seed)
+    expected = numpy_training(x, y, sizes, LEVEL)
     losses = np.array([loss for loss, _ in expected])
-    assert np.abs(losses - level).min() > 1e-4  # no window hangs on rounding
-    assert 3 <= np.sum(losses < level) < len(losses)
-
-    optimizer = flood(optax.sgd(RATE), level, every_k=every_k)
-    state, (params, updates, values) = train(optimizer, x, y)
+    assert np.abs(losses - LEVEL).min() > 1e-4  # no window hangs on rounding
+    assert 3 <= np.sum(losses < LEVEL) < len(losses)
+    state, (params, updates, values) = jax.device_get(train(OPTIMIZERS[every_k], x, y))
     ends = np.cumsum(sizes) - 1
-    for i, end in enumerate(ends):
-        chex.assert_trees_all_close(
-            jax.tree.map(lambda p, end=end: np.float64(p[end]), params),
-            expected[i][1],
-            rtol=2e-5,
-            atol=2e-6,
-        )
-    between = np.setdiff1d(np.arange(number), ends)
+    for name in params:
+        wanted = np.stack([after[name] for _, after in expected])
+        np.testing.assert_allclose(params[name][ends], wanted, rtol=2e-5, atol=2e-6)
+    between = np.setdiff1d(np.arange(sum(sizes)), ends)
     assert not np.any(updates["w"][between])
-    assert optax.tree.get(state, "flood_step") == len(sizes)
-    assert optax.tree.get(state, "flood_below") == np.sum(losses < level)
-    value = optax.tree.get(state, "flood_value")
-    np.testing.assert_allclose(value, losses[-1], rtol=1e-5)
-    if number > len(sizes):  # whoever compares the last loss would be wrong somewhere
-        assert np.any((values[ends] < level) != (losses < level))
+    flood_state = state.flood_state
+    assert flood_state.flood_step == len(sizes)
+    assert flood_state.flood_below == np.sum(losses < LEVEL)
+    np.testing.assert_allclose(flood_state.flood_value, losses[-1], rtol=1e-5)
+    if every_k != "1":  # whoever compares the last loss would be wrong somewhere
+        assert np.any((values[ends] < LEVEL) != (losses < LEVEL))
 
 
 @pytest.mark.parametrize(
@@ -107,14 +92,12 @@ def test_flood_every_k_equals_large_batch_training(every_k, number, seed):
 )
 def test_flood_every_k_gives_moments_the_large_batch_gradient(inner):
     x, y = micro_batches(60, 3)
-    optimizer = flood(inner, 1.7, every_k=4)
-    state, (params, _, _) = train(optimizer, x, y)
-    large = optax.chain(scale_by_flood(1.7), inner)
+    state, (params, _, _) = train(flood(inner, LEVEL, every_k=4), x, y)
+    large = optax.chain(scale_by_flood(LEVEL), inner)
     rows = x.reshape(15, 4 * ROWS, problems.FEATURES), y.reshape(15, 4 * ROWS)
     large_state, (expected, _, _) = train(large, *rows)
-    chex.assert_trees_all_close(
-        jax.tree.map(lambda p: p[3::4], params), expected, rtol=1e-4, atol=1e-5
-    )
+    found = jax.tree.map(lambda p: p[3::4], jax.device_get(params))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(
         state.flood_inner_state, large_state[1], rtol=1e-4, atol=1e-5
     )
@@ -127,31 +110,39 @@ GRADIENTS = np.random.default_rng(7).normal(size=(9, 2)).astype(np.float32)
 VALUES = np.float32([1.0, 0.2, 0.4, 0.1, 0.3, 0.2, 0.9, 0.8, 0.4])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def scanned(optimizer, grads, values):
+    def step(state, row):
+        grad, value = row
+        updates, state = optimizer.update(grad, state, grad, value=value)
+        return state, updates
+
+    return jax.lax.scan(step, optimizer.init(grads[0]), (grads, values))
+
+
 def step_through(optimizer, grads=GRADIENTS, values=VALUES):
-    params = jnp.zeros_like(grads[0])
-    state = optimizer.init(params)
-    update, outputs = jax.jit(optimizer.update), []
-    for grad, value in zip(grads, values, strict=True):
-        updates, state = update(grad, state, params, value=value)
-        outputs.append(np.asarray(updates))
-    return np.stack(outputs), state
+    """The updates after each micro-batch, and the last state."""
+    state, updates = jax.device_get(scanned(optimizer, grads, values))
+    return updates, state
+
+
+THREE = flood(optax.sgd(1.0), 0.5, every_k=3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("position", range(3))
 @pytest.mark.parametrize("where", ["gradient", "value", "both"])
 def test_flood_spoiled_window_leaves_the_others_bit_for_bit(where, position, bad):
-    optimizer = flood(optax.sgd(1.0), 0.5, every_k=3)
-    clean, clean_state = step_through(optimizer)
+    clean, clean_state = step_through(THREE)
     grads, values = GRADIENTS.copy(), VALUES.copy()
     if where != "value":
         grads[3 + position, 1] = bad
     if where != "gradient":
         values[3 + position] = bad
-    got, state = step_through(optimizer, grads, values)
+    got, state = step_through(THREE, grads, values)
     others = [0, 1, 2, 3, 4, 6, 7, 8]  # the second window ends at 5
     np.testing.assert_array_equal(got[others], clean[others])
-    if where == "value" and np.isfinite(grads).all():
+    if where == "value":
         # NaN floods to NaN, +inf descends, -inf ascends
         mean = GRADIENTS[3:6].mean(0)
         sign = np.nan if np.isnan(bad) else -np.sign(bad)
@@ -207,10 +198,9 @@ def test_flood_off_equals_multi_steps(every_k, skip, inner_name, jit):
     )
     assert state.flood_state.flood_step == reference.gradient_step
     if every_k != 1 or skip:
-        chex.assert_trees_all_equal(
-            state.flood_window.flood_grad_mean, reference.acc_grads
-        )
-        assert state.flood_window.flood_mini_step == reference.mini_step
+        window = state.flood_window
+        chex.assert_trees_all_equal(window.flood_grad_mean, reference.acc_grads)
+        assert window.flood_mini_step == reference.mini_step
 
 
 # ---- cost ----
@@ -236,15 +226,14 @@ def first_is_nan(updates, window, params):
 
 
 @pytest.mark.parametrize("skip", [None, first_is_nan], ids=["all", "skipped"])
-@pytest.mark.parametrize("extra", [{}, {"weight": jnp.float32(2.0), "flush": True}])
+@pytest.mark.parametrize("extra", [{}, {"weight": np.float32(2.0), "flush": True}])
 def test_flood_every_k_makes_no_second_window(skip, extra):
     """Gradients are added up in the branch that needs them: nowhere else, in place."""
     optimizer = flood(optax.adam(0.1), 0.5, every_k=3, should_skip_update_fn=skip)
-    params = jnp.ones(1000)
-    state = optimizer.init(params)
+    params = np.ones(1000, np.float32)
     program = jax.make_jaxpr(
         lambda state: optimizer.update(params, state, params, value=1.0, **extra)
-    )(state)
+    )(jax.eval_shape(optimizer.init, params))
     large = [
         equation.primitive.name
         for equation in program.eqns
@@ -258,46 +247,37 @@ def test_flood_every_k_makes_no_second_window(skip, extra):
 # Four micro-batches of gradient .475 and mean loss .475, above the level; the last
 # loss is below it.
 TRAP_VALUES, TRAP_LEVEL = np.float32([1.0, 0.4, 0.3, 0.2]), 0.35
-TRAP_GRADIENTS = np.full((4, 1), 0.475, np.float32)
-trap_run = functools.partial(step_through, grads=TRAP_GRADIENTS, values=TRAP_VALUES)
+CHAIN = optax.chain(scale_by_flood(TRAP_LEVEL), optax.sgd(1.0))
+WINDOW = flood(optax.sgd(1.0), TRAP_LEVEL, every_k=4)
+FOUR = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
+TRAPS = {
+    # the optimizer, the gradients, and the last update; the others are 0
+    "window": (WINDOW, [0.475] * 4, -0.475),
+    "MultiSteps around compares the last loss": (
+        optax.MultiSteps(CHAIN, 4).gradient_transformation(),
+        *([0.475] * 4, +0.475),
+    ),
+    # gradients proportional to the losses: (1 + .4 - .3 - .2) / 4 = .225
+    "MultiSteps behind floods each micro-batch": (
+        optax.chain(scale_by_flood(TRAP_LEVEL), FOUR),
+        *(TRAP_VALUES, -0.225),
+    ),
+    "window of gradients like the losses": (WINDOW, TRAP_VALUES, -0.475),
+}
 
 
-def test_flood_every_k_on_the_trap_descends():
-    updates, _ = trap_run(flood(optax.sgd(1.0), TRAP_LEVEL, every_k=4))
-    np.testing.assert_allclose(updates.ravel(), [0, 0, 0, -0.475], rtol=1e-6)
-
-
-def test_multi_steps_around_flood_compares_the_last_loss_only():
-    chain = optax.chain(scale_by_flood(TRAP_LEVEL), optax.sgd(1.0))
-    updates, _ = trap_run(optax.MultiSteps(chain, 4))
-    np.testing.assert_allclose(updates.ravel(), [0, 0, 0, +0.475], rtol=1e-6)
-
-
-def test_multi_steps_behind_flood_floods_each_micro_batch():
-    # gradients proportional to the losses, as in facts: (1 + .4 - .3 - .2) / 4 = .225
-    multi_steps = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
-    optimizer = optax.chain(scale_by_flood(TRAP_LEVEL), multi_steps)
-    updates, _ = trap_run(optimizer, grads=TRAP_VALUES[:, None])
-    np.testing.assert_allclose(updates.ravel(), [0, 0, 0, -0.225], rtol=1e-5)
-    ours = flood(optax.sgd(1.0), TRAP_LEVEL, every_k=4)
-    updates, _ = trap_run(ours, grads=TRAP_VALUES[:, None])
-    np.testing.assert_allclose(updates.ravel(), [0, 0, 0, -0.475], rtol=1e-5)
-
-
-def test_multi_steps_inside_a_chain_loses_the_value_and_flood_says_so():
-    inner = optax.chain(scale_by_flood(TRAP_LEVEL), optax.sgd(1.0))
-    multi_steps = optax.MultiSteps(inner, 4).gradient_transformation()
-    optimizer = optax.chain(multi_steps, optax.scale(1.0))
-    with pytest.raises(ValueError, match="drop extra arguments"):
-        trap_run(optimizer)
-    with pytest.raises(TypeError, match="MultiSteps, which would flood each"):
-        flood(optax.MultiSteps(optax.sgd(1.0), 4), TRAP_LEVEL)
+@pytest.mark.parametrize("name", TRAPS)
+def test_multi_steps_around_and_behind_a_flood_go_wrong(name):
+    optimizer, grads, last = TRAPS[name]
+    updates, _ = step_through(optimizer, np.float32(grads), TRAP_VALUES)
+    np.testing.assert_allclose(updates, [0, 0, 0, last], rtol=1e-5)
 
 
 def test_multi_steps_stays_spoiled_after_one_nan():
     grads = GRADIENTS.copy()
     grads[0] = np.nan
-    updates, _ = step_through(optax.MultiSteps(optax.sgd(1.0), 3), grads)
+    three = optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation()
+    updates, _ = step_through(optax.with_extra_args_support(three), grads)
     assert np.isnan(updates[[2, 5, 8]]).all()
     updates, _ = step_through(flood(optax.sgd(1.0), -np.inf, every_k=3), grads)
     assert np.isnan(updates[2]).all()
@@ -306,48 +286,39 @@ def test_multi_steps_stays_spoiled_after_one_nan():
 
 # ---- optax.microbatch: the window inside one step ----
 
-needs_microbatch = pytest.mark.skipif(
-    not hasattr(optax, "microbatch"), reason="optax.microbatch came with optax 0.2.7."
-)
 
-
-@needs_microbatch
-@pytest.mark.parametrize("level", [0.5, 6.0], ids=["above", "below"])
-def test_microbatch_of_the_raw_loss_and_one_flood_equal_the_large_batch(level):
-    x, y = micro_batches(8, 8)
-    rows = x.reshape(-1, problems.FEATURES), y.ravel()
-    ((loss, expected),) = numpy_training(x, y, [8], level)
-    assert (loss < level) == (level == 6.0)
-    optimizer = optax.chain(scale_by_flood(level), optax.sgd(RATE))
-    value_and_grad = optax.microbatch(
-        jax.value_and_grad(loss_fn),
+def microbatch(objective, *arguments):
+    """Value and gradient by eight micro-batches: every eighth row, averaged."""
+    averaged_over = optax.microbatch(
+        jax.value_and_grad(objective),
         argnums=(1, 2),
         microbatch_size=ROWS,
         accumulator=optax.microbatching.AccumulationType.MEAN,
     )
-    params = problems.parameters()
-    value, grads = value_and_grad(params, *rows)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=value)
-    params = optax.apply_updates(params, updates)
-    chex.assert_trees_all_close(jax.tree.map(np.float64, params), expected, rtol=1e-5)
+    return jax.jit(averaged_over)(*arguments)
 
 
-@needs_microbatch
-def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
+@pytest.mark.skipif(
+    not hasattr(optax, "microbatch"), reason="optax.microbatch came with optax 0.2.7."
+)
+@pytest.mark.parametrize("form", [0.5, 6.0, "loss"], ids=["above", "below", "loss"])
+def test_microbatch_of_the_raw_loss_equals_the_large_batch_and_a_flooded_one_not(form):
     x, y = micro_batches(8, 8)
-    rows = x.reshape(-1, problems.FEATURES), y.ravel()
-    params = problems.parameters()
-    # microbatch takes every eighth row
-    each = [float(loss_fn(params, *(a[i::8] for a in rows))) for i in range(8)]
+    rows, params = (x.reshape(-1, problems.FEATURES), y.ravel()), problems.parameters()
+    if form != "loss":
+        ((loss, expected),) = numpy_training(x, y, [8], form)
+        assert (loss < form) == (form == 6.0)
+        optimizer = optax.chain(scale_by_flood(form), optax.sgd(RATE))
+        value, grads = microbatch(loss_fn, params, *rows)
+        state = optimizer.init(params)
+        updates, _ = optimizer.update(grads, state, params, value=value)
+        found = jax.device_get(optax.apply_updates(params, updates))
+        chex.assert_trees_all_close(found, expected, rtol=1e-5)
+        return
+    each = np.array([loss_fn(params, *(a[i::8] for a in rows)) for i in range(8)])
     level = float(np.median(each))
-    value, _ = optax.microbatch(
-        jax.value_and_grad(flooded(loss_fn, level)),
-        argnums=(1, 2),
-        microbatch_size=ROWS,
-        accumulator=optax.microbatching.AccumulationType.MEAN,
-    )(params, *rows)
-    bound = np.mean(np.abs(np.array(each) - level) + level)
-    np.testing.assert_allclose(value, bound, rtol=1e-5)
+    value, _ = microbatch(flooded(loss_fn, level), params, *rows)
+    np.testing.assert_allclose(value, np.mean(abs(each - level) + level), rtol=1e-5)
     whole = flooded(loss_fn, level)(params, *rows)
     assert value > whole + 0.1  # Jensen: an upper bound, here far from tight
 

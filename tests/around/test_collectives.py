@@ -1,7 +1,6 @@
 """Which collectives flooding adds, and what the one-liners do on several devices."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from flood_optax import average_params, flood_mean, flooded, scale_by_flood
+from flood_optax import average_params, flood, flood_mean, flooded, scale_by_flood
 from tests import forms
 from tests.sharded import (
     LEVELS,
     Checks,
+    collectives,
     loss_fn,
     losses_fn,
     mapped,
@@ -28,18 +28,6 @@ from tests.sharded import (
 CHECKS = Checks()
 
 # ---- collectives ----
-
-COLLECTIVE = re.compile(
-    r"= (\S+|\(.*?\)) (all-reduce|all-gather|reduce-scatter|collective-permute"
-    r"|all-to-all)(?:-start)?\("
-)
-
-
-def collectives(step, *arguments):
-    """Kind and result types of every collective in the compiled program."""
-    text = jax.jit(step).lower(*arguments).compile().as_text()
-    shape = re.compile(r"\w+\[[\d,]*\]")
-    return [(m[2], sorted(shape.findall(m[1]))) for m in COLLECTIVE.finditer(text)]
 
 
 def training_steps(params=None):
@@ -101,6 +89,34 @@ def average_of_parameters_that_are_split_adds_no_collective():
     assert "all-gather" in {kind for kind, _ in plain}, "of the split parameters"
 
 
+ONE_DEVICE = {
+    "scale_by_flood": scale_by_flood(0.5, axis_name="data"),
+    "flood": flood(optax.sgd(1.0), 0.5, axis_name="data"),
+    "window": flood(optax.sgd(1.0), 0.5, axis_name="data", every_k=3),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("form", ONE_DEVICE)
+def test_an_update_sends_one_collective(form, weighted):
+    optimizer = ONE_DEVICE[form]
+
+    def step(state, value, weight):
+        extra = {"weight": weight[0]} if weighted else {}
+        return optimizer.update(
+            jnp.ones(3), state, jnp.ones(3), value=value[0], **extra
+        )
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    specs = (P(), P("data"), P("data"))
+    over_one = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+    state = optimizer.init(np.ones(3, "f4"))
+    text = jax.jit(over_one).lower(state, np.ones(1, "f4"), np.ones(1, "f4")).as_text()
+    assert text.count("stablehlo.all_reduce") == 1
+    kind = "tensor<2xf32>" if weighted else "tensor<f32>"
+    assert f"({kind}) -> {kind}" in text
+
+
 # ---- what the one-liners do: the numbers of docs/traps.md ----
 
 # One example per device; losses w^2 s_i with mean .255 at w = 0.1, gradient 5.1.
@@ -125,68 +141,67 @@ def trap_gradient(function, *, check_vma):
     return float(out(W, np.float32(SLOPES)))
 
 
-@CHECKS.once
-def trap_per_device_flooding_is_another_objective():
-    def gradient(w, s):
-        grad = jax.grad(lambda w: naive_flood(trap_loss(w, s)))(varying(w))
-        return lax.pmean(grad, "data")
-
-    for check_vma in (True, False):
-        assert abs(trap_gradient(gradient, check_vma=check_vma) - 3.6) < 1e-5
-
-    def ours(w, s):
-        objective = flooded(trap_loss, TRAP_LEVEL, axis_name="data")
-        return lax.pmean(jax.grad(objective)(varying(w), s), "data")
-
-    for check_vma in (True, False):
-        assert abs(trap_gradient(ours, check_vma=check_vma) - 5.1) < 1e-5
+def naive_in_each(w, s):
+    grad = jax.grad(lambda w: naive_flood(trap_loss(w, s)))(varying(w))
+    return lax.pmean(grad, "data")
 
 
-@CHECKS.once
-def trap_pmean_inside_the_loss_keeps_the_local_gradient_without_check_vma():
+def naive_pmean_inside(w, s):
     """Jax issue 3970: without check_vma each device keeps its own share."""
-
-    def gradient(w, s):
-        loss = lambda w: naive_flood(lax.pmean(trap_loss(w, s), "data"))
-        return jax.grad(loss)(w)
-
-    assert abs(trap_gradient(gradient, check_vma=True) - 5.1) < 1e-5
-    assert abs(trap_gradient(gradient, check_vma=False) - 0.5) < 1e-5
+    return jax.grad(lambda w: naive_flood(lax.pmean(trap_loss(w, s), "data")))(w)
 
 
-@CHECKS.once
-def trap_replicated_params_with_check_vma_are_summed_already():
-    def gradient(w, s):
-        objective = flooded(trap_loss, TRAP_LEVEL, axis_name="data")
-        return lax.pmean(jax.grad(objective)(w, s), "data")
-
-    assert abs(trap_gradient(gradient, check_vma=True) - 20.4) < 1e-4
-    assert abs(trap_gradient(gradient, check_vma=False) - 5.1) < 1e-5
+def ours(w, s, spread=varying):
+    objective = flooded(trap_loss, TRAP_LEVEL, axis_name="data")
+    return lax.pmean(jax.grad(objective)(spread(w), s), "data")
 
 
-@CHECKS.once
-def trap_local_value_flips_some_devices_only():
-    """Silently wrong without check_vma, refused with it; replicas diverge in pmap."""
+def optax_form(w, s, axis_name="data"):
+    value, grad = jax.value_and_grad(trap_loss)(varying(w), s)
+    transform = scale_by_flood(TRAP_LEVEL, axis_name=axis_name)
+    grad = lax.pmean(grad, "data")
+    return transform.update(grad, transform.init(w), value=value)[0]
 
-    def update(w, s, axis_name=None):
-        value, grad = jax.value_and_grad(trap_loss)(varying(w), s)
-        transform = scale_by_flood(TRAP_LEVEL, axis_name=axis_name)
-        grad = lax.pmean(grad, "data")
-        return transform.update(grad, transform.init(w), value=value)[0]
 
+def local_value(w, s):
+    return optax_form(w, s, axis_name=None)
+
+
+# what each gives with check_vma and without; None is refused
+TRAPS = {
+    "ours": (ours, 5.1, 5.1),
+    "the optax form": (optax_form, 5.1, 5.1),
+    "per device flooding is another objective": (naive_in_each, 3.6, 3.6),
+    "pmean inside the loss keeps the local gradient": (naive_pmean_inside, 5.1, 0.5),
+    "replicated parameters are summed already": (
+        functools.partial(ours, spread=lambda w: w),
+        *(20.4, 5.1),
+    ),
     # the first device's answer, whose own loss .025 is below the level
-    assert abs(trap_gradient(update, check_vma=False) + 5.1) < 1e-5
-    with pytest.raises(ValueError, match="varies over the mapped axis 'data'"):
-        trap_gradient(update, check_vma=True)
-    for check_vma in (True, False):
-        right = functools.partial(update, axis_name="data")
-        assert abs(trap_gradient(right, check_vma=check_vma) - 5.1) < 1e-5
+    "local value flips some devices only": (local_value, None, -5.1),
+}
 
+
+def trap(function, *gradients):
+    for check_vma, wanted in zip((True, False), gradients, strict=True):
+        if wanted is None:
+            with pytest.raises(ValueError, match="varies over the mapped axis 'data'"):
+                trap_gradient(function, check_vma=check_vma)
+        else:
+            got = trap_gradient(function, check_vma=check_vma)
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+CHECKS.each(CHECKS.once, trap, **TRAPS)
+
+
+@CHECKS.once
+def trap_replicas_diverge_under_pmap():
     rows = np.float32(SLOPES).reshape(4, 1)
-    mapped_update = jax.pmap(
-        update, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4]
+    update = jax.pmap(
+        local_value, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4]
     )
-    np.testing.assert_allclose(mapped_update(W, rows), [-5.1, -5.1, 5.1, 5.1], 1e-5)
+    np.testing.assert_allclose(update(W, rows), [-5.1, -5.1, 5.1, 5.1], 1e-5)
 
 
 @CHECKS.once
@@ -203,7 +218,7 @@ def trap_pmean_of_masked_means_weighs_examples_unequally():
         mean = lax.pmean(jnp.where(mask, losses, 0).sum() / mask.sum(), "data")
         return mean, jnp.sign(mean - level)
 
-    def ours(losses, mask):
+    def by_mask(losses, mask):
         mean = functools.partial(flood_mean, where=mask, axis_name="data")
         grad = jax.grad(lambda c: mean(c * losses, level))(varying(jnp.float32(1)))
         return mean(losses, -np.inf), jnp.sign(lax.pmean(grad, "data"))
@@ -211,7 +226,7 @@ def trap_pmean_of_masked_means_weighs_examples_unequally():
     specs = (P("data"), P("data"))
     got = mapped(naive, mesh, specs, check_vma=False)(losses, mask)
     np.testing.assert_allclose(got, (0.55, -1), rtol=1e-6)
-    got = mapped(ours, mesh, specs, check_vma=False)(losses, mask)
+    got = mapped(by_mask, mesh, specs, check_vma=False)(losses, mask)
     np.testing.assert_allclose(got, (losses[mask].mean(), 1), rtol=1e-6)
     np.testing.assert_allclose(got[0], 0.82, rtol=1e-6)
 

@@ -46,22 +46,20 @@ def steps(optimizer, *arguments):
     return np.stack(seen), state
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        [{"loss": loss} for loss in (0.75, 0.25, 1e4)],
+        [{"value": value, "loss": 0.4} for value in (0.75, 0.25, 1e4)],
+    ],
+    ids=["loss", "both"],
+)
 @every_form
-def test_loss_is_taken_for_value_where_value_is_missing(form):
-    optimizer = FORMS[form](optax.sgd(1.0))
-    losses = (0.75, 0.25, 1e4)
-    updates, state = steps(optimizer, *({"loss": loss} for loss in losses))
+def test_loss_is_taken_for_value_where_value_is_missing(form, given):
+    updates, state = steps(FORMS[form](optax.sgd(1.0)), *given)
     np.testing.assert_array_equal(updates, [[-1, 2], [1, -2], [-1, 2]])
     assert optax.tree.get(state, "flood_below") == 1
     assert optax.tree.get(state, "flood_value") == 1e4
-
-
-@every_form
-def test_value_wins_where_loss_says_otherwise(form):
-    optimizer = FORMS[form](optax.sgd(1.0))
-    updates, state = steps(optimizer, {"value": 0.25, "loss": 0.75})
-    np.testing.assert_array_equal(updates, [[1, -2]])
-    assert optax.tree.get(state, "flood_value") == 0.25
 
 
 @pytest.mark.parametrize("given", [{"loss": 0.25}, {"loss": 0.25, "value": 0.75}])
@@ -120,44 +118,43 @@ def multi_steps():
     return optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
 
 
-WINDOWS = {
-    "multi_steps": multi_steps,
-    "in_a_chain": lambda: optax.chain(optax.clip(1.0), multi_steps()),
-    "masked": lambda: optax.masked(multi_steps(), True),
-    "partition": lambda: optax.partition({"a": multi_steps()}, "a"),
-    "apply_if_finite": lambda: optax.apply_if_finite(multi_steps(), 3),
-    "injected": lambda: optax.inject_hyperparams(
-        lambda rate: optax.chain(multi_steps(), optax.scale(rate))
-    )(rate=0.1),
-    "apply_every": lambda: optax.chain(optax.sgd(1.0), optax.apply_every(4)),
+INNERS = {
+    "MultiStepsState": {
+        "multi_steps": multi_steps,
+        "in_a_chain": lambda: optax.chain(optax.clip(1.0), multi_steps()),
+        "masked": lambda: optax.masked(multi_steps(), True),
+        "partition": lambda: optax.partition({"a": multi_steps()}, "a"),
+        "apply_if_finite": lambda: optax.apply_if_finite(multi_steps(), 3),
+        "injected": lambda: optax.inject_hyperparams(
+            lambda rate: optax.chain(multi_steps(), optax.scale(rate))
+        )(rate=0.1),
+    },
+    "ApplyEvery": {
+        "apply_every": lambda: optax.chain(optax.sgd(1.0), optax.apply_every(4))
+    },
+    "FloodState": {
+        "flood": lambda: flood(optax.sgd(1.0), 0.1),
+        "flood_every_k": lambda: flood(optax.sgd(1.0), 0.1, every_k=2),
+        "scale_by_flood": lambda: scale_by_flood(0.1),
+        "flood_in_a_chain": lambda: optax.chain(scale_by_flood(0.1), optax.sgd(1.0)),
+        "masked_flood": lambda: optax.masked(scale_by_flood(0.1), True),
+    },
 }
-FLOODS = {
-    "flood": lambda: flood(optax.sgd(1.0), 0.1),
-    "flood_every_k": lambda: flood(optax.sgd(1.0), 0.1, every_k=2),
-    "scale_by_flood": lambda: scale_by_flood(0.1),
-    "in_a_chain": lambda: optax.chain(scale_by_flood(0.1), optax.sgd(1.0)),
-    "masked": lambda: optax.masked(scale_by_flood(0.1), True),
-}
+ACCUMULATES = r".*`flood\(optimizer, level, every"
+REFUSED = [(kind, guise) for kind in INNERS for guise in INNERS[kind]]
 
 
 @pytest.mark.parametrize("every_k", [1, 3])
-@pytest.mark.parametrize("guise", WINDOWS)
-def test_flood_refuses_an_inner_optimizer_that_accumulates(guise, every_k):
-    optimizer = flood(WINDOWS[guise](), LEVEL, every_k=every_k)
-    kind = "ApplyEvery" if guise == "apply_every" else "MultiStepsState"
-    message = rf"got a {kind} in the state of inner, .*`flood\(optimizer, level, every"
+@pytest.mark.parametrize(("kind", "guise"), REFUSED)
+def test_flood_refuses_an_inner_optimizer_that_accumulates_or_floods(
+    kind, guise, every_k
+):
+    optimizer = flood(INNERS[kind][guise](), LEVEL, every_k=every_k)
+    more = ": two floods undo" if kind == "FloodState" else f", {ACCUMULATES}"
+    message = f"got an? {kind} in the state of inner{more}"
     for init in (optimizer.init, lambda params: jax.eval_shape(optimizer.init, params)):
         with pytest.raises(TypeError, match=message):
             init(GRADS)
-
-
-@pytest.mark.parametrize("every_k", [1, 3])
-@pytest.mark.parametrize("guise", FLOODS)
-def test_flood_refuses_an_inner_optimizer_that_floods(guise, every_k):
-    optimizer = flood(FLOODS[guise](), LEVEL, every_k=every_k)
-    message = "got a FloodState in the state of inner: two floods undo each other"
-    with pytest.raises(TypeError, match=message):
-        optimizer.init(GRADS)
 
 
 # ---- states of something else ----
@@ -219,9 +216,3 @@ def test_our_train_state_hands_the_loss_through_multi_steps():
     state = create(apply_fn=None, params={"w": GRADS}, tx=tx)
     state = state.apply_gradients(grads={"w": GRADS}, value=0.25)
     np.testing.assert_array_equal(state.params["w"], GRADS + GRADS)
-
-
-# ---- gradients through an unrolled optimizer ----
-
-
-# ---- what is traced anew ----

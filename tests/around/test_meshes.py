@@ -5,8 +5,9 @@ and explicit sharding, its arrays as arguments and closed over, and takes no col
 more than the line by hand beside it.
 """
 
+import contextlib
 import functools
-import re
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -21,37 +22,53 @@ from flood_optax import (
     flood_loss,
     flood_mean,
     flooded,
-    levels,
     objective,
     penalty,
     scale_by_flood,
     shapes,
     sharpness,
 )
-from tests.sharded import Checks, assert_close, mapped, mesh_of, varying
+from tests import oracles
+from tests.sharded import (
+    Checks,
+    assert_close,
+    collectives,
+    mapped,
+    mesh_of,
+    put,
+    varying,
+)
 
 CHECKS = Checks()
-N, C, T = 16, 3, 6
+N, C, T = 16, 4, 6
 RNG = np.random.default_rng(5)
 KEY = jax.random.key(2)
+CLASSES = np.array([0, 0, 2, 0, 0, 2, 0, 2, 0, 0, 2, 2, 0, 2, 2, 3])  # 1 is empty
+ROWS, BOTH = ("data",), ("data", "model")
 
-# name -> the array, and how it is split over ("data", "model")
+# name -> the array, and the axes of the mesh by which its own are split
 ARRAYS = {
-    "losses": (RNG.gamma(2.0, 0.5, N), P("data")),
-    "own": (np.linspace(0.2, 1.9, N), P("data")),
-    "weights": (RNG.integers(0, 3, N).astype(float), P("data")),
-    "mask": (np.arange(N) % 3 > 0, P("data")),
-    "ids": (np.arange(N) ** 2 % C, P("data")),
-    "tokens": (RNG.gamma(2.0, 0.5, (N, T)), P("data", None)),
-    "real": (np.arange(T) < RNG.integers(0, T + 1, N)[:, None], P("data", None)),
-    "logits": (3 * RNG.normal(size=(N, C)), P("data", None)),
-    "classes": (np.sin(3.0 * np.arange(4 * N)).reshape(N, 4), P("data", "model")),
-    "probs": (RNG.dirichlet(np.ones(C), N), P("data", None)),
-    "x": (RNG.normal(size=(N, 4)), P("data", None)),
-    "y": (RNG.normal(size=N), P("data")),
-    "w": (RNG.normal(size=(4, 8)), P(None, "model")),
-    "v": (RNG.normal(size=8), P("model")),
+    "losses": (RNG.gamma(2.0, 0.5, N), ROWS),
+    "own": (np.linspace(0.2, 1.9, N), ROWS),
+    "weights": (RNG.integers(0, 3, N).astype(float), ROWS),
+    "mask": (np.arange(N) % 3 > 0, ROWS),
+    "ids": (CLASSES, ROWS),
+    "per_class": (np.array([0.9, 1.0, 1.1, 0.1]), ()),
+    "tokens": (RNG.gamma(2.0, 0.5, (N, T)), ROWS),
+    "real": (np.arange(T) < RNG.integers(0, T + 1, N)[:, None], ROWS),
+    "logits": (3 * RNG.normal(size=(N, C)), ROWS),
+    "probs": (RNG.dirichlet(np.ones(C), N), ROWS),
+    "x": (RNG.normal(size=(N, 4)), ROWS),
+    "y": (RNG.normal(size=N), ROWS),
+    "w": (RNG.normal(size=(4, 8)), (None, "model")),
+    "v": (RNG.normal(size=8), ("model",)),
 }
+
+
+def array(name):
+    """On one device."""
+    found = ARRAYS[name][0]
+    return jnp.asarray(found, np.float32 if found.dtype == float else None)
 
 
 class Row(NamedTuple):
@@ -64,11 +81,6 @@ class Row(NamedTuple):
 
 def flood(x, level):
     return jnp.abs(x - level) + level
-
-
-def segment_mean(x, k):
-    ones = jax.ops.segment_sum(jnp.ones_like(x), k, C)
-    return (flood(jax.ops.segment_sum(x, k, C) / ones, 0.9) * ones).sum() / N
 
 
 def over_segments(x, k, level=0.9, **options):
@@ -137,13 +149,6 @@ MEANS = {
         for level in (0.3, 9.0)
     },
 }
-OF_LEVELS = {
-    "noise_matrix": Row(levels.noise_matrix, "probs ids"),
-    "entropy_floor": Row(levels.entropy_floor, "probs"),
-    "adaflood": Row(lambda a: levels.adaflood(a, 0.3), "losses"),
-    "wavebound": Row(lambda a: levels.wavebound(a, 0.1), "losses"),
-    "gradient_accordance": Row(levels.gradient_accordance, "losses own"),
-}
 
 
 def net(w, v, x, y):
@@ -184,108 +189,124 @@ CURVATURE = {
 }
 
 
-def arrays_of(row):
-    """Its arrays on one device, and how they are split."""
-    given = [ARRAYS[name] for name in row.arrays.split()]
-    return [jnp.asarray(a.astype("f4") if a.dtype == float else a) for a, _ in given], [
-        spec for _, spec in given
-    ]
+def explicit(mesh):
+    return AxisType.Explicit in mesh.axis_types
 
 
-def collectives(compiled):
-    found = re.findall(
-        r"= .*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
-        r"(?:-start)?\(",
-        compiled.as_text(),
-    )
-    return sorted(found)
+def placed(mesh):
+    """All arrays on the mesh, as far as it has the axes that split them."""
+    return {
+        name: put(mesh, array(name), P(*(x if x in mesh.shape else None for x in axes)))
+        for name, (_, axes) in ARRAYS.items()
+    }
 
 
-def assert_equal(name, got, wanted, rtol):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        atol = rtol * np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
+@contextlib.contextmanager
+def of(name):
+    """An error says in which row it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The row is: {name}")
+        raise
 
 
-def rows_hold(rows, mesh, *, slopes=False, rtol=2e-6):
-    """Value, and slope by the first array, are those of one device."""
+def of_all(rows, arrays, *, slopes=False):
+    """Value, and slope by the first array, of every row: one program."""
+    found = {}
     for name, row in rows.items():
-        arrays, specs = arrays_of(row)
-
-        def both(*arrays, call=row.call):
-            slope = jax.grad(lambda first: call(first, *arrays[1:]).sum())
-            return call(*arrays), slope(arrays[0]) if slopes else None
-
-        wanted = jax.jit(both)(*arrays)
-        with jax.set_mesh(mesh):
-            split = [
-                jax.device_put(a, NamedSharding(mesh, spec))
-                for a, spec in zip(arrays, specs, strict=True)
-            ]
-            assert_equal(name, jax.jit(both)(*split), wanted, rtol)
-            if slopes and explicit_axes_of(split[0]):  # JAX then forgets more easily
-                closed_over = jax.jit(functools.partial(row.call, *split))()
-                assert_equal(f"{name}, closed over", closed_over, wanted[0], rtol)
-            if row.by_hand:
-                ours, hand = (
-                    collectives(jax.jit(function).lower(*split).compile())
-                    for function in (row.call, row.by_hand)
+        first, *others = (arrays[each] for each in row.arrays.split())
+        with of(name):
+            found[name] = row.call(first, *others)
+            if slopes:
+                slope = jax.grad(
+                    lambda first, row=row, o=others: row.call(first, *o).sum()
                 )
+                found[f"{name}, slope"] = slope(first)
+    return found
+
+
+def assert_rows(got, wanted, rtol):
+    for name, found in got.items():
+        assert_close(found, wanted[name], rtol, name)
+
+
+TABLES = {"means": MEANS, "curvature": CURVATURE}
+
+
+@functools.cache
+def of_one_device(table):
+    run = functools.partial(of_all, TABLES[table], slopes=table == "means")
+    return jax.jit(run)({name: array(name) for name in ARRAYS})
+
+
+def rows_equal_one_device(table, mesh_axes, kind, rtol):
+    mesh, rows = mesh_of(*mesh_axes, kind=kind), TABLES[table]
+    run = functools.partial(of_all, rows, slopes=table == "means")
+    with jax.set_mesh(mesh):
+        split = placed(mesh)
+        assert_rows(jax.jit(run)(split), of_one_device(table), rtol)
+        if explicit(mesh):  # JAX then forgets more easily
+            closed_over = jax.jit(lambda: of_all(rows, split))()
+            assert_rows(closed_over, of_one_device(table), rtol)
+        for name, row in rows.items():
+            if row.by_hand:
+                arrays = [split[each] for each in row.arrays.split()]
+                ours, hand = (collectives(f, *arrays) for f in (row.call, row.by_hand))
                 assert len(ours) <= len(hand), (name, ours, hand)
 
 
-@CHECKS.always
-def means_on_an_automatic_mesh_equal_one_device():
-    rows_hold(MEANS, mesh_of("data", kind=AxisType.Auto), slopes=True)
-
-
-@CHECKS.always
-def means_on_an_explicit_mesh_equal_one_device():
-    rows_hold(MEANS, mesh_of("data", kind=AxisType.Explicit), slopes=True)
-
-
-@CHECKS.once
-def levels_on_any_mesh_equal_one_device():
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        rows_hold(OF_LEVELS, mesh_of("data", kind=kind))
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+CHECKS.each(
+    CHECKS.always,
+    rows_equal_one_device,
+    means_on_an_automatic_mesh=["means", ROWS, AUTO, 2e-6],
+    means_on_an_explicit_mesh=["means", ROWS, EXPLICIT, 2e-6],
+)
+CHECKS.each(
+    CHECKS.once,
+    rows_equal_one_device,
+    curvature_on_an_automatic_model_axis=["curvature", BOTH, AUTO, 1e-4],
+    curvature_on_an_explicit_model_axis=["curvature", BOTH, EXPLICIT, 1e-4],
+)
 
 
 @CHECKS.once
 def relax_loss_of_split_classes_equals_one_device():
     """A mask of examples has no axis of classes, which the logits' own cannot lend."""
-    call = lambda z, k, m: objective.relax_loss(z, k, 9.0, epoch=1, where=m)
-    rows = {"relax_loss": Row(call, "classes ids mask")}
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        rows_hold(rows, mesh_of("data", "model", kind=kind), slopes=True)
+
+    def both(z, k, m):
+        call = lambda z: objective.relax_loss(z, k, 9.0, epoch=1, where=m)
+        return jax.value_and_grad(call)(z)
+
+    names = ("logits", "ids", "mask")
+    wanted = jax.jit(both)(*map(array, names))
+    for kind in (AUTO, EXPLICIT):
+        mesh = mesh_of(*BOTH, kind=kind)
+        with jax.set_mesh(mesh):
+            z, k, m = (placed(mesh)[name] for name in names)
+            split = jax.device_put(z, NamedSharding(mesh, P(*BOTH)))
+            assert_close(jax.jit(both)(split, k, m), wanted, 2e-6)
 
 
-@CHECKS.once
-def curvature_on_an_automatic_model_axis_equals_one_device():
-    mesh = mesh_of("data", "model", kind=AxisType.Auto)
-    rows_hold(CURVATURE, mesh, rtol=1e-4)
+# ---- shard_map: value, and slope by a factor of all losses ----
 
-
-@CHECKS.once
-def curvature_on_an_explicit_model_axis_equals_one_device():
-    mesh = mesh_of("data", "model", kind=AxisType.Explicit)
-    rows_hold(CURVATURE, mesh, rtol=1e-4)
-
-
-# ---- shard_map ----
-
+FACTOR = np.float32(0.8)
 OVER_AXIS = {
-    "batch": lambda axis, x, k, z, t, m: flood_mean(x, 0.9, axis_name=axis),
-    "example": lambda axis, x, k, z, t, m: flood_mean(
-        x, 0.9, over="example", axis_name=axis
+    "batch": lambda a, axis: flood_mean(a["losses"], 0.9, axis_name=axis),
+    "example": lambda a, axis: flood_mean(
+        a["losses"], a["own"], over="example", axis_name=axis
     ),
-    "segment": lambda axis, x, k, z, t, m: over_segments(x, k, axis_name=axis),
-    "sequence": lambda axis, x, k, z, t, m: flood_mean(
-        t, 0.9, over="sequence", where=m, axis_name=axis
+    "segment": lambda a, axis: over_segments(
+        a["losses"], a["ids"], a["per_class"], axis_name=axis
+    ),
+    "sequence": lambda a, axis: flood_mean(
+        a["tokens"], 0.9, over="sequence", where=a["real"], axis_name=axis
     ),
     **{
-        f"relax_loss, epoch {epoch}, {level}": (
-            lambda axis, x, k, z, t, m, epoch=epoch, level=level: objective.relax_loss(
-                z, k, level, epoch=epoch, where=x > 0.4, axis_name=axis
+        f"relax_loss, epoch {epoch}, {level}": lambda a, axis, e=epoch, b=level: (
+            objective.relax_loss(
+                a["logits"], a["ids"], b, epoch=e, where=a["mask"], axis_name=axis
             )
         )
         for epoch in (0, 1)
@@ -294,29 +315,86 @@ OVER_AXIS = {
 }
 
 
+def scaled(calls, factor, arrays, axis=None):
+    found = {}
+    for name, call in calls.items():
+
+        def of_factor(factor, call=call):
+            grown = ("losses", "logits", "tokens")
+            return call(arrays | {each: factor * arrays[each] for each in grown}, axis)
+
+        with of(name):
+            found[name] = jax.value_and_grad(of_factor)(factor)
+    return found
+
+
+def over_devices(calls, check_vma, **more):
+    def local(factor, arrays):
+        return lax.pmean(scaled(calls, varying(factor), arrays, "data"), "data")
+
+    arrays = {name: array(name) for name in ARRAYS} | more
+    rows = [name for name, given in arrays.items() if len(given) == N]
+    specs = {name: P("data") if name in rows else P() for name in arrays}
+    step = mapped(local, mesh_of("data"), (P(), specs), check_vma=check_vma)
+    return lambda **changed: step(FACTOR, arrays | changed)
+
+
 @CHECKS.always
 def shard_map_equals_one_device_both_ways():
-    mesh = mesh_of("data")
-    names = ("losses", "ids", "logits", "tokens", "real")
-    arrays, specs = arrays_of(Row(None, " ".join(names)))
-    factor = jnp.float32(0.8)
-    for name, call in OVER_AXIS.items():
+    arrays = {name: array(name) for name in ARRAYS}
+    wanted = jax.jit(functools.partial(scaled, OVER_AXIS))(FACTOR, arrays)
+    for check_vma in (True, False):
+        assert_rows(over_devices(OVER_AXIS, check_vma)(), wanted, 3e-6)
 
-        def scaled(factor, *arrays, axis=None, call=call):
-            x, k, z, t, m = arrays
-            return call(axis, factor * x, k, factor * z, factor * t, m)
 
-        def local(factor, *arrays, scaled=scaled):
-            step = jax.value_and_grad(scaled)(varying(factor), *arrays, axis="data")
-            return lax.pmean(step, "data")
+@CHECKS.always
+def uneven_and_padded_shards_equal_the_unpadded_batch_in_numpy():
+    """The first device counts nothing, nor do two classes; what does not is NaN."""
+    per, losses = N // jax.device_count(), ARRAYS["losses"][0]
+    mask = np.arange(N) % 5 != 0
+    mask[:per] = mask[N - per // 2 :] = False
+    weights = np.random.default_rng(4).gamma(1.0, 3.0, N) * mask
+    calls, wanted = {}, {}
+    for over, by, part in itertools.product(
+        ("batch", "example", "segment"), ("where", "weights"), (0.9, 1.1)
+    ):
+        count = mask if by == "where" else np.float32(weights)
+        mean = FACTOR * np.average(losses, weights=count)
+        groups, level = (
+            {"batch": None, "example": np.arange(N)}.get(over, CLASSES),
+            part,
+        )
+        if over == "segment":  # one class above its level, one below
+            of_class = lambda k, c=count: np.average(losses, weights=c * (k == CLASSES))
+            level = FACTOR * np.array(
+                [part * of_class(0), 1.0, (2 - part) * of_class(2), 1.0]
+            )
+        else:
+            level = part * mean
+        name = f"{over}, {by}, {part}"
+        calls[name] = functools.partial(
+            uneven, over=over, by=by, level=np.float32(level)
+        )
+        value, by_loss = oracles.mean(
+            FACTOR * losses, level, groups=groups, weights=count
+        )
+        wanted[name] = value, by_loss @ losses
+    for check_vma in (True, False):
+        step = over_devices(calls, check_vma, where=mask, weights=np.float32(weights))
+        assert_rows(step(), wanted, 3e-6)
+        spoiled = step(losses=np.float32(np.where(mask, losses, np.nan)))
+        assert_rows(
+            {name: value for name, (value, _) in spoiled.items()},
+            {name: value for name, (value, _) in wanted.items()},
+            5e-6,
+        )
 
-        wanted = jax.value_and_grad(scaled)(factor, *arrays)
-        for check_vma in (True, False):
-            step = mapped(local, mesh, (P(), *specs), check_vma=check_vma)
-            try:
-                assert_close(step(factor, *arrays), wanted)
-            except AssertionError as error:
-                raise AssertionError(f"{name}, check_vma={check_vma}") from error
+
+def uneven(arrays, axis, *, over, by, level):
+    given = {by: arrays[by], "axis_name": axis}
+    if over == "segment":
+        given |= {"segment_ids": arrays["ids"], "num_segments": C}
+    return flood_mean(arrays["losses"], level, over=over, **given)
 
 
 def refusal(function, *args):
@@ -336,7 +414,7 @@ def multiplier(form, losses):
 @CHECKS.once
 def losses_that_vary_over_an_axis_want_its_name():
     """And both remedies of the message work: the name, and `()` for each device."""
-    mesh, (arrays, specs) = mesh_of("data"), arrays_of(Row(None, "losses ids"))
+    mesh, arrays = mesh_of("data"), (array("losses"), array("ids"))
 
     forms = {
         "flooded": lambda x, k, **axis: flooded(jnp.mean, 0.9, **axis)(x),
@@ -362,7 +440,7 @@ def losses_that_vary_over_an_axis_want_its_name():
                 else lax.pmean(form(*rows, **axis), "data")
             )
             spread = jax.shard_map(
-                local, mesh=mesh, in_specs=tuple(specs), out_specs=out
+                local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=out
             )
             return jax.jit(spread)(*arrays)
 
@@ -378,8 +456,8 @@ def losses_that_vary_over_an_axis_want_its_name():
 @CHECKS.once
 def names_of_no_axis_are_refused_and_the_remedy_holds():
     """Under jit with split data `axis_name` is left out."""
-    mesh, (arrays, _) = mesh_of("data"), arrays_of(Row(None, "losses"))
-    losses = jax.device_put(arrays[0], NamedSharding(mesh, P("data")))
+    whole = array("losses")
+    losses = put(mesh_of("data"), whole, P("data"))
     for call in (
         lambda: flooded(jnp.mean, 0.9, axis_name="data")(losses),
         lambda: flood_mean(losses, 0.9, axis_name="data"),
@@ -391,7 +469,7 @@ def names_of_no_axis_are_refused_and_the_remedy_holds():
         assert "must be called inside `jax.shard_map` or `jax.pmap`" in said, said
         assert "leave axis_name out" in said, said
     value = jax.jit(lambda: flooded(jnp.mean, 0.9)(losses))()
-    np.testing.assert_allclose(value, flood(arrays[0].mean(), 0.9), rtol=1e-6)
+    np.testing.assert_allclose(value, flood(whole.mean(), 0.9), rtol=1e-6)
 
 
 @CHECKS.parametrize()

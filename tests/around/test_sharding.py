@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -14,18 +13,15 @@ from flood_optax import (
     average_params,
     averaged,
     flood,
-    flood_mean,
     flooded,
     metrics,
     scale_by_flood,
 )
-from tests import oracles
+from tests import forms, oracles
 from tests.sharded import (
-    CLASSES,
     LEARNING_RATE,
     LEVELS,
     MEAN,
-    ROWS,
     Checks,
     assert_close,
     assert_large_batch,
@@ -35,11 +31,9 @@ from tests.sharded import (
     expected_updates,
     global_mean,
     loss_fn,
-    losses_fn,
     mapped,
     mesh_of,
     numpy_gradient,
-    numpy_losses,
     optimizers,
     parameters,
     put,
@@ -48,6 +42,7 @@ from tests.sharded import (
 )
 
 CHECKS = Checks()
+KINDS = {"auto": [AxisType.Auto], "explicit": [AxisType.Explicit]}
 
 # ---- jit: nothing is needed ----
 
@@ -65,14 +60,7 @@ def jit_equals_the_large_batch(kind):
             assert_large_batch(results, level)
 
 
-@CHECKS.always
-def jit_with_auto_sharding_equals_the_large_batch():
-    jit_equals_the_large_batch(AxisType.Auto)
-
-
-@CHECKS.always
-def jit_with_explicit_sharding_equals_the_large_batch():
-    jit_equals_the_large_batch(AxisType.Explicit)
+CHECKS.each(CHECKS.always, jit_equals_the_large_batch, **KINDS)
 
 
 def sharded_parameters_keep_their_sharding(kind):
@@ -117,14 +105,10 @@ def typeof(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@CHECKS.rarely
-def sharded_parameters_with_auto_sharding_keep_it():
-    sharded_parameters_keep_their_sharding(AxisType.Auto)
-
-
-@CHECKS.always
-def sharded_parameters_with_explicit_sharding_keep_it():
-    sharded_parameters_keep_their_sharding(AxisType.Explicit)
+CHECKS.each(CHECKS.rarely, sharded_parameters_keep_their_sharding, auto=KINDS["auto"])
+CHECKS.each(
+    CHECKS.always, sharded_parameters_keep_their_sharding, explicit=KINDS["explicit"]
+)
 
 
 def average_keeps_the_sharding_of_its_parameters(kind):
@@ -180,14 +164,7 @@ def average_keeps_the_sharding_of_its_parameters(kind):
                 assert all(x.sharding.is_fully_replicated for x in logs.values())
 
 
-@CHECKS.once
-def average_with_auto_sharding_keeps_that_of_its_parameters():
-    average_keeps_the_sharding_of_its_parameters(AxisType.Auto)
-
-
-@CHECKS.once
-def average_with_explicit_sharding_keeps_that_of_its_parameters():
-    average_keeps_the_sharding_of_its_parameters(AxisType.Explicit)
+CHECKS.each(CHECKS.once, average_keeps_the_sharding_of_its_parameters, **KINDS)
 
 
 # ---- shard_map ----
@@ -203,19 +180,13 @@ def shard_map_equals_the_large_batch(check_vma, *names):
         assert_large_batch(step(parameters(), level, *arrays), level)
 
 
-@CHECKS.always
-def shard_map_with_check_vma_equals_the_large_batch():
-    shard_map_equals_the_large_batch(True, "data")
-
-
-@CHECKS.always
-def shard_map_without_check_vma_equals_the_large_batch():
-    shard_map_equals_the_large_batch(False, "data")
-
-
-@CHECKS.always
-def shard_map_over_two_axes_equals_the_large_batch():
-    shard_map_equals_the_large_batch(True, "data", "fsdp")
+CHECKS.each(
+    CHECKS.always,
+    shard_map_equals_the_large_batch,
+    with_check_vma=[True, "data"],
+    without_check_vma=[False, "data"],
+    over_two_axes=[True, "data", "fsdp"],
+)
 
 
 @CHECKS.once
@@ -236,73 +207,24 @@ def shard_map_reports_the_global_loss_in_info():
         assert info.multiplier == -1
 
 
-GROUPS = np.array([0, 0, 2, 0, 0, 2, 0, 2, 0, 0, 2, 2, 0, 2, 2, 2])  # class 1 is empty
-
-
-def partitions():
-    """Arguments of flood_mean per partition, and the groups that NumPy averages."""
-    losses = numpy_losses(*batch())[0]
-    means = [losses[k == GROUPS].mean() for k in (0, 2)]
-    per_class = np.array([0.9 * means[0], 1.0, 1.1 * means[1]])  # one above, one below
-    per_example = losses * np.where(np.arange(ROWS) % 3, 0.9, 1.1)
-    return {
-        "example": (per_example, np.arange(ROWS)),
-        "segment": (per_class, GROUPS),
-    }
-
-
-def shard_map_floods_partitions(check_vma):
-    mesh = mesh_of("data")
-    for over, (level, groups) in partitions().items():
-        bound = jnp.asarray(level, jnp.float32)
-        split = P("data") if over == "example" else P()
-
-        def value_and_grad(params, x, y, ids, bound, *, over=over):
-            def objective(params):
-                given = {"segment_ids": ids, "num_segments": CLASSES}
-                return flood_mean(
-                    losses_fn(params, x, y),
-                    bound,
-                    over=over,
-                    axis_name="data",
-                    **(given if over == "segment" else {}),
-                )
-
-            value, grads = jax.value_and_grad(objective)(varying(params))
-            return lax.pmean((value, grads), "data")
-
-        specs = (P(), P("data", None), P("data"), P("data"), split)
-        got = mapped(value_and_grad, mesh, specs, check_vma=check_vma)(
-            parameters(), *rows_on(mesh), jnp.asarray(GROUPS), bound
-        )
-        assert_close(got, numpy_gradient(level, groups=groups))
-
-
-@CHECKS.always
-def shard_map_with_check_vma_floods_classes_and_examples():
-    shard_map_floods_partitions(True)
-
-
-@CHECKS.always
-def shard_map_without_check_vma_floods_classes_and_examples():
-    shard_map_floods_partitions(False)
-
-
-@CHECKS.always
-def shard_map_scan_over_a_window_equals_the_large_batch():
-    """The state is made inside the map; the gradients are averaged at each step."""
+def shard_map_scan_over_a_window_equals_the_large_batch(at_once):
+    """Each gradient is averaged; or local ones, and only what the window gives is."""
     mesh = mesh_of("data")
     level = LEVELS["below"]
     optimizer = flood(optax.sgd(LEARNING_RATE), level, every_k=2, axis_name="data")
 
     def run(params, halves):
+        local = varying(params)
+
         def step(state, rows):
-            value, grads = jax.value_and_grad(loss_fn)(varying(params), *rows)
-            grads = global_mean(grads)
+            value, grads = jax.value_and_grad(loss_fn)(local, *rows)
+            grads = grads if at_once else global_mean(grads)
             updates, state = optimizer.update(grads, state, params, value=value)
             return state, updates
 
-        return lax.scan(step, optimizer.init(params), halves)[1]
+        params = local if at_once else params
+        updates = lax.scan(step, optimizer.init(params), halves)[1]
+        return global_mean(updates) if at_once else updates
 
     (_, halves), specs = batch_and_halves(mesh)
     for check_vma in (True, False):
@@ -313,28 +235,12 @@ def shard_map_scan_over_a_window_equals_the_large_batch():
         assert_close(last, expected_updates(level))
 
 
-@CHECKS.always
-def shard_map_scan_averaging_once_per_window_equals_the_large_batch():
-    """Local gradients accumulate; only what the window gives is averaged."""
-    mesh = mesh_of("data")
-    level = LEVELS["below"]
-    optimizer = flood(optax.sgd(LEARNING_RATE), level, every_k=2, axis_name="data")
-
-    def run(params, halves):
-        params = varying(params)
-
-        def step(state, rows):
-            value, grads = jax.value_and_grad(loss_fn)(params, *rows)
-            updates, state = optimizer.update(grads, state, params, value=value)
-            return state, updates
-
-        _, updates = lax.scan(step, optimizer.init(params), halves)
-        return global_mean(jax.tree.map(lambda u: u.sum(0), updates))
-
-    (_, halves), specs = batch_and_halves(mesh)
-    for check_vma in (True, False):
-        step = mapped(run, mesh, (P(), specs[1]), check_vma=check_vma)
-        assert_close(step(parameters(), halves), expected_updates(level))
+CHECKS.each(
+    CHECKS.always,
+    shard_map_scan_over_a_window_equals_the_large_batch,
+    averaging_each=[False],
+    averaging_once=[True],
+)
 
 
 @CHECKS.once
@@ -344,161 +250,58 @@ def shard_map_line_search_sees_the_global_flooded_loss():
     level = LEVELS["below"]
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=20)
     inner = optax.chain(optax.sgd(0.1), search)
-    mapped_form = flood(inner, level, axis_name="data")
-    single = flood(inner, level)
     params = parameters()
 
-    def step(params, x, y):
+    def step(params, x, y, *, axis_name=None):
         value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-        grads = lax.pmean(grads, "data")
-        updates, _ = mapped_form.update(
-            grads,
-            mapped_form.init(params),
-            params,
-            value=value,
-            grad=grads,
-            value_fn=lambda p: loss_fn(p, x, y),
-        )
-        return updates
+        grads = global_mean(grads, axis_name)
+        optimizer = flood(inner, level, axis_name=axis_name)
+        given = {"grad": grads, "value_fn": lambda p: loss_fn(p, x, y)}
+        state = optimizer.init(params)
+        return optimizer.update(grads, state, params, value=value, **given)[0]
 
     specs = (P(), P("data", None), P("data"))
-    got = mapped(step, mesh, specs, check_vma=False)(params, *rows_on(mesh))
-    x, y = batch()
-    value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-    expected, _ = single.update(
-        grads,
-        single.init(params),
-        params,
-        value=value,
-        grad=grads,
-        value_fn=lambda p: loss_fn(p, x, y),
-    )
-    assert_close(got, expected, rtol=1e-5)
+    local = functools.partial(step, axis_name="data")
+    got = mapped(local, mesh, specs, check_vma=False)(params, *rows_on(mesh))
+    assert_close(got, jax.jit(step)(params, *batch()), rtol=1e-5)
 
 
-# ---- padding ----
+@CHECKS.once
+def band_under_shard_map_turns_by_the_loss_of_all():
+    steps, apart = np.arange(60), np.array([-0.5, -0.125, 0.25, 0.375])
+    noise = np.random.default_rng(2).uniform(-0.1, 0.1, 60)
+    # thirty-seconds, whose means, ties among them, are exact
+    mean = np.round(32 * (0.625 + 0.3 * np.sin(steps / 4) + noise)) / 32
+    losses = np.float32(mean[:, None] + apart)
+    weights = np.float32(1 + steps[:, None] % 3 + [0, 2, 0, 1])
 
+    def run(losses, weights):
+        found = {}
+        for name, make in forms.OPTAX.items():
+            optimizer = make(optax.identity(), 0.625, band=0.125, axis_name="data")
+            each = {"value": losses[:, 0]}
+            found[name, "plain"] = forms.course(optimizer, **each)["multiplier"]
+            each |= {"weight": weights[:, 0]}
+            found[name, "weighted"] = forms.course(optimizer, **each)["multiplier"]
+        return found
 
-@CHECKS.always
-def padded_and_uneven_shards_equal_the_unpadded_batch():
-    """One device counts nothing, one half; what is padded is NaN."""
-    mesh = mesh_of("data")
-    per = ROWS // jax.device_count()
-    mask = np.ones(ROWS, bool)
-    mask[:per] = False
-    mask[-per // 2 :] = False
-    x, y = batch()
-    y[~mask] = np.nan
-    losses = numpy_losses(x[mask], y[mask])[0]
-    params, rows = parameters(), P("data")
-    for level in (0.9 * losses.mean(), 1.1 * losses.mean()):
-        expected = numpy_gradient(level, where=mask)
-
-        def objective(params, x, y, mask, *, axis_name=None, level=level):
-            losses = losses_fn(params, x, y)
-            return flood_mean(losses, level, where=mask, axis_name=axis_name)
-
-        def value_and_grad(params, x, y, mask, objective=objective):
-            value, grads = jax.value_and_grad(objective)(
-                varying(params), x, y, mask, axis_name="data"
-            )
-            return lax.pmean((value, grads), "data")
-
-        # the rows of y that are NaN give NaN gradients unless the loss is masked too
-        safe = np.where(mask, y, 0)
-        for check_vma in (True, False):
-            got = mapped(
-                value_and_grad,
-                mesh,
-                (P(), P("data", None), rows, rows),
-                check_vma=check_vma,
-            )(params, x, safe, mask)
-            assert_close(got, expected)
-            value, _ = mapped(
-                value_and_grad,
-                mesh,
-                (P(), P("data", None), rows, rows),
-                check_vma=check_vma,
-            )(params, x, y, mask)
-            np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-        arrays = [
-            jax.device_put(a, NamedSharding(mesh, s))
-            for a, s in ((x, P("data", None)), (safe, rows), (mask, rows))
-        ]
-        got = jax.jit(jax.value_and_grad(objective))(params, *arrays)
-        assert_close(got, expected)
-
-
-@CHECKS.always
-def padded_classes_on_uneven_shards_equal_the_unpadded_batch():
-    mesh = mesh_of("data")
-    mask = np.arange(ROWS) % 5 != 0
-    mask[: ROWS // jax.device_count()] = False
-    losses = numpy_losses(*batch())[0]
-    means = [losses[mask & (k == GROUPS)].mean() for k in (0, 2)]
-    level = np.array([1.1 * means[0], 1.0, 0.9 * means[1]])
-    expected = numpy_gradient(level, where=mask, groups=GROUPS)
-
-    def value_and_grad(params, x, y, ids, mask):
-        def objective(params):
-            return flood_mean(
-                losses_fn(params, x, y),
-                jnp.asarray(level, jnp.float32),
-                over="segment",
-                segment_ids=ids,
-                num_segments=CLASSES,
-                where=mask,
-                axis_name="data",
-            )
-
-        value, grads = jax.value_and_grad(objective)(varying(params))
-        return lax.pmean((value, grads), "data")
-
-    specs = (P(), P("data", None), P("data"), P("data"), P("data"))
-    for check_vma in (True, False):
-        got = mapped(value_and_grad, mesh, specs, check_vma=check_vma)(
-            parameters(), *batch(), GROUPS, mask
+    specs = (P(None, "data"), P(None, "data"))
+    found = mapped(run, mesh_of("data"), specs, check_vma=True)(losses, weights)
+    for (name, weigh), multipliers in found.items():
+        shares = weights if weigh == "weighted" else np.ones_like(weights)
+        wanted = oracles.stroke_windows(
+            [2 if name == "flood_every_k" else 1],
+            *((shares * losses).sum(1) / shares.sum(1), 0.625, 0.125),
+            weights=shares.sum(1),
         )
-        assert_close(got, expected)
+        np.testing.assert_array_equal(np.sign(multipliers), wanted, f"{name} {weigh}")
+        assert 6 < np.sum(wanted < 0) < 54
+    for own in losses.T:  # each device by itself would turn elsewhere
+        turns = oracles.strokes(own, 0.625, 0.125)[1]
+        assert (turns != oracles.strokes(np.float32(mean), 0.625, 0.125)[1]).any()
 
 
-@CHECKS.always
-def weighted_means_on_uneven_shards_equal_the_large_batch():
-    """The first device weighs nothing, one class neither; NaN where the weight is 0."""
-    rng, mesh = np.random.default_rng(4), mesh_of("data")
-    weights = rng.gamma(1.0, 3.0, ROWS).astype(np.float32)
-    ids = np.where(np.arange(ROWS) % 5 == 0, 1, GROUPS)
-    weights[: ROWS // jax.device_count()] = weights[ids == 1] = 0
-    losses = np.where(weights > 0, rng.uniform(0.1, 2, ROWS), np.nan).astype("f4")
-    means = [np.nanmean(losses[k == ids]) for k in (0, 2)]
-    per_class = np.float32([1.2 * means[0], 1.0, 0.8 * means[1]])
-    whole = np.average(losses[weights > 0], weights=weights[weights > 0])
-    cases = [("batch", np.float32(f * whole)) for f in (0.9, 1.1)]
-    cases += [("example", np.float32(whole)), ("segment", per_class)]
-    for case in cases:
-
-        def objective(w, losses, weights, ids, *, axis_name=None, case=case):
-            over, level = case
-            given = {"over": over, "weights": weights, "axis_name": axis_name}
-            if over == "segment":
-                given |= {"segment_ids": ids, "num_segments": CLASSES}
-            return flood_mean(w * losses + 0.1 * w, level, **given)
-
-        def local(w, *rows, objective=objective):
-            slope = jax.value_and_grad(objective)(varying(w), *rows, axis_name="data")
-            return lax.pmean(slope, "data")
-
-        clean, w = np.nan_to_num(losses, nan=7.0), jnp.float32(0.9)
-        expected = jax.value_and_grad(objective)(w, clean, weights, ids)
-        specs = (P(), P("data"), P("data"), P("data"))
-        for check_vma in (True, False):
-            step = mapped(local, mesh, specs, check_vma=check_vma)
-            assert_close(step(w, clean, weights, ids), expected)
-            value, _ = step(w, losses, weights, ids)
-            np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-
-
-# ---- pmap and vmap ----
+# ---- pmap ----
 
 
 def stacked():

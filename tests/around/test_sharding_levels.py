@@ -1,7 +1,6 @@
 """The levels of arrays that are split over devices: those of the whole arrays."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
 from flood_optax import levels
-from tests.sharded import Checks, mapped, mesh_of, put
+from tests.sharded import Checks, collectives, mesh_of, put
 
 CHECKS = Checks()
 N, C = 16, 4
@@ -81,24 +80,39 @@ def placed(mesh, tree, split):
     return jax.tree.map(put_one, tree)
 
 
-def split_equals_whole(kind, split):
-    mesh = mesh_of("data", "model", kind=kind)
-    for name, (function, arrays) in (PER_EXAMPLE | WHOLE).items():
-        expected = function(*jax.tree.map(jnp.asarray, arrays))
-        with jax.set_mesh(mesh):
-            given = placed(mesh, arrays, SPLITS[split])
-            for run in (jax.jit(function), function):
-                got = run(*given)
-                message = f"{name}, {split}"
-                np.testing.assert_allclose(
-                    got, expected, rtol=1e-5, atol=1e-6, err_msg=message
-                )
+@functools.cache
+def whole():
+    """Of all arrays on one device: one program."""
+    every = PER_EXAMPLE | WHOLE
+    return jax.jit(
+        lambda given: {name: every[name][0](*given[name]) for name in every}
+    )({name: jax.tree.map(jnp.asarray, arrays) for name, (_, arrays) in every.items()})
 
 
-for each, by in itertools.product((AxisType.Explicit, AxisType.Auto), SPLITS):
-    check = functools.partial(split_equals_whole, each, by)
-    check.__name__ = f"levels_of_{by}_split_by_{each.name}_axes"
-    CHECKS.once(check)
+def levels_of_split_arrays(kind, split):
+    mesh, every = mesh_of("data", "model", kind=kind), PER_EXAMPLE | WHOLE
+    with jax.set_mesh(mesh):
+        given = {n: placed(mesh, a, SPLITS[split]) for n, (_, a) in every.items()}
+
+        def run(given):
+            return {name: every[name][0](*given[name]) for name in every}
+
+        # op by op, hundreds of programs: where all that can be split is
+        by_op = [run(given)] if split == "both" else []
+        for found in (jax.jit(run)(given), *by_op):
+            for name, got in found.items():
+                np.testing.assert_allclose(got, whole()[name], 1e-5, 1e-6, err_msg=name)
+
+
+CHECKS.each(
+    CHECKS.once,
+    levels_of_split_arrays,
+    **{
+        f"{split}, {kind.name}": [kind, split]
+        for kind in (AxisType.Explicit, AxisType.Auto)
+        for split in SPLITS
+    },
+)
 
 
 @CHECKS.once
@@ -118,38 +132,22 @@ def levels_of_examples_need_no_collective():
     with jax.set_mesh(mesh):
         for function, arrays in PER_EXAMPLE.values():
             given = placed(mesh, arrays, SPLITS["rows"])
-            text = jax.jit(function).lower(*given).compile().as_text()
-            assert not {"all-reduce", "all-gather"} & {*text.replace("(", " ").split()}
+            assert not collectives(function, *given)
 
 
 @CHECKS.once
 def levels_inside_shard_map_are_those_of_the_whole():
     mesh = mesh_of("data")
-    for function, arrays in PER_EXAMPLE.values():
-        expected = function(*map(jnp.asarray, arrays))
-        for check_vma in (True, False):
+    replicated = ("at_best", "gradient_accordance", "noise_floor", "noise_matrix")
+    rows = {name: (*row, P("data")) for name, row in PER_EXAMPLE.items()}
+    rows |= {name: (*WHOLE[name], P()) for name in (*replicated, "noise_rate")}
+    for check_vma in (True, False):
+        for name, (function, arrays, spec) in rows.items():
             step = jax.shard_map(
-                function,
-                mesh=mesh,
-                in_specs=P("data"),
-                out_specs=P("data"),
-                check_vma=check_vma,
+                function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
             )
             got = jax.jit(step)(*arrays)
-            np.testing.assert_allclose(got, expected, rtol=1e-5)
-    for name in (
-        "at_best",
-        "gradient_accordance",
-        "noise_floor",
-        "noise_matrix",
-        "noise_rate",
-    ):
-        function, arrays = WHOLE[name]
-        expected = function(*jax.tree.map(jnp.asarray, arrays))
-        for check_vma in (True, False):
-            specs = jax.tree.map(lambda _: P(), tuple(arrays))
-            step = mapped(function, mesh, specs, check_vma=check_vma)
-            np.testing.assert_allclose(step(*arrays), expected, rtol=1e-5)
+            np.testing.assert_allclose(got, whole()[name], 1e-5, err_msg=name)
 
 
 @CHECKS.parametrize()
