@@ -8,7 +8,6 @@ run in a process with three of them: this file is also the script that it runs.
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -31,103 +30,76 @@ def test_the_oracle_is_that_of_the_page():
     assert MEAN < LEVEL < LOSSES.mean()
 
 
-def losses_at(w, part=slice(None)):
-    """Losses [..., 16] of the tokens, which grow with w by a slope; 0 on padding."""
-    tokens = jnp.asarray(LOSSES)[part] + (w - 1.0) * jnp.asarray(SLOPES)[part]
-    return tokens[..., None] * jnp.asarray(MASK, jnp.float32)[part]
+WINDOWS = {  # every_k, what else each part hands over; the loss that is met, the step
+    "means alone": (3, {}, (0.9, -0.8)),
+    "weighed": (3, {"weight": SIZES}, (MEAN, RIGHT)),
+    "short": (4, {"weight": SIZES}, (0.0, 0.0)),
+    "short and flushed": (4, {"weight": SIZES, "flush": [0, 0, 1]}, (MEAN, RIGHT)),
+}
 
 
-def mean_of(w, part):
-    return losses_at(w, part).sum() / SIZES[part]
-
-
-def window(every_k=3, *, weighted, flush=False):
-    """The sum of the updates of one window, and the loss that it met the level with."""
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window_of_parts_of_unequal_size(name):
+    every_k, more, expected = WINDOWS[name]
     optimizer = flood(optax.sgd(1.0), LEVEL, every_k=every_k)
-    w, moved = jnp.array(1.0), 0.0
+    update, w, moved = jax.jit(optimizer.update), np.float32(1.0), 0.0
     state = optimizer.init(w)
-    for i, size in enumerate(SIZES):
-        value, grad = jax.value_and_grad(mean_of)(w, i)
-        extra = {"weight": float(size)} if weighted else {}
-        extra |= {"flush": i == 2} if flush else {}
-        update, state = optimizer.update(grad, state, w, value=value, **extra)
-        moved += float(update)
-    return moved, float(optax.tree.get(state, "flood_value"))
-
-
-def test_window_without_weight_descends_where_the_large_batch_ascends():
-    np.testing.assert_allclose(window(weighted=False), (-0.8, 0.9), rtol=1e-6)
-
-
-def test_window_with_weight_is_the_large_batch():
-    np.testing.assert_allclose(window(weighted=True), (RIGHT, MEAN), rtol=1e-6)
-
-
-def test_short_window_waits_unless_it_is_flushed():
-    assert window(4, weighted=True) == (0.0, 0.0)
-    flushed = window(4, weighted=True, flush=True)
-    np.testing.assert_allclose(flushed, (RIGHT, MEAN), rtol=1e-6)
+    for i in range(3):
+        extra = {"value": np.float32(LOSSES[i])}
+        extra |= {key: np.float32(each[i]) for key, each in more.items()}
+        extra |= {"flush": bool(extra["flush"])} if "flush" in extra else {}
+        step, state = update(np.float32(SLOPES[i]), state, w, **extra)
+        moved += float(step)
+    met = float(optax.tree.get(state, "flood_value"))
+    np.testing.assert_allclose((met, moved), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("where", "slope", "flooded"),
     [(None, 0.3375, 2 * LEVEL - 0.18125), (MASK, RIGHT, 2 * LEVEL - MEAN)],
+    ids=["padded", "masked"],
 )
 def test_padding_counts_unless_it_is_masked(where, slope, flooded):
+    tokens, slopes = (np.float32(each[:, None] * MASK) for each in (LOSSES, SLOPES))
+
+    @jax.jit
+    @jax.value_and_grad
     def objective(w):
-        return flood_mean(losses_at(w), LEVEL, where=where)
+        return flood_mean(tokens + (w - 1.0) * slopes, LEVEL, where=where)
 
-    value, grad = jax.value_and_grad(objective)(1.0)
+    value, grad = objective(1.0)
     np.testing.assert_allclose((value, -grad), (flooded, slope), rtol=1e-6)
-
-
-def test_flooding_each_part_by_the_one_liner_is_another_step():
-    def one_liner(w, i):
-        return jnp.abs(mean_of(w, i) - LEVEL) + LEVEL
-
-    steps = [-jax.grad(one_liner)(1.0, i) for i in range(3)]
-    np.testing.assert_allclose(np.mean(steps), -0.4, rtol=1e-6)
 
 
 # ---- devices: one part on each ----
 
 
 def devices_step(optimizer, weigh_gradients, weigh_loss, mapped):
-    """One step over three devices by shard_map or pmap: update, and the loss it met."""
+    """One step over three devices: the loss that it met, and the update."""
 
-    def sum_and_count(w, tokens, mask):
-        losses = tokens[0] + (w - 1.0) * tokens[1]
-        return jnp.where(mask, losses, 0.0).sum(), mask.sum()
-
-    def step(w, state, tokens, mask):
-        tokens, mask = tokens.reshape(2), mask.reshape(16)
-        local = lax.pcast(w, "data", to="varying") if mapped == "shard_map" else w
-        sums = jax.value_and_grad(sum_and_count, has_aux=True)
-        (total, count), grad = sums(local, tokens, mask)
+    def step(w, state, loss, slope, size):
+        count = size.sum()
+        value, grad = loss.sum(), slope.sum()  # of this device's part
         if weigh_gradients:
-            grad = lax.psum(grad, "data") / lax.psum(count, "data")
+            grad = lax.psum(count * grad, "data") / lax.psum(count, "data")
         else:
-            grad = lax.pmean(grad / count, "data")
+            grad = lax.pmean(grad, "data")
         extra = {"weight": count} if weigh_loss else {}
-        return optimizer.update(grad, state, w, value=total / count, **extra)
+        return optimizer.update(grad, state, w, value=value, **extra)
 
-    w = jnp.array(1.0)
-    state = optimizer.init(w)
-    tokens = jnp.asarray(np.stack([LOSSES, SLOPES], axis=1), jnp.float32)
+    w = np.float32(1.0)
+    given = w, optimizer.init(w), *map(np.float32, (LOSSES, SLOPES, SIZES))
+    axes = (None, None, 0, 0, 0)
     if mapped == "pmap":
-        pmapped = jax.pmap(step, axis_name="data", in_axes=(None, None, 0, 0))
-        update, state = pmapped(w, state, tokens, jnp.asarray(MASK))
+        update, state = jax.pmap(step, axis_name="data", in_axes=axes)(*given)
         assert len(set(np.asarray(update).tolist())) == 1, "the replicas go apart"
         update, state = jax.tree.map(lambda x: x[0], (update, state))
     else:
-        sharded = jax.shard_map(
-            step,
-            mesh=jax.sharding.Mesh(jax.devices(), ("data",)),
-            in_specs=(P(), P(), P("data"), P("data")),
-            out_specs=(P(), P()),
-        )
-        update, state = jax.jit(sharded)(w, state, tokens, jnp.asarray(MASK))
-    return float(update), float(optax.tree.get(state, "flood_value"))
+        mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+        specs = tuple(P() if axis is None else P("data") for axis in axes)
+        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+        update, state = jax.jit(sharded)(*given)
+    return float(optax.tree.get(state, "flood_value")), float(update)
 
 
 FORMS = {
@@ -136,10 +108,10 @@ FORMS = {
     ),
     "flood": flood(optax.sgd(1.0), LEVEL, axis_name="data"),
 }
-ROWS = {  # gradients weighed, loss weighed: the step and the loss that meets the level
-    "nothing weighed": (False, False, (-0.8, 0.9)),
-    "gradients weighed": (True, False, (-RIGHT, 0.9)),
-    "both weighed": (True, True, (RIGHT, MEAN)),
+ROWS = {  # gradients weighed, loss weighed: the loss that meets the level and the step
+    "nothing weighed": (False, False, (0.9, -0.8)),
+    "gradients weighed": (True, False, (0.9, -RIGHT)),
+    "both weighed": (True, True, (MEAN, RIGHT)),
 }
 CASES = [
     (mapped, form, row)

@@ -7,7 +7,6 @@ with devices run in a process with four of them: this file is also its script.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -72,56 +71,57 @@ def objective(w, x, y, kept_x, kept_y, *, form, over, tau, axis_name=None):
     return keep(w, kept_x, kept_y) + held
 
 
-def cases():
+def gradient(w, tau, *data, form, over, axis_name=None):
+    given = {"form": form, "over": over, "tau": tau, "axis_name": axis_name}
+    return jax.grad(objective)(w, *data, **given)
+
+
+@functools.cache
+def compiled(form, over):
+    """Of w, tau and the data."""
+    return jax.jit(functools.partial(gradient, form=form, over=over))
+
+
+def assert_is_the_whole_batch(gradient_of, w, data):
     for form in FORMS:
         for over in ("batch", "example", "sequence"):
-            for tau in TAUS.values():
-                yield {"form": form, "over": over, "tau": float(tau)}
-
-
-def assert_is_the_whole_batch(gradient):
-    for case in cases():
-        expected = by_hand(**case)
-        np.testing.assert_allclose(gradient(case), expected, rtol=2e-5, atol=2e-6)
+            for tau in map(float, TAUS.values()):
+                expected = by_hand(form, over, tau)
+                got = gradient_of(form, over)(w, tau, *data)
+                np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_recipe_is_its_formula():
-    w = jnp.float32(W)
-    assert_is_the_whole_batch(
-        lambda case: jax.grad(functools.partial(objective, **case))(w, *DATA)
-    )
+    assert_is_the_whole_batch(compiled, np.float32(W), DATA)
 
 
+@pytest.mark.parametrize("over", ["sequence", "batch"])
 @pytest.mark.parametrize("form", FORMS)
-def test_sequences_held_one_by_one_add_up_over_micro_batches(form):
-    case = {"form": form, "over": "sequence", "tau": float(TAUS["mean below"])}
-    # with the mean of each micro-batch, which is not that of the batch, they do not
-    for over, right in (("sequence", True), ("batch", False)):
-        optimizer = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=4)
-        w = jnp.float32(W)
-        state, updates = optimizer.init(w), w
-        for i in range(0, ROWS, 2):
-            part = [a[i : i + 2] for a in DATA]
-            grads = jax.grad(functools.partial(objective, **(case | {"over": over})))(
-                w, *part
-            )
-            updates, state = optimizer.update(grads, state, w)
-        expected = -by_hand(**(case | {"over": over}))
-        assert np.allclose(updates, expected, rtol=2e-5, atol=2e-6) == right
+def test_sequences_held_one_by_one_add_up_over_micro_batches_and_means_do_not(
+    form, over
+):
+    tau, w = float(TAUS["mean below"]), np.float32(W)
+    optimizer = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=4)
+    update, state, updates = jax.jit(optimizer.update), optimizer.init(w), w
+    for i in range(0, ROWS, 2):
+        grads = compiled(form, over)(w, tau, *(a[i : i + 2] for a in DATA))
+        updates, state = update(grads, state, w)
+    expected = -by_hand(form, over, tau)
+    close = np.allclose(updates, expected, rtol=2e-5, atol=2e-6)
+    assert close == (over == "sequence")
 
 
 @pytest.mark.parametrize("tau", TAUS.values(), ids=TAUS)
 def test_a_window_of_its_own_holds_the_mean_of_all_micro_batches(tau):
     window = flood(optax.identity(), float(tau), every_k=3)
-    w = jnp.float32(W)
-    state, held, kept = window.init(w), w, jnp.zeros(2)
+    w = np.float32(W)
+    slope = jax.jit(jax.value_and_grad(lambda w, *part: lose(w, *part).mean()))
+    kept_slope, state, kept = jax.jit(jax.grad(keep)), window.init(w), np.zeros(2)
     for i, j in ((0, 1), (1, 3), (3, 8)):  # of unequal size
         x, y, kept_x, kept_y = (a[i:j] for a in DATA)
-        value, grads = jax.value_and_grad(lambda w, *part: lose(w, *part).mean())(
-            w, x, y
-        )
+        value, grads = slope(w, x, y)
         held, state = window.update(grads, state, w, value=value, weight=j - i)
-        kept += jax.grad(keep)(w, kept_x, kept_y) * (j - i) / ROWS
+        kept += np.asarray(kept_slope(w, kept_x, kept_y)) * (j - i) / ROWS
     expected = by_hand("reflect", "batch", tau)
     np.testing.assert_allclose(held + kept, expected, rtol=2e-5, atol=2e-6)
 
@@ -138,40 +138,30 @@ def on_mesh(kind):
 def jit_is_the_whole_batch(kind):
     mesh, w, data = on_mesh(kind)
     with jax.set_mesh(mesh):
-        assert_is_the_whole_batch(
-            lambda case: jax.jit(jax.grad(functools.partial(objective, **case)))(
-                w, *data
-            )
-        )
+        assert_is_the_whole_batch(compiled, w, data)
 
 
-def auto_mesh():
-    jit_is_the_whole_batch(AxisType.Auto)
-
-
-def explicit_mesh():
-    jit_is_the_whole_batch(AxisType.Explicit)
-
-
-def shard_map_with_axis_name():
+def shard_map_is_the_whole_batch():
     mesh, w, data = on_mesh(AxisType.Auto)
 
-    def gradient(case):
-        def share(w, *data):
+    @functools.cache
+    def split(form, over):
+        def share(w, tau, *data):
             w = lax.pcast(w, "data", to="varying")
-            part = functools.partial(objective, **case, axis_name="data")
-            return lax.pmean(jax.grad(part)(w, *data), "data")
+            given = {"form": form, "over": over, "axis_name": "data"}
+            return lax.pmean(gradient(w, tau, *data, **given), "data")
 
-        specs = (P(), *[P("data")] * len(data))
-        split = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
-        return jax.jit(split)(w, *data)
+        specs = (P(), P(), *[P("data")] * len(data))
+        mapped = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
+        return jax.jit(mapped)
 
-    assert_is_the_whole_batch(gradient)
+    assert_is_the_whole_batch(split, w, data)
 
 
 CHECKS = {
-    check.__name__: check
-    for check in (auto_mesh, explicit_mesh, shard_map_with_axis_name)
+    "auto mesh": functools.partial(jit_is_the_whole_batch, AxisType.Auto),
+    "explicit mesh": functools.partial(jit_is_the_whole_batch, AxisType.Explicit),
+    "shard_map with axis_name": shard_map_is_the_whole_batch,
 }
 
 
