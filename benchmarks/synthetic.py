@@ -164,7 +164,7 @@ def curves_figure(payload: Mapping[str, Any]) -> Any:
 def levels_figure(payload: Mapping[str, Any]) -> Any:
     """A panel for each data set: the gain over the level, at the last epoch.
 
-    A dot marks the entropy of the flips. A ring marks the levels that validation picked
+    A dot marks the noise floor. A ring marks the levels that validation picked
     and what they gain, with their standard deviation and the interval of the gain: of
     the lines the record has no trials.
     """
@@ -203,7 +203,7 @@ def levels_figure(payload: Mapping[str, Any]) -> Any:
         axis.axhline(0, color=FAINT, lw=0.6)
         axis.set(title=TITLES[name], ylabel="points gained", ylim=(-10, 10))
     axes[-1].set_xlabel(
-        "level; dot: entropy of the flips, ring: levels picked by validation,\n"
+        "level; dot: noise floor, ring: levels picked by validation,\n"
         "with standard deviation and 95 % interval of the gain over "
         f"{payload['protocol']['trials']} trials"
     )
