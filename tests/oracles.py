@@ -82,33 +82,56 @@ def mean(losses, level, *, groups=None, weights=None, shape=reflect):
     return float(value), slopes
 
 
-def windows(grads, values, sizes, level, *, skip=False):
+def windows(
+    grads,
+    values,
+    sizes,
+    level,
+    *,
+    weights=None,
+    flushes=None,
+    skip=False,
+    shape=reflect,
+    band=0.0,
+):
     """What accumulation gives after each micro-batch: a window is one large batch.
 
     Args:
         grads: Of shape [steps, ...].
         values: Of shape [steps].
         sizes: How many micro-batches make a window: an int, or one for each window.
-        level: The level of every window.
-        skip: Whether a micro-batch that is not finite counts nowhere.
+        level: The level of every window, or one for each.
+        weights: What each counts; one by default. Zero: its place alone, NaN included.
+        flushes: After which the window closes early; none by default.
+        skip: Whether a micro-batch that is not finite takes no place.
+        shape: One of the shapes above.
+        band: Half of the width of the band around the level.
 
     Returns:
         The flooded gradients, zero inside a window; the losses of the closed windows.
     """
-    updates, closed, window = [], [], []
-    for grad, value in zip(np.asarray(grads), np.asarray(values), strict=True):
-        if not skip or (np.isfinite(grad).all() and np.isfinite(value)):
-            window.append((grad, value))
-        size = sizes if isinstance(sizes, int) else sizes[len(closed)]
-        update = np.zeros(np.shape(grad))
-        if len(window) == size:
-            loss = np.mean([value for _, value in window])
-            _, multiplier = bend(loss, level)
-            update = multiplier * np.mean([grad for grad, _ in window], axis=0)
+    grads, values = np.asarray(grads, np.float64), np.asarray(values, np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    flushes = np.zeros(len(values), bool) if flushes is None else flushes
+    updates, closed, window, rises = np.zeros(grads.shape), [], [], False
+    for i, (grad, value) in enumerate(zip(grads, values, strict=True)):
+        finite = np.isfinite(grad).all() and np.isfinite(value)
+        if finite or not skip or not weights[i]:
+            window.append(i)
+        size = sizes[len(closed)] if np.ndim(sizes) else sizes
+        if len(window) < size and not flushes[i]:
+            continue
+        rows, window = [row for row in window if weights[row] != 0], []
+        if rows:
+            total = weights[rows].sum()
+            loss = weights[rows] @ values[rows] / total
+            end = level[len(closed)] if np.ndim(level) else level
+            end += band if rises else -band
+            rises = bool(loss < end)
+            slope = bend(loss, end, shape)[1]
+            updates[i] = slope * np.tensordot(weights[rows], grads[rows], 1) / total
             closed.append(loss)
-            window = []
-        updates.append(update)
-    return np.stack(updates), np.asarray(closed)
+    return updates, np.asarray(closed)
 
 
 def strokes(losses, level, band, counts=None):
@@ -136,37 +159,6 @@ def strokes(losses, level, band, counts=None):
         multiplier = np.nan if np.isnan(loss) and ends[-1] != -np.inf else 1.0
         multipliers.append(kind(-1.0 if rises else multiplier))
     return np.array(ends), np.array(multipliers)
-
-
-def stroke_windows(sizes, losses, level, band, *, weights=None, counted=None):
-    """The multiplier after each micro-batch, 0 inside a window.
-
-    Args:
-        sizes: How many micro-batches each window takes; the last number stays.
-        losses: One for each micro-batch.
-        level: The level of every window.
-        band: Half of its width.
-        weights: What each counts; one by default.
-        counted: Which were not skipped, all by default; the others take no place.
-    """
-    weights = np.ones(len(losses)) if weights is None else weights
-    counted = np.ones(len(losses), bool) if counted is None else counted
-    rises, found, window, sizes = False, [], [], list(sizes)
-    for loss, weight, counts in zip(losses, weights, counted, strict=True):
-        found.append(0.0)
-        if not counts:
-            continue
-        window.append((loss, weight))
-        if len(window) < sizes[0]:
-            continue
-        total = sum(weight for _, weight in window)
-        if total:
-            mean = sum(loss * weight for loss, weight in window if weight) / total
-            rises = bool(mean < (level + band if rises else level - band))
-            found[-1] = np.nan if np.isnan(mean) else -1.0 if rises else 1.0
-        window = []
-        sizes = sizes[1:] or sizes
-    return np.array(found)
 
 
 def average(visited, decay):

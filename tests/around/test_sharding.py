@@ -289,10 +289,11 @@ def band_under_shard_map_turns_by_the_loss_of_all():
     found = mapped(run, mesh_of("data"), specs, check_vma=True)(losses, weights)
     for (name, weigh), multipliers in found.items():
         shares = weights if weigh == "weighted" else np.ones_like(weights)
-        wanted = oracles.stroke_windows(
-            [2 if name == "flood_every_k" else 1],
-            *((shares * losses).sum(1) / shares.sum(1), 0.625, 0.125),
+        wanted, _ = oracles.windows(
+            *(np.ones(60), (shares * losses).sum(1) / shares.sum(1)),
+            *(2 if name == "flood_every_k" else 1, 0.625),
             weights=shares.sum(1),
+            band=0.125,
         )
         np.testing.assert_array_equal(np.sign(multipliers), wanted, f"{name} {weigh}")
         assert 6 < np.sum(wanted < 0) < 54

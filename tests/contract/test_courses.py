@@ -86,14 +86,9 @@ def test_course_is_that_of_numpy(form, axis, dtype, band, weigh):
     width = BANDS[band] or 0.0
     weights = WEIGHTS if weigh else np.ones(STEPS)
     skipped = form == "flood_skip"
-    wanted = oracles.stroke_windows(
-        [2 if form == "flood_every_k" else 1],
-        LOSSES,
-        LEVEL,
-        width,
-        weights=weights,
-        counted=np.isfinite(LOSSES) if skipped else None,
-    )
+    size = 2 if form == "flood_every_k" else 1
+    given = {"weights": weights, "skip": skipped, "band": width}
+    wanted, _ = oracles.windows(np.ones(STEPS), LOSSES, size, LEVEL, **given)
     np.testing.assert_array_equal(np.sign(found["multiplier"]), wanted)
     below, steps = np.sum(wanted < 0), np.sum(wanted != 0)
     assert (found["flood_below"][-1], found["flood_step"][-1]) == (below, steps)
@@ -111,9 +106,9 @@ def test_course_is_that_of_numpy(form, axis, dtype, band, weigh):
 
 SIZES = np.resize([3, 1, 2, 4, 2], 170)
 WINDOWS = {
-    "four": ([4], {"every_k": 4}),
-    "flushed": ([*SIZES], {"every_k": 5}),
-    "skipping": ([2], {"every_k": 2, "should_skip_update_fn": optax.skip_not_finite}),
+    "four": (4, {"every_k": 4}),
+    "flushed": (SIZES, {"every_k": 5}),
+    "skipping": (2, {"every_k": 2, "should_skip_update_fn": optax.skip_not_finite}),
 }
 
 
@@ -127,9 +122,9 @@ def test_course_of_windows_is_that_of_numpy(kind, band):
     if kind == "flushed":
         each["flush"] = np.isin(1 + np.arange(STEPS), np.cumsum(sizes))
     found = jax.jit(lambda each: forms.course(optimizer, **each))(each)["multiplier"]
-    counted = np.isfinite(LOSSES) if kind == "skipping" else None
+    given = {"skip": kind == "skipping", "band": width}
     with np.errstate(invalid="ignore"):  # infinities of both signs in one window
-        wanted = oracles.stroke_windows(sizes, LOSSES, LEVEL, width, counted=counted)
+        wanted, _ = oracles.windows(np.ones(STEPS), LOSSES, sizes, LEVEL, **given)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert np.sum(wanted < 0) > 20 < np.sum(wanted > 0)
     # a direction for each micro-batch goes elsewhere

@@ -37,11 +37,11 @@ def level_of(over, shape):
     return np.float32([0.9, 0.3, 0.6, 5.0]) if over == "segment" else np.float32(0.7)
 
 
-def oracle(losses, level, over, weights, ids):
+def oracle(losses, level, over, weights, ids, **shape):
     """Value and slopes in NumPy, by the name of the partition."""
     groups = {"batch": None, "example": np.arange(losses.size), "segment": ids}
     groups["sequence"] = np.zeros(len(losses), int)  # one of all losses
-    return oracles.mean(losses, level, groups=groups[over], weights=weights)
+    return oracles.mean(losses, level, groups=groups[over], weights=weights, **shape)
 
 
 def segments_of(over, ids):
@@ -49,10 +49,11 @@ def segments_of(over, ids):
     return given if over == "segment" else {}
 
 
-@functools.partial(jax.jit, static_argnames="over")
-def ours(losses, level, over, weights, ids, *, where=None):
+@functools.partial(jax.jit, static_argnames=("over", "shape"))
+def ours(losses, level, over, weights, ids, *, where=None, shape=shapes.reflect()):
+    given = {"over": over, "weights": weights, "where": where, "shape": shape}
     return jax.value_and_grad(flood_mean)(
-        losses, level, over=over, weights=weights, where=where, **segments_of(over, ids)
+        losses, level, **given, **segments_of(over, ids)
     )
 
 
@@ -75,31 +76,36 @@ def test_weighted_mean_equals_numpy_in_float64(over, size, seed, poison):
     np.testing.assert_allclose(got[1], gradient, rtol=3e-6)
 
 
-@every_over
-def test_whole_weights_equal_the_batch_with_losses_repeated(over):
-    """Weight 3 is what a loss counts that stands in the batch three times."""
+def test_the_oracle_counts_a_whole_weight_as_the_loss_written_so_often():
     losses, _, ids, _ = problem(6, 3)
     repeats = np.array([3, 1, 0, 2, 5, 1])
-    level = level_of(over, (6,))
-    spread = np.repeat(level, repeats) if over == "example" else level
-    expected = flood_mean(
-        jnp.repeat(losses, repeats),
-        spread,
-        over=over,
-        **segments_of(over, np.repeat(ids, repeats)),
-    )
-    value, _ = ours(losses, level, over, repeats, ids)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for groups, level in ((None, 0.7), (ids, level_of("segment", (6,)))):
+        spread = None if groups is None else np.repeat(groups, repeats)
+        wanted, _ = oracles.mean(np.repeat(losses, repeats), level, groups=spread)
+        found, _ = oracles.mean(losses, level, groups=groups, weights=repeats)
+        np.testing.assert_allclose(found, wanted)
 
 
 @every_over
-def test_weights_of_one_and_of_any_unit_equal_no_weights(over):
-    losses, _, ids, _ = problem(0, shape=(3, 4))
-    level = level_of(over, (3, 4))
-    plain = flood_mean(losses, level, over=over, **segments_of(over, ids))
-    for unit in (1, 1e-6, 1e6):
-        value, _ = ours(losses, level, over, np.full((3, 4), unit), ids)
-        np.testing.assert_allclose(value, plain, rtol=1e-6)
+def test_weights_of_any_unit_weigh_as_none(over):
+    losses, _, ids, _ = problem(12)
+    level = level_of(over, (12,))
+    exact, slopes = oracle(losses, level, over, None, ids)
+    for unit in (None, 1, 1e-6, 1e6):
+        weights = None if unit is None else np.full(12, unit, np.float32)
+        value, gradient = ours(losses, level, over, weights, ids)
+        np.testing.assert_allclose(value, exact, rtol=1e-6)
+        np.testing.assert_allclose(gradient, slopes, rtol=3e-6)
+
+
+@every_over
+def test_weighted_soft_mean_has_the_soft_slope(over):
+    losses, weights, ids, _ = problem(12, 4)
+    level = level_of(over, (12,))
+    found = ours(losses, level, over, weights, ids, shape=shapes.soft(0.7))
+    wanted = oracle(losses, level, over, weights, ids, shape=oracles.SHAPES["soft"])
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=3e-6, atol=1e-7)
 
 
 @every_over
@@ -135,23 +141,32 @@ def test_half_precision_losses_and_weights_are_weighed_in_float32(over, dtype):
 
 
 @every_over
-@pytest.mark.parametrize("bad", ["zeros", "nan"])
+@pytest.mark.parametrize("bad", ["zeros", "nan", "nan beside others", "masked"])
 def test_weights_without_a_mean_give_nan_at_run_time(over, bad):
-    losses, weights, ids, _ = problem(5, 2)
-    weights = np.zeros(5) if bad == "zeros" else np.where(ids == ids[0], np.nan, 0)
-    value, _ = ours(losses, level_of(over, (5,)), over, weights, ids)
+    losses, weights, ids, where = problem(5, 2)
+    weights = {
+        "zeros": np.zeros(5, np.float32),
+        "nan": np.where(ids == ids[0], np.float32(np.nan), 0),
+        "nan beside others": np.where(np.arange(5) == 3, np.float32(np.nan), 1),
+        "masked": weights,
+    }[bad]
+    where = np.full(5, bad != "masked")
+    value, _ = ours(losses, level_of(over, (5,)), over, weights, ids, where=where)
     assert np.isnan(value)
+
+
+def test_segment_id_out_of_range_is_nan_where_it_is_traced_and_not_dropped():
+    for last, wanted in ((5, np.nan), (1, 1.0)):
+        ids = jnp.array([0, last])
+        value, _ = ours(jnp.ones(2), np.float32(0.5), "segment", None, ids)
+        np.testing.assert_equal(float(value), wanted)
 
 
 @every_over
 def test_no_gradient_flows_into_weights(over):
     losses, weights, ids, _ = problem(5, 2)
-    slope = jax.grad(
-        lambda w: flood_mean(
-            losses, level_of(over, (5,)), over=over, weights=w, **segments_of(over, ids)
-        )
-    )(jnp.asarray(weights))
-    np.testing.assert_array_equal(slope, 0)
+    by_weights = jax.grad(lambda w: ours(losses, level_of(over, (5,)), over, w, ids)[0])
+    np.testing.assert_array_equal(by_weights(weights), 0)
 
 
 @pytest.mark.parametrize("weigh", ["tokens", "alike", "weights", None])
@@ -161,51 +176,30 @@ def test_sequences_equal_segments_by_hand(weigh):
         losses, weights, _, where = problem(0, 7, shape=shape)
         level = np.float32([0.9, 0.4, 0.7, 0.2]).reshape(shape[:-1])
         where.reshape(4, 5)[2] = False
-        if weigh is None:
-            where, given = np.ones(shape, bool), {}
-        else:
+        counts, given = np.ones(shape), {}
+        if weigh is not None:
             losses = np.where(where, losses, np.nan)
-            tokens = np.maximum(where.sum(-1, keepdims=True), 1)
-            given = {
-                "tokens": {"where": where},
-                "alike": {"weights": (where / tokens).astype(np.float32)},
-                "weights": {"where": where, "weights": weights},
+            alike = where / np.maximum(where.sum(-1, keepdims=True), 1)
+            counts, given = {
+                "tokens": (where, {"where": where}),
+                "alike": (alike, {"weights": alike.astype(np.float32)}),
+                "weights": (weights * where, {"where": where, "weights": weights}),
             }[weigh]
-        rows = np.broadcast_to(np.arange(4)[:, None], (4, 5)).reshape(shape)
 
-        def value(over, level, losses, given=given, **options):
-            return flood_mean(losses, level, over=over, **given, **options)
+        @jax.jit
+        def by_sequence(losses, level, given=given):
+            return flood_mean(losses, level, over="sequence", **given)
 
-        by_sequence = jax.value_and_grad(functools.partial(value, "sequence", level))
-        by_segment = functools.partial(
-            value, "segment", level.ravel(), segment_ids=rows, num_segments=4
-        )
-        got, wanted = by_sequence(losses), jax.value_and_grad(by_segment)(losses)
-        counts = np.asarray(given.get("weights", where), float) * where
+        rows = np.repeat(np.arange(4), 5)
         exact = oracles.mean(
-            losses.ravel(), level.ravel(), groups=rows.ravel(), weights=counts.ravel()
+            losses.ravel(), level.ravel(), groups=rows, weights=counts.ravel()
         )
-        for pair in (got, wanted):
-            np.testing.assert_allclose(pair[0], exact[0], rtol=1e-6)
-            np.testing.assert_allclose(pair[1].ravel(), exact[1], rtol=1e-6)
+        value, gradient = jax.jit(jax.value_and_grad(by_sequence))(losses, level)
+        np.testing.assert_allclose(value, exact[0], rtol=1e-6)
+        np.testing.assert_allclose(gradient.ravel(), exact[1], rtol=1e-6)
         # above its level it is the plain weighted mean
         plain = np.average(losses[counts > 0], weights=counts[counts > 0])
-        np.testing.assert_allclose(value("sequence", -1.0, losses), plain, rtol=1e-6)
-
-
-def test_a_token_is_no_sequence_and_a_level_fits_the_sequences():
-    losses = jnp.ones((4, 3))
-    by_token = flood_mean(losses * jnp.array([0.2, 0.5, 1.1]), 0.7, over="example")
-    by_sequence = flood_mean(losses * jnp.array([0.2, 0.5, 1.1]), 0.7, over="sequence")
-    np.testing.assert_allclose([by_token, by_sequence], [(1.2 + 0.9 + 1.1) / 3, 0.8])
-    with pytest.raises(
-        ValueError, match=r"broadcast to the shape \(4,\) of the sequences"
-    ):
-        flood_mean(losses, jnp.ones(3), over="sequence")
-    with pytest.raises(
-        ValueError, match="over the last axis of the losses, got a scal"
-    ):
-        flood_mean(jnp.float32(1), 0.5, over="sequence")
+        np.testing.assert_allclose(by_sequence(losses, -1.0), plain, rtol=1e-6)
 
 
 def flops(size, over, **options):
@@ -232,36 +226,15 @@ def test_weights_that_are_not_given_cost_nothing():
 @every_over
 def test_program_without_weights_names_none(over):
     losses, _, ids, _ = problem(8)
-    text = []
-    for weights in (None, jnp.ones(8)):
-        traced = jax.make_jaxpr(
-            lambda x, weights=weights: flood_mean(
-                x,
-                level_of(over, (8,)),
-                over=over,
-                weights=weights,
-                **segments_of(over, ids),
-            )
-        )(losses)
-        text.append(re.findall(r"\bmul\b", str(traced)))
-    # one product less than with weights; "segment" has one of its own
-    assert len(text[0]) < len(text[1])
-
-
-@every_over
-def test_weighted_soft_mean_has_the_soft_slope(over):
-    losses, weights, ids, _ = problem(6, 4)
-    level = level_of(over, (6,))
-    soft = shapes.soft(0.5)
-    objective = lambda x: flood_mean(
-        x, level, over=over, weights=weights, shape=soft, **segments_of(over, ids)
+    with_and_without = (
+        jax.make_jaxpr(functools.partial(ours.__wrapped__, over=over))(
+            losses, level_of(over, (8,)), weights=weights, ids=ids
+        )
+        for weights in (jnp.ones(8), None)
     )
-    slope = jax.grad(objective)(losses)
-    step = 1e-2
-    for i in range(6):
-        e = step * np.eye(6, dtype=np.float32)[i]
-        difference = (objective(losses + e) - objective(losses - e)) / (2 * step)
-        np.testing.assert_allclose(slope[i], difference, atol=2e-3)
+    more, less = (len(re.findall(r"\bmul\b", str(p))) for p in with_and_without)
+    # one product less than with weights; "segment" has one of its own
+    assert less < more
 
 
 # ---- millions of losses ----
@@ -278,6 +251,27 @@ IDS = {
 }
 
 
+@jax.jit
+def every_mean(losses, ids, weights, level):
+    """By partition; in `level` one number for each segment."""
+    segments = {"segment_ids": ids, "num_segments": len(level)}
+    rows = losses.reshape(2, -1), None if weights is None else weights.reshape(2, -1)
+
+    def of_rows(losses, weights, ids):
+        given = dict(segments, weights=weights, segment_ids=ids)
+        return flood_mean(losses, -1.0, over="segment", **given)
+
+    return {
+        "batch": flood_mean(losses, -1.0, weights=weights),
+        "example": flood_mean(losses, -1.0, over="example", weights=weights),
+        "sequence": flood_mean(rows[0], -1.0, over="sequence", weights=rows[1]),
+        "segment": flood_mean(
+            losses, level, over="segment", weights=weights, **segments
+        ),
+        "vmap": jax.vmap(of_rows)(*rows, ids.reshape(2, -1)),
+    }
+
+
 def means_of_many(size, order, number, ids, weigh):
     """Each partition's mean: ours in float32, and NumPy's in float64."""
     rng = np.random.default_rng(7)
@@ -290,30 +284,9 @@ def means_of_many(size, order, number, ids, weigh):
     means = sums / np.maximum(sizes, 1)
     total = sums.sum() / sizes.sum()
 
-    @jax.jit
-    def ours(losses, ids, weights, level):
-        def value(over, level, losses=losses, weights=weights, **options):
-            return flood_mean(losses, level, over=over, weights=weights, **options)
-
-        segments = {"segment_ids": ids, "num_segments": number}
-        rows = None if weights is None else weights.reshape(2, -1)
-        vmapped = jax.vmap(
-            lambda x, k, w: value(
-                "segment", -1.0, x, w, segment_ids=k, num_segments=number
-            ),
-            (0, 0, None if rows is None else 0),
-        )(losses.reshape(2, -1), ids.reshape(2, -1), rows)
-        return {
-            "batch": value("batch", -1.0),
-            "example": value("example", -1.0),
-            "sequence": value("sequence", -1.0, losses.reshape(2, -1), rows),
-            "segment": value("segment", level, **segments),
-            "vmap": vmapped,
-        }
-
     # every other segment is a thousandth of a per cent above its level, or below
     level = means * np.where(np.arange(number) % 2, 1 - 1e-5, 1 + 1e-5)
-    got = ours(losses, ids, weights, level.astype(np.float32))
+    got = every_mean(losses, ids, weights, level.astype(np.float32))
     halves = np.split(counts * losses, 2), np.split(counts, 2)
     wanted = dict.fromkeys(("batch", "example", "sequence"), total)
     wanted["segment"] = (sizes / sizes.sum()) @ np.maximum(means, 2 * level - means)
@@ -345,8 +318,9 @@ def test_a_million_losses_above_the_level_of_their_segment_descend():
     of = lambda x, level: flood_mean(
         x, level, over="segment", segment_ids=ids, num_segments=2
     )
+    slope_of = jax.jit(jax.grad(of))
     for level, sign in ((0.96999, 1), (0.97001, -1)):
-        slope = jax.jit(jax.grad(of))(losses, level)
+        slope = slope_of(losses, level)
         np.testing.assert_allclose(slope, sign * 1e-6, rtol=1e-6)
 
 
@@ -389,14 +363,3 @@ def test_segment_ids_of_any_integer_dtype_are_numbers_and_not_wrapped(given):
     if given == np.int64:
         ids[3] += 2**32
         assert np.isnan(jax.jit(flood)(ids))
-
-
-def test_nan_among_the_weights_shows_also_beside_others():
-    losses, weights = jnp.array([0.3, 0.6, 0.9]), jnp.array([1.0, jnp.nan, 2.0])
-    for over in OVER:
-        value = jax.jit(
-            lambda w, over=over: flood_mean(
-                losses, 0.1, over=over, weights=w, **segments_of(over, [0, 1, 0])
-            )
-        )(weights)
-        assert np.isnan(value), over

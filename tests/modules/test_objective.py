@@ -1,4 +1,4 @@
-"""The loss form against numpy, at, above and below the level."""
+"""flooded and flood_loss: what they call, return, and refuse."""
 
 import functools
 import inspect
@@ -17,7 +17,6 @@ from flood_optax import (
     FloodInfo,
     flood,
     flood_loss,
-    flood_mean,
     flooded,
     penalty,
     shapes,
@@ -25,65 +24,12 @@ from flood_optax import (
 )
 from tests import oracles
 
-LOSSES = np.array([[0.05, 0.7, 0.31], [1.9, 0.02, 0.44]])
-
-
-def numpy_flood(loss, level):
-    return oracles.bend(loss, level)[0]
-
 
 def test_flood_loss_level_broadcasts_to_the_loss():
+    losses = np.array([[0.05, 0.7, 0.31], [1.9, 0.02, 0.44]])
     levels = np.array([0.1, 0.6, 0.4])
-    result = flood_loss(jnp.asarray(LOSSES, jnp.float32), jnp.asarray(levels))
-    np.testing.assert_allclose(result, numpy_flood(LOSSES, levels), rtol=1e-6)
-
-
-# ---- flood_mean ----
-
-
-def test_flood_mean_example_takes_a_level_per_example():
-    levels = LOSSES[::-1] * 0.9
-    result = flood_mean(
-        jnp.asarray(LOSSES, jnp.float32), jnp.asarray(levels), over="example"
-    )
-    np.testing.assert_allclose(result, numpy_flood(LOSSES, levels).mean(), rtol=1e-6)
-
-
-def test_flood_mean_segments_at_plus_one_give_the_plain_gradient():
-    losses = jnp.asarray(LOSSES, jnp.float32)
-    slope = jax.grad(
-        lambda x: flood_mean(
-            x,
-            -1.0,
-            over="segment",
-            segment_ids=jnp.array([[0, 1, 1], [0, 0, 0]]),
-            num_segments=2,
-        )
-    )(losses)
-    np.testing.assert_allclose(slope, np.full((2, 3), 1 / 6), rtol=1e-6)
-
-
-@pytest.mark.parametrize("over", ["batch", "example", "segment"])
-def test_flood_mean_all_masked_is_nan_at_run_time(over):
-    extra = {}
-    if over == "segment":
-        extra = {"segment_ids": jnp.array([0, 1]), "num_segments": 2}
-    nothing = jnp.zeros(2, bool)
-    assert np.isnan(flood_mean(jnp.ones(2), 0.5, over=over, where=nothing, **extra))
-
-
-def test_flood_mean_traced_segment_id_out_of_range_is_nan_not_dropped():
-    @jax.jit
-    def value(ids):
-        return flood_mean(
-            jnp.ones(2), 0.5, over="segment", segment_ids=ids, num_segments=2
-        )
-
-    assert np.isnan(value(jnp.array([0, 5])))
-    assert value(jnp.array([0, 1])) == 1
-
-
-# ---- flooded ----
+    result = flood_loss(jnp.asarray(losses, jnp.float32), levels)
+    np.testing.assert_allclose(result, oracles.bend(losses, levels)[0], rtol=1e-6)
 
 
 def quartic(params, x, *, scale=1.0):
