@@ -44,15 +44,18 @@ def rows_of(params, steps=STEPS, **extra):
     return stacked, {name: of[:steps] for name, of in given.items()}
 
 
-def run(optimizer, params=None, *, jit=True, **extra):
-    """The last state, and the parameters after each update; `extra` has rows."""
-    params = params or PARAMS
+def every_step(optimizer, params=PARAMS, *, jit=True, **extra):
+    """The states, and the parameters, after each update; `extra` has its rows."""
     with jax.disable_jit(not jit):
-        run_ = jax.jit(functools.partial(history, optimizer))
-        found = jax.device_get(run_(params, rows_of(params, **extra)))
-    states, visited = zip(
-        *(jax.tree.map(lambda x, i=i: x[i], found) for i in range(STEPS)), strict=True
-    )
+        stepped = jax.jit(functools.partial(history, optimizer))
+        found = jax.device_get(stepped(params, rows_of(params, **extra)))
+    each = (jax.tree.map(lambda x, i=i: x[i], found) for i in range(STEPS))
+    return zip(*each, strict=True)
+
+
+def run(optimizer, params=PARAMS, **extra):
+    """The last state, and the parameters after each update."""
+    states, visited = every_step(optimizer, params, **extra)
     return states[-1], visited
 
 
@@ -87,17 +90,11 @@ def test_the_oracle_is_the_plain_mean_and_then_the_exponential_one():
     [(0.0, True), (0.6, True), (0.6, False), (0.9, True), (0.99, True)],
 )
 def test_average_is_the_mean_of_the_parameters_after_each_update(decay, jit):
-    with jax.disable_jit(not jit):
-        found = jax.jit(functools.partial(history, chain(decay)))(
-            PARAMS, rows_of(PARAMS)
-        )
-    states, params = jax.device_get(found)
-    visited = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(STEPS)]
+    states, visited = every_step(chain(decay), jit=jit)
     for steps in (1, 2, STEPS):
-        state = jax.tree.map(lambda x, last=steps - 1: x[last], states)
-        got = averaged(state, visited[steps - 1])
+        got = averaged(states[steps - 1], visited[steps - 1])
         assert_average(got, expected(visited[:steps], decay))
-        assert optax.tree.get(state, "flood_average_step") == steps
+        assert optax.tree.get(states[steps - 1], "flood_average_step") == steps
     if not decay:
         chex.assert_trees_all_equal(got, visited[-1])
 
@@ -273,107 +270,94 @@ def test_a_parameter_without_update_is_averaged_as_it_is():
     assert averaged(state, params) == {"w": 2.0, "still": 5.0}
 
 
-LABELS = {"w": "fast", "b": ("slow",)}
+# ---- with other transformations ----
+
+LABELS, FROZEN = {"w": "fast", "b": ("slow",)}, {"w": False, "b": (True,)}
+SECONDS = np.arange(STEPS) % 5 == 2
+BAD = np.where(SECONDS, np.nan, VALUES)
+CLOSED = np.float32([1, 0, 0, 0, 3, 1] * 4 + [0])  # of pairs, the second counts nothing
+EVERY = [i + 1 for i in range(STEPS)]
+FINITE = [i + 1 for i in range(STEPS) if not SECONDS[i]]
+INNER = optax.chain(optax.adam(0.1), average_params(0.8))
 
 
-def test_groups_of_a_partition_have_averages_of_their_own():
-    groups = {
-        "fast": optax.chain(optax.sgd(0.2), average_params(0.6)),
-        "slow": optax.chain(optax.adam(0.1), average_params(0.9)),
-    }
-    state, visited = run(optax.partition(groups, LABELS))
-    fast, slow = expected(visited, 0.6), expected(visited, 0.9)
-    assert_average(averaged(state, visited[-1]), {"w": fast["w"], "b": slow["b"]})
+def windows(**options):
+    return flood(INNER, LEVEL, **options)
 
 
-FROZEN = {"w": False, "b": (True,)}
-PARTLY = {
-    "partition": lambda inner: optax.partition(
-        {"fast": inner, "slow": optax.set_to_zero()}, LABELS
-    ),
-    "freeze": lambda inner: optax.chain(
-        inner, optax.freeze(FROZEN), average_params(0.9)
-    ),
-    "selective": lambda inner: optax.selective_transform(inner, freeze_mask=FROZEN),
-    "masked": lambda inner: optax.chain(
-        optax.sgd(0.1), optax.masked(average_params(0.9), {"w": True, "b": False})
-    ),
-}
+def flooded(*inner):
+    return optax.chain(scale_by_flood(LEVEL), *inner)
 
 
-@pytest.mark.parametrize("name", PARTLY)
-def test_parameters_without_average_are_given_back_as_they_are(name):
-    inner = optax.sgd(0.1)
-    if name in ("partition", "selective"):
-        inner = optax.chain(inner, average_params(0.9))
-    state, visited = run(PARTLY[name](inner))
-    got = averaged(state, visited[-1])
-    np.testing.assert_allclose(got["w"], expected(visited, 0.9)["w"], rtol=2e-6)
-    chex.assert_trees_all_equal(got["b"], visited[-1]["b"])
-    moves = visited[0]["b"][0] != visited[-1]["b"][0]
-    assert moves == (name == "masked")
+def case(optimizer, ends=EVERY, decays=(0.8, 0.8), **extra):
+    """With the updates after which there is a step, and the decays of w and of b."""
+    return optimizer, ends, decays, extra
 
 
-# ---- steps that are none ----
-
-
-def test_a_step_that_apply_if_finite_skips_is_no_step():
-    inner = optax.chain(optax.adam(0.1), average_params(0.9))
-    right = optax.chain(scale_by_flood(LEVEL), optax.apply_if_finite(inner, 9))
-    wrong = optax.chain(
-        scale_by_flood(LEVEL),
-        optax.apply_if_finite(optax.adam(0.1), 9),
-        average_params(0.9),
-    )
-    values = np.where(np.arange(STEPS) % 3 == 1, np.nan, VALUES)
-    counted = [i for i in range(STEPS) if np.isfinite(values[i])]
-    for optimizer in (right, wrong):
-        state, visited = run(optimizer, value=values)
-        got = averaged(state, visited[-1])
-        if optimizer is right:
-            kept = [visited[i] for i in counted]
-            assert_average(got, expected(kept, 0.9))
-            assert optax.tree.get(state, "flood_average_step") == len(counted)
-        else:  # as documented: behind it, each skipped step counts its parameters again
-            assert_average(got, expected(visited, 0.9))
-
-
-WINDOWS = {
-    "every_k": ({"every_k": 3}, {}, [3, 6, 9, 12, 15, 18, 21, 24]),
-    "flush": (
-        {"every_k": 4},
-        {"flush": np.arange(STEPS) % 7 == 1},  # after 2, 9, 16, 23 micro-batches
+FREEZE = optax.freeze(FROZEN)
+MASKED = optax.masked(average_params(0.8), {"w": True, "b": False})
+FASTER = optax.chain(optax.sgd(0.2), average_params(0.6))
+COMBINED = {
+    "every_k": case(windows(every_k=3), EVERY[2::3]),
+    "flush": case(
+        windows(every_k=4),
         [2, 6, 9, 13, 16, 20, 23],
+        flush=np.arange(STEPS) % 7 == 1,  # after 2, 9, 16, 23 micro-batches
     ),
-    "weights": (
-        {"every_k": 2},
-        {"weight": np.float32([1, 0, 0, 0, 3, 1] * 4 + [0])},
-        [k + i for k in range(0, 24, 6) for i in (2, 6)],  # the second counts nothing
+    "weights": case(
+        windows(every_k=2),
+        [k + i for k in range(0, 24, 6) for i in (2, 6)],
+        weight=CLOSED,
     ),
-    "skips": (
-        {"every_k": 2, "should_skip_update_fn": optax.skip_not_finite},
-        {"value": np.where(np.arange(STEPS) % 5 == 2, np.nan, VALUES)},
-        [2, 5, 7, 10, 12, 15, 17, 20, 22, 25],
+    "skips": case(
+        windows(every_k=2, should_skip_update_fn=optax.skip_not_finite),
+        FINITE[1::2],
+        value=BAD,
     ),
+    "MultiSteps": case(optax.MultiSteps(INNER, 4), EVERY[3::4]),
+    # as documented: the parameters are others, by the momentum of Adam
+    "weight zero in a chain": case(
+        flooded(INNER), weight=np.float32(np.arange(STEPS) % 2)
+    ),
+    "apply_if_finite": case(
+        flooded(optax.apply_if_finite(INNER, 9)), FINITE, value=BAD
+    ),
+    # as documented: each skipped step counts its parameters again
+    "behind apply_if_finite": case(
+        flooded(optax.apply_if_finite(optax.adam(0.1), 9), average_params(0.8)),
+        value=BAD,
+    ),
+    "partition": case(
+        optax.partition({"fast": FASTER, "slow": INNER}, LABELS), decays=(0.6, 0.8)
+    ),
+    "partition, frozen": case(
+        optax.partition({"fast": INNER, "slow": optax.set_to_zero()}, LABELS),
+        decays=(0.8, None),
+    ),
+    "freeze, frozen": case(
+        optax.chain(optax.sgd(0.1), FREEZE, average_params(0.8)), decays=(0.8, None)
+    ),
+    "selective, frozen": case(
+        optax.selective_transform(INNER, freeze_mask=FROZEN), decays=(0.8, None)
+    ),
+    "masked": case(optax.chain(optax.sgd(0.1), MASKED), decays=(0.8, None)),
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-def test_average_counts_windows_and_nothing_that_counts_nothing(name):
-    options, extra, ends = WINDOWS[name]
-    inner = optax.chain(optax.adam(0.1), average_params(0.8))
-    state, visited = run(flood(inner, LEVEL, **options), **extra)
-    kept = [visited[end - 1] for end in ends]
-    assert optax.tree.get(state, "flood_average_step") == len(ends)
-    assert_average(averaged(state, visited[-1]), expected(kept, 0.8))
-
-
-def test_in_a_chain_an_update_of_weight_zero_counts():
-    """As documented: its parameters are others, by the momentum of Adam."""
-    state, visited = run(chain(), weight=np.float32(np.arange(STEPS) % 2))
-    assert optax.tree.get(state, "flood_step") == STEPS // 2
-    assert_average(averaged(state, visited[-1]), expected(visited, 0.9))
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a != b).all(), *visited[1:3]))
+@pytest.mark.parametrize("name", COMBINED)
+def test_average_is_of_what_each_step_leaves_and_of_nothing_else(name):
+    optimizer, ends, decays, extra = COMBINED[name]
+    state, visited = run(optimizer, **extra)
+    got, last = averaged(state, visited[-1]), visited[-1]
+    for leaf, decay in zip(("w", "b"), decays, strict=True):
+        if decay is None:  # without an average they are given back as they are
+            chex.assert_trees_all_equal(got[leaf], last[leaf])
+        else:
+            kept = [visited[end - 1][leaf] for end in ends]
+            assert_average(got[leaf], expected(kept, decay))
+    steps = optax.tree.get_all_with_path(state, "flood_average_step")
+    assert {int(step) for _, step in steps} == {len(ends)}
+    assert (visited[0]["b"] == last["b"]) == ("frozen" in name)
 
 
 def test_a_line_search_inside_a_flood_is_averaged():
@@ -395,12 +379,6 @@ def test_a_line_search_inside_a_flood_is_averaged():
         params, state = step(params, state)
         visited.append(params)
     assert_average(averaged(state, params), expected(visited, 0.5))
-
-
-def test_multi_steps_around_it_counts_its_windows():
-    optimizer = optax.MultiSteps(optax.chain(optax.sgd(0.1), average_params(0.8)), 4)
-    state, visited = run(optimizer)
-    assert_average(averaged(state, visited[-1]), expected(visited[3::4], 0.8))
 
 
 # ---- decay ----

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from flood_optax import average_params, averaged, flood, scale_by_flood
+from flood_optax import average_params, averaged, scale_by_flood
 from flood_optax.flax import TrainState
 from tests.modules.test_average import (
     LEVEL,
@@ -78,16 +78,6 @@ def test_averaged_of_an_nnx_optimizer_is_a_state_of_the_model():
     best = nnx.clone(model)
     nnx.update(best, average)
     assert_average(nnx.to_pure_dict(nnx.state(best, nnx.Param)), expected(visited, 0.9))
-
-
-def test_averaged_without_an_average_is_refused_and_the_remedy_works():
-    for optimizer in (optax.sgd(0.1), flood(optax.sgd(0.1), LEVEL)):
-        state = optimizer.init(PARAMS)
-        with pytest.raises(ValueError, match="state with an average, found none: put"):
-            averaged(state, PARAMS)
-    inner = optax.chain(optax.sgd(0.1), average_params(0.5))
-    state, visited = run(flood(inner, LEVEL))
-    assert_average(averaged(state, visited[-1]), expected(visited, 0.5))
 
 
 def test_two_averages_of_one_parameter_are_refused_and_the_remedy_works():

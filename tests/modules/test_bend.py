@@ -148,34 +148,6 @@ def test_no_gradient_flows_into_the_numbers_of_a_shape_by_itself(name):
         assert jax.grad(call)(0.6) == 0
 
 
-def update(transform, value):
-    return transform.update(jnp.ones(2), transform.init(jnp.ones(2)), value=value)
-
-
-class NamedArray:
-    """An array with named axes as haliax has them: not an array to JAX."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def scalar(self):
-        return self.array
-
-
-def test_array_with_named_axes_is_refused_by_its_type():
-    """docs/trainers.md says how to get at the array in it."""
-    named = NamedArray(jnp.float32(0.25))
-    for call in (
-        lambda: flooded(lambda: named, 0.5)(),
-        lambda: flood_loss(named, 0.5),
-        lambda: flood_loss(0.5, named),
-        lambda: update(scale_by_flood(0.5), named),
-    ):
-        with pytest.raises(TypeError, match="NamedArray"):
-            call()
-    assert flooded(lambda: named.scalar(), 0.5)() == 0.75
-
-
 # ---- a level read off a compiled run ----
 
 

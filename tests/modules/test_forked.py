@@ -1,7 +1,6 @@
 """Many levels that share a trunk: against separate runs, bit for bit."""
 
 import gc
-import logging
 import textwrap
 import weakref
 
@@ -71,6 +70,31 @@ def mlp(form, optimizer, batch=32, steps=70):
     return step, (params, make(0.0).init(params)), (x, y)
 
 
+def separately(step, state, batches, levels):
+    """The metrics of separate runs, each a scan jitted with the level as argument."""
+
+    @jax.jit
+    def alone(level):
+        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
+
+    return [jax.device_get(alone(jnp.asarray(level))) for level in levels]
+
+
+def assert_same_bits(result, expected):
+    for i, metrics in enumerate(expected):
+        assert metrics.keys() == result.metrics.keys()
+        for name, value in metrics.items():
+            ours = result.metrics[name][i]
+            assert (ours.dtype, ours.shape) == (value.dtype, value.shape)
+            assert ours.tobytes() == value.tobytes(), (name, i)
+
+
+def each_alone(step, state, batches, levels):
+    """The metrics that `forked` itself gives for one level."""
+    runs = [sweep.forked(step, state, batches, [level]).metrics for level in levels]
+    return [{name: x[0] for name, x in metrics.items()} for metrics in runs]
+
+
 PROBLEMS = {
     "toy": lambda: (toy_step, TOY_STATE, toy_batches(200), (0.03, 0.3, -np.inf, 0.1)),
     "toy, few steps": lambda: (toy_step, TOY_STATE, toy_batches(9), (0.03, 0.3, 0.1)),
@@ -89,15 +113,7 @@ PROBLEMS = {
 def test_forked_equals_separate_runs_bit_for_bit(name):
     step, state, batches, levels = PROBLEMS[name]()
     result = sweep.forked(step, state, batches, levels)
-
-    @jax.jit
-    def separate(level):
-        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
-
-    for i, level in enumerate(levels):
-        alone = separate(jnp.float32(level))
-        ours = {name: value[i] for name, value in result.metrics.items()}
-        chex.assert_trees_all_equal(ours, jax.device_get(alone))
+    assert_same_bits(result, separately(step, state, batches, np.float32(levels)))
     finite = [i for i, level in enumerate(levels) if level > 0]
     assert (result.metrics["loss"][finite] < np.array(levels)[finite, None]).any()
     assert result.axes == ("level", "step")
@@ -158,30 +174,6 @@ def test_forked_level_used_above_itself_is_refused(step, levels, steps):
         sweep.forked(step, jnp.float32(1), rates, levels)
 
 
-def test_forked_traces_and_compiles_once(caplog):
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(n=1)(toy_step)
-    levels = np.linspace(0, 0.5, 21)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        sweep.forked(lambda *args: counted(*args), TOY_STATE, toy_batches(150), levels)
-    assert compiled(caplog) == 1
-
-
-def test_forked_state_may_hold_keys_weak_types_and_integers():
-    def step(state, x, level):
-        w, metrics = descent(state["w"], x, level)
-        key = jax.random.split(state["key"])[0]
-        draw = jax.random.uniform(key)
-        return {"w": w, "key": key, "n": state["n"] + 1}, {**metrics, "draw": draw}
-
-    state = {"w": 1.0, "key": jax.random.key(0), "n": 0}
-    rates = jnp.full(20, 1 / 16, jnp.bfloat16)  # a weak 1.0 would become bfloat16
-    result = sweep.forked(step, state, rates, [0.5, 0.0])
-    np.testing.assert_array_equal(*result.metrics["draw"])
-    assert result.metrics["loss"].dtype == np.float32
-    assert result.metrics["loss"][0].min() == 0.4375
-
-
 def test_forked_16_bit_losses_are_compared_in_float32():
     # 0.1 in bfloat16 is 0.10009765625, which is not below the float32 level 0.1, but
     # below 0.1003, which in bfloat16 is the same number.
@@ -190,25 +182,6 @@ def test_forked_16_bit_losses_are_compared_in_float32():
         for n in (1, 2, 3):
             found = trunk._fork(losses[:n], np.float32(level), np.float32(0))
             assert found == min(n, fork)
-
-
-def separately(step, state, batches, levels):
-    """The metrics of separate runs, each a scan jitted with the level as argument."""
-
-    @jax.jit
-    def alone(level):
-        return jax.lax.scan(lambda s, b: step(s, b, level), state, batches)[1]
-
-    return [jax.device_get(alone(jnp.asarray(level))) for level in levels]
-
-
-def assert_same_bits(result, expected):
-    for i, metrics in enumerate(expected):
-        assert metrics.keys() == result.metrics.keys()
-        for name, value in metrics.items():
-            ours = result.metrics[name][i]
-            assert (ours.dtype, ours.shape) == (value.dtype, value.shape)
-            assert ours.tobytes() == value.tobytes(), (name, i)
 
 
 def flooded_step(loss_fn, rate, shape):
@@ -265,8 +238,7 @@ def test_forked_metrics_keep_every_bit():
     levels = np.float32([0.0, 0.3, 0.1])
     result = sweep.forked(step, TOY_STATE, batches, levels)
     assert result.steps_run < result.steps_separate
-    alone = [sweep.forked(step, TOY_STATE, batches, [b]).metrics for b in levels]
-    assert_same_bits(result, [{n: x[0] for n, x in m.items()} for m in alone])
+    assert_same_bits(result, each_alone(step, TOY_STATE, batches, levels))
     for name, odd in zip(("nan", "zero", "large"), batches[1:], strict=True):
         assert [row.tobytes() for row in result.metrics[name]] == [odd.tobytes()] * 3
 
@@ -296,27 +268,19 @@ def test_forked_sees_a_level_in_any_bit_of_a_metric(name):
         sweep.forked(step, jnp.float32(1), rates, np.float32([0.25, 0.5]))
 
 
-def compiled(caplog):
-    return sum("XLA compilation of jit(advance)" in m for m in caplog.messages)
-
-
-def test_forked_compiles_once_for_many_seeds(caplog):
-    starts = (1.1, 1.2, 1.3, 1.4)
-    levels = np.float32([0.0, 0.1, 0.3])
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        results = [
-            sweep.forked(
-                lambda *args: toy_step(*args), jnp.float32(w), toy_batches(90), levels
-            )
-            for w in starts
-        ]
-    assert compiled(caplog) == 1
+def test_forked_traces_and_compiles_once_for_many_levels_and_seeds(compiled):
+    levels, batches = np.linspace(0, 0.5, 21, dtype=np.float32), toy_batches(90)
+    starts, results = jnp.float32([1.1, 1.2, 1.3]), []
+    for w in starts:
+        chex.clear_trace_counter()
+        step = chex.assert_max_traces(n=1)(lambda *args: toy_step(*args))
+        results.append(sweep.forked(lambda *args, f=step: f(*args), w, batches, levels))
+    assert compiled("jit(advance)") == 1
     for w, result in zip(starts, results, strict=True):
-        expected = separately(toy_step, jnp.float32(w), toy_batches(90), levels)
-        assert_same_bits(result, expected)
+        assert_same_bits(result, separately(toy_step, w, batches, levels[:4]))
 
 
-def test_forked_sees_that_what_a_step_closes_over_has_changed(caplog):
+def test_forked_sees_that_what_a_step_closes_over_has_changed(compiled):
     data, calls = {}, []
 
     def step(w, x, level):
@@ -328,12 +292,11 @@ def test_forked_sees_that_what_a_step_closes_over_has_changed(caplog):
         return toy_step(w, x, level)
 
     batches = toy_batches(7)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for number in (0.0, 3.0, 3.0):
-            data["x"] = jnp.full((), number)
-            result = sweep.forked(step, TOY_STATE, batches, [0.0])
-            np.testing.assert_array_equal(result.metrics["data"][0], batches + number)
-    assert compiled(caplog) == 2
+    for number in (0.0, 3.0, 3.0):
+        data["x"] = jnp.full((), number)
+        result = sweep.forked(step, TOY_STATE, batches, [0.0])
+        np.testing.assert_array_equal(result.metrics["data"][0], batches + number)
+    assert compiled("jit(advance)") == 2
     for _ in range(2):  # one callback cannot be told from another
         calls.append([])
         sweep.forked(heard, TOY_STATE, batches, [0.0])
@@ -402,130 +365,55 @@ def test_forked_reads_the_level_off_the_run_without_flooding(number):
     assert number < result.steps_run <= number + (number - first) + 1 + segment
 
 
-@pytest.mark.parametrize(
-    ("chosen", "levels"),
-    [
-        (0.1, [-np.inf, 0.1]),
-        ([0.3, 0.1], [-np.inf, 0.3, 0.1]),
-        (np.float32([0.3, -np.inf]), [0.3, -np.inf]),
-        (-np.inf, [-np.inf]),
-        (jnp.float32(0.25), [-np.inf, 0.25]),
-    ],
-    ids=str,
-)
-def test_forked_levels_read_off_the_trunk_stand_beside_it(chosen, levels):
-    result = sweep.forked(toy_step, TOY_STATE, toy_batches(50), lambda _: chosen)
-    np.testing.assert_array_equal(np.float32(result.levels), np.float32(levels))
-    used = np.float32(levels)
-    assert_same_bits(result, separately(toy_step, TOY_STATE, toy_batches(50), used))
-
-
-@pytest.mark.parametrize("chosen", [0.1, np.float32([0.3, -np.inf])], ids=str)
-@pytest.mark.usefixtures("x64")
-def test_forked_reads_levels_of_any_width_off_the_trunk(chosen, caplog):
-    def step(w, x, level):
-        w, metrics = toy_step(w, x.astype(w.dtype), level)
-        return w, {**metrics, "at": jnp.zeros_like(level) + np.size(chosen)}
-
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        result = sweep.forked(step, TOY_STATE, toy_batches(50), lambda _: chosen)
-    assert compiled(caplog) == 1
-    assert result.metrics["at"].dtype == np.float64
-    alone = [
-        sweep.forked(step, TOY_STATE, toy_batches(50), [np.float64(level)]).metrics
-        for level in result.levels
-    ]
-    assert_same_bits(result, [{n: x[0] for n, x in m.items()} for m in alone])
-
-
-@pytest.mark.parametrize(
-    ("chosen", "error", "message"),
-    [
-        (np.nan, ValueError, "must not be NaN"),
-        (None, TypeError, "must be real numbers"),
-        ([0.1, 0.1], ValueError, "must be distinct"),
-        ([[0.1]], ValueError, r"must have the shape \[levels\]"),
-    ],
-    ids=str,
-)
-def test_forked_function_that_returns_no_level_is_refused(chosen, error, message):
-    match = rf"`sweep.forked\(levels\)'s result` {message}"
-    with pytest.raises(error, match=match) as caught:
-        sweep.forked(toy_step, TOY_STATE, toy_batches(5), lambda _: chosen)
-    assert_error_has_the_trunk(caught.value)
-
-
-def assert_error_has_the_trunk(error):
-    assert "metrics are the attribute `metrics`" in " ".join(error.__notes__)
-    (plain,) = separately(toy_step, TOY_STATE, toy_batches(5), np.float32([-np.inf]))
-    chex.assert_trees_all_equal(error.metrics, plain)
-
-
-def test_forked_function_of_the_trunk_that_fails_does_not_lose_the_trunk():
-    with pytest.raises(KeyError, match="accuracy") as caught:
-        sweep.forked(toy_step, TOY_STATE, toy_batches(5), lambda m: m["accuracy"])
-    assert_error_has_the_trunk(caught.value)
-
-
-def mean_step(w, batch, level):
-    return toy_step(w, jnp.stack([*batch]).mean(), level)
-
-
-def pair_step(w, batch, level):
-    x, y = batch
-    return toy_step(w, (x * y).mean(), level)
-
-
-LISTED = [jnp.full(4, x) for x in (0.5, 0.75, 1.0, 1.25)]  # batches of four examples
-PAIRS = [(x, x + 1) for x in LISTED]
-BATCHES = {
-    "list": (mean_step, LISTED, "list of 4"),
-    "list of pairs": (pair_step, PAIRS, "list of 4"),
-    "tuple": (mean_step, tuple(LISTED), "tuple of 4, each"),
-    "tuple of pairs": (pair_step, tuple(PAIRS[:2]), "tuple of 2, each"),
-    "lists in a dict": (
-        lambda w, x, b: toy_step(w, x["x"].mean(), b),
-        {"x": LISTED},
-        "list of 4",
-    ),
+CHOSEN = {
+    "number": (0.1, [-np.inf, 0.1]),
+    "list": ([0.3, 0.1], [-np.inf, 0.3, 0.1]),
+    "with off": (np.float32([0.3, -np.inf]), [0.3, -np.inf]),
+    "off": (-np.inf, [-np.inf]),
+    "array": (jnp.float32(0.25), [-np.inf, 0.25]),
 }
 
 
-@pytest.mark.parametrize("case", BATCHES)
-def test_forked_batches_that_are_not_stacked_are_refused_and_stacked_are_taken(case):
-    step, batches, message = BATCHES[case]
-    match = rf"got a {message}.*`jax.tree.map\(lambda \*b: jnp.stack\(b\), \*batches\)`"
-    with pytest.raises(TypeError, match=match):
-        sweep.forked(step, TOY_STATE, batches, [0.0, 0.3])
-    if case == "lists in a dict":
-        batches = [{"x": x} for x in batches["x"]]
-    stacked = jax.tree.map(lambda *b: jnp.stack(b), *batches)
-    losses = sweep.forked(step, TOY_STATE, stacked, [0.0, 0.3]).metrics["loss"]
-    w = TOY_STATE
-    for t, batch in enumerate(batches):
-        w, metrics = step(w, batch, 0.3)
-        np.testing.assert_allclose(losses[1, t], metrics["loss"], rtol=1e-5)
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("case", CHOSEN)
+def test_forked_levels_read_off_the_trunk_stand_beside_it(case, wide, compiled):
+    chosen, levels = CHOSEN[case]
+
+    def step(w, x, level):
+        w, metrics = toy_step(w, x.astype(w.dtype), level)
+        return w, {**metrics, "at": jnp.zeros_like(level) + len(case)}
+
+    with jax.enable_x64(wide):
+        result = sweep.forked(step, TOY_STATE, toy_batches(50), lambda _: chosen)
+        assert compiled("jit(advance)") == 1
+        np.testing.assert_array_equal(np.float32(result.levels), np.float32(levels))
+        assert result.metrics["at"].dtype == (np.float64 if wide else np.float32)
+        alone, kind = (each_alone, np.float64) if wide else (separately, np.float32)
+        levels = result.levels.astype(kind)
+        assert_same_bits(result, alone(step, TOY_STATE, toy_batches(50), levels))
 
 
-def indexed(w, batch, level):
-    return toy_step(w, (batch[0] * batch[1]).mean(), level)
+def raises(error, message):
+    return pytest.raises(error, match=rf"`sweep.forked\(levels\)'s result` {message}")
 
 
-@pytest.mark.parametrize("step", [pair_step, indexed])
-@pytest.mark.parametrize("like", [jnp.ones((9, 2)), jnp.ones((9, 1), jnp.int32)])
-def test_forked_pair_of_arrays_is_one_batch_a_step(step, like):
-    # Alike or not, and though a step that takes them by number would take one alone.
-    pair = jnp.repeat(toy_batches(9)[:, None], 2, axis=1), like
-    result = sweep.forked(step, TOY_STATE, pair, [0.0, 0.3])
-    expected = sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.3])
-    chex.assert_trees_all_close(result.metrics, expected.metrics, rtol=1e-5)
-
-
-def test_forked_batch_may_have_many_parts_that_differ():
-    parts = (toy_batches(9)[:, None], jnp.ones((9, 1)), jnp.zeros(9), jnp.zeros((9, 2)))
-    result = sweep.forked(indexed, TOY_STATE, parts, [0.0, 0.3])
-    expected = sweep.forked(toy_step, TOY_STATE, toy_batches(9), [0.0, 0.3])
-    chex.assert_trees_all_close(result.metrics, expected.metrics, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("level_of", "refused"),
+    [
+        (lambda m: np.nan, raises(ValueError, "must not be NaN")),
+        (lambda m: None, raises(TypeError, "must be real numbers")),
+        (lambda m: [0.1, 0.1], raises(ValueError, "must be distinct")),
+        (lambda m: [[0.1]], raises(ValueError, r"must have the shape \[levels\]")),
+        (lambda m: m["accuracy"], pytest.raises(KeyError, match="accuracy")),
+    ],
+    ids=["nan", "none", "equal", "shape", "fails"],
+)
+def test_forked_error_of_the_function_of_the_trunk_has_the_trunk(level_of, refused):
+    with refused as caught:
+        sweep.forked(toy_step, TOY_STATE, toy_batches(5), level_of)
+    assert "metrics are the attribute `metrics`" in " ".join(caught.value.__notes__)
+    (plain,) = separately(toy_step, TOY_STATE, toy_batches(5), np.float32([-np.inf]))
+    chex.assert_trees_all_equal(caught.value.metrics, plain)
 
 
 ON_DEVICES = """

@@ -6,27 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from flood_optax import levels, scale_by_flood
+from flood_optax import levels
 
 getcontext().prec = 60
-
-
-# Warm-up
-
-
-@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_warmup_floods_from_its_step_on(compile_):
-    optimizer = optax.chain(scale_by_flood(levels.warmup(0.5, 2)), optax.sgd(1.0))
-    update = compile_(optimizer.update)
-    state, signs = optimizer.init(0.0), []
-    for _ in range(4):  # always below the level
-        updates, state = update(jnp.float32(1.0), state, value=jnp.float32(0.3))
-        signs.append(float(updates))
-    assert signs == [-1, -1, 1, 1]
-    assert optax.tree.get(state, "flood_below") == 2
 
 
 def test_warmup_of_a_schedule_does_not_shift_it():

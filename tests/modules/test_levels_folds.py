@@ -12,6 +12,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from flood_optax import levels
 
+vmap_or_not = pytest.mark.parametrize("vmap", [False, True])
+KEY = jax.random.key(3)
+
 
 @pytest.mark.parametrize(("n", "folds"), [(12, 3), (11, 3), (5, 5), (7, 2)])
 def test_held_out_losses_cut_the_data_into_folds(n, folds):
@@ -25,9 +28,7 @@ def test_held_out_losses_cut_the_data_into_folds(n, folds):
         seen.append((train, np.asarray(indices), np.asarray(key)))
         return indices.astype(jnp.float32) + 0.5
 
-    losses = levels.held_out_losses(
-        fit, evaluate, n, num_folds=folds, key=jax.random.key(3)
-    )
+    losses = levels.held_out_losses(fit, evaluate, n, num_folds=folds, key=KEY)
     # entry i is that of example i, whatever the permutation
     np.testing.assert_array_equal(losses, np.arange(n) + 0.5)
     sizes = {len(held_out) for _, held_out, _ in seen}
@@ -61,7 +62,7 @@ def least_squares(x, y):
     return fit, evaluate
 
 
-@pytest.mark.parametrize("vmap", [False, True])
+@vmap_or_not
 @pytest.mark.usefixtures("x64")
 def test_held_out_losses_leaving_one_out_equal_the_closed_form(vmap):
     # PRESS: the residual left out is the residual over one minus the leverage
@@ -75,8 +76,7 @@ def test_held_out_losses_leaving_one_out_equal_the_closed_form(vmap):
 
 
 def test_held_out_losses_vmapped_are_one_program_with_the_same_folds():
-    x, y = regression()
-    fit, evaluate = least_squares(x, y)
+    fit, evaluate = least_squares(*regression())
     run = functools.partial(
         levels.held_out_losses,
         evaluate=evaluate,
@@ -86,11 +86,14 @@ def test_held_out_losses_vmapped_are_one_program_with_the_same_folds():
     )
     chex.clear_trace_counter()
     together = run(chex.assert_max_traces(fit, n=1), vmap=True)
-    np.testing.assert_allclose(together, run(fit), atol=1e-5)
+    one_by_one = run(fit)
+    np.testing.assert_allclose(together, one_by_one, atol=1e-5)
     np.testing.assert_allclose(jax.jit(lambda: run(fit))(), together, atol=1e-5)
+    np.testing.assert_array_equal(run(fit), one_by_one)  # by the key alone
+    assert (run(fit, key=jax.random.key(2)) != one_by_one).any()
 
 
-@pytest.mark.parametrize("vmap", [False, True])
+@vmap_or_not
 @pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_held_out_losses_pass_the_check_of_key_reuse(vmap, compile_):
     def losses(key):
@@ -109,7 +112,7 @@ def test_held_out_losses_pass_the_check_of_key_reuse(vmap, compile_):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("vmap", [False, True])
+@vmap_or_not
 @pytest.mark.usefixtures("x64")
 def test_held_out_losses_give_int32_indices_with_64_bit_types(vmap):
     seen = []
@@ -130,16 +133,6 @@ def test_held_out_losses_give_int32_indices_with_64_bit_types(vmap):
     np.testing.assert_array_equal(losses, np.arange(6.0))
 
 
-def test_held_out_losses_depend_on_the_key_alone():
-    run = functools.partial(
-        levels.held_out_losses, *least_squares(*regression()), 12, num_folds=3
-    )
-    np.testing.assert_array_equal(
-        run(key=jax.random.key(1)), run(key=jax.random.key(1))
-    )
-    assert (run(key=jax.random.key(1)) != run(key=jax.random.key(2))).any()
-
-
 def test_held_out_losses_take_a_model_that_is_not_of_jax():
     x = np.linspace(-1, 1, 20)[:, None]
     y = (x[:, 0] > 0).astype(int)
@@ -158,7 +151,8 @@ def test_held_out_losses_take_a_model_that_is_not_of_jax():
     assert losses.argmax() == 3
 
 
-def test_held_out_takes_any_tree_of_arrays_by_example():
+@vmap_or_not
+def test_held_out_takes_any_tree_of_arrays_by_example(vmap):
     x = jnp.arange(10.0)
 
     def fit(indices, key):
@@ -168,27 +162,20 @@ def test_held_out_takes_any_tree_of_arrays_by_example():
         probs = jnp.stack([x[indices], total + 0 * x[indices], -x[indices]], axis=1)
         return {"probs": probs, "own": (indices, x[indices] > 4)}
 
-    for vmap in (False, True):
-        found = levels.held_out(
-            fit, evaluate, 10, num_folds=5, key=jax.random.key(2), vmap=vmap
-        )
-        np.testing.assert_array_equal(found["own"][0], np.arange(10))
-        assert found["own"][0].dtype == np.int32
-        np.testing.assert_array_equal(found["own"][1], np.arange(10) > 4)
-        np.testing.assert_array_equal(found["probs"][:, 0], x)
-        # What is left of 45 without the two that were held out together.
-        rest = 45 - np.asarray(found["probs"][:, 1])
-        partners = rest - np.arange(10)
-        np.testing.assert_array_equal(rest[partners.astype(int)], rest)
-        assert sorted(partners) == list(range(10))
-
-
-def test_held_out_losses_are_held_out_for_losses():
-    fit, evaluate = least_squares(*regression())
-    arguments = {"num_folds": 5, "key": jax.random.key(1)}
-    losses = levels.held_out_losses(fit, evaluate, 12, **arguments)
-    found = levels.held_out(fit, lambda w, i: (evaluate(w, i), i), 12, **arguments)
-    np.testing.assert_array_equal(found[0], losses)
+    found = levels.held_out(fit, evaluate, 10, num_folds=5, key=KEY, vmap=vmap)
+    np.testing.assert_array_equal(found["own"][0], np.arange(10))
+    assert found["own"][0].dtype == np.int32
+    np.testing.assert_array_equal(found["own"][1], np.arange(10) > 4)
+    np.testing.assert_array_equal(found["probs"][:, 0], x)
+    # What is left of 45 without the two that were held out together.
+    rest = 45 - np.asarray(found["probs"][:, 1])
+    partners = rest - np.arange(10)
+    np.testing.assert_array_equal(rest[partners.astype(int)], rest)
+    assert sorted(partners) == list(range(10))
+    losses = levels.held_out_losses(
+        fit, lambda model, i: x[i], 10, num_folds=5, key=KEY, vmap=vmap
+    )
+    np.testing.assert_array_equal(losses, x)
 
 
 # Groups and classes
@@ -220,6 +207,21 @@ def test_folds_without_groups_and_classes_are_those_of_the_records():
     assert [block.tolist() for block in blocks] == recorded
 
 
+PAIRS = np.repeat(np.arange(20), 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "given"),
+    [(40, {}), (40, {"groups": PAIRS}), (40, {"stratify": PAIRS % 3})],
+    ids=["examples", "groups", "classes"],
+)
+def test_folds_are_those_of_the_key(n, given):
+    runs = [blocks_of(n, 5, key=jax.random.key(k), **given) for k in (1, 1, 2)]
+    first, again, other = ({frozenset(b.tolist()) for b in run} for run in runs)
+    assert first == again
+    assert first != other
+
+
 def torn(blocks, groups):
     return sum(len({*groups[block]}) for block in blocks) - len({*groups})
 
@@ -238,8 +240,6 @@ def test_stratified_folds_differ_by_one_example_in_all_and_in_every_class(seed):
     sizes, off = imbalance(blocks, y)
     assert np.ptp(sizes) <= 1
     assert off < 1
-    other = blocks_of(len(y), 4, stratify=y, key=jax.random.key(seed + 9))
-    assert any(set(a) != set(b) for a, b in zip(blocks, other, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["one class a group", "mixed", "a large group"])
@@ -348,11 +348,3 @@ def test_folds_of_other_trees_and_dtypes_are_refused():
     ):
         with pytest.raises(ValueError, match="must return the same in every fold"):
             run(answer)
-
-
-def test_groups_of_one_size_fall_into_folds_by_the_key():
-    pairs = np.repeat(np.arange(20), 2)
-    runs = [blocks_of(40, 5, groups=pairs, key=jax.random.key(k)) for k in (1, 1, 2)]
-    first, again, other = ({frozenset(b.tolist()) for b in run} for run in runs)
-    assert first == again
-    assert first != other

@@ -1,7 +1,6 @@
 """What metrics finds in a state, and what loggers make of it."""
 
 import csv
-import re
 import struct
 
 import flax.serialization
@@ -108,15 +107,6 @@ def test_metrics_of_runs_side_by_side_are_arrays():
     found = jax.vmap(metrics)(state(LOSSES))
     np.testing.assert_array_equal(found["flood/share_below"], [0, 1, 0, 1, 0])
     np.testing.assert_array_equal(metrics(state(LOSSES))["flood/loss"], LOSSES)
-
-
-def test_metrics_of_several_floods_are_refused_and_the_remedy_works():
-    states = {"critic": trained(chain()), "actor": trained(chain(), LOSSES[:2])}
-    message = "found 2: ['actor'][0], ['critic'][0]. Call it on each, `metrics(part)`."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        metrics(states)
-    steps = [metrics(part)["flood/steps"] for part in states.values()]
-    assert steps == [5, 2]
 
 
 # ---- loggers, which take them as they are ----

@@ -26,36 +26,12 @@ def test_noise_floor_is_the_entropy_floor_of_the_noisy_one_hot(rate, c, label):
     np.testing.assert_allclose(rows, np.full(c, expected), rtol=2e-5, atol=1e-6)
 
 
-def test_noise_floor_of_a_matrix_is_that_of_each_true_class():
-    rng = np.random.default_rng(0)
-    matrix = rng.dirichlet([1.0, 0.5, 2.0, 1.0], 4)
-    matrix[2] = [0, 0, 1, 0]
-    floors = levels.noise_floor(jnp.asarray(matrix, jnp.float32))
-    for row, floor in zip(matrix, floors, strict=True):
-        entropy = -sum(p * np.log(p) for p in row if p > 0)
-        assert floor == pytest.approx(entropy, rel=1e-5)
-    y = np.array([3, 0, 2, 2])
-    by_example = levels.entropy_floor(jnp.asarray(matrix[y], jnp.float32))
-    np.testing.assert_array_equal(by_example, floors[y])
-
-
 @pytest.mark.parametrize("rate", [0.0, 1.0, 1e-12, 0.5, 0.9, 1.2e-38, 1e-40])
 def test_noise_floor_is_exact_at_the_ends_and_near_zero(rate):
     c = 10
     terms = [(1 - rate) * np.log1p(-rate)] if rate < 1 else []
     terms += [rate * np.log(rate / (c - 1))] if rate > 0 else []
     np.testing.assert_allclose(levels.noise_floor(rate, c), -sum(terms), 1e-6, 1e-37)
-
-
-def test_no_model_gets_below_the_noise_floor():
-    # The expected loss on flipped labels, of many predictions: least at the floor.
-    rng = np.random.default_rng(1)
-    noisy = 0.7 * np.eye(5)[2] + 0.3 / 4 * (1 - np.eye(5)[2])
-    floor = float(levels.noise_floor(0.3, 5))
-    predictions = np.concatenate([rng.dirichlet(np.full(5, a), 500) for a in (0.3, 9)])
-    risks = -(noisy * np.log(np.maximum(predictions, 1e-300))).sum(axis=1)
-    assert risks.min() >= floor
-    assert -(noisy * np.log(noisy)).sum() == pytest.approx(floor, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::flood_optax.FloodWarning")  # of the identity
@@ -181,56 +157,55 @@ def flip(true, matrix, rng):
     return np.array([rng.choice(len(matrix), p=matrix[k]) for k in true])
 
 
-def test_noise_matrix_of_one_hot_probabilities_counts_the_labels():
-    rng = np.random.default_rng(2)
-    matrix = np.array([[0.8, 0.2, 0.0], [0.0, 0.7, 0.3], [0.1, 0.0, 0.9]])
-    true = rng.integers(0, 3, 2000)
-    noisy = flip(true, matrix, rng)
-    found = levels.noise_matrix(jnp.eye(3)[true], noisy)
-    counted = np.zeros((3, 3))
-    np.add.at(counted, (true, noisy), 1)
-    expected = counted / counted.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_noise_matrix_of_right_labels_has_no_flips():
-    labels = jnp.array([0, 2, 1, 1, 0])
-    np.testing.assert_array_equal(
-        levels.noise_matrix(jnp.eye(3)[labels], labels), np.eye(3)
-    )
-    # Equal probabilities, whose rounded mean may be above all of them.
-    third = jnp.full((7, 3), 1 / 3)
-    ties = levels.noise_matrix(third, jnp.array([0, 0, 0, 0, 0, 0, 0]))
-    np.testing.assert_array_equal(ties, np.eye(3))
-
-
-def test_noise_matrix_counts_what_just_reaches_its_threshold():
-    # All labelled 0 have probability 1, so t_0 = 1; the third reaches it, labelled 1.
-    found = levels.noise_matrix(
-        jnp.eye(2)[jnp.array([0, 0, 0, 1])], jnp.array([0, 0, 1, 1])
-    )
-    np.testing.assert_allclose(found, [[2 / 3, 1 / 3], [0, 1]], rtol=1e-6)
-
-
-def test_noise_matrix_counts_equal_numbers_whose_mean_rounds_up():
-    p = np.float32([0.8] * 7 + [0.1] * 3 + [0.8])  # seven .8, added and divided: above
-    assert np.add.accumulate(p[:7])[-1] / np.float32(7) > p[0]
-    labels = np.array([0] * 7 + [1] * 4)
-    found = levels.noise_matrix(np.stack([p, 1 - p], axis=1), labels)
-    np.testing.assert_allclose(found, [[7 / 8, 1 / 8], [0, 1]], rtol=1e-6)
-
-
-def test_noise_matrix_of_an_absent_class_and_of_ties():
-    # No label is 2: it has no threshold, is never the true class and has no flips.
-    probs = jnp.array([[0.2, 0.2, 0.6], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
-    found = levels.noise_matrix(probs, jnp.array([1, 0, 0]))
+RNG = np.random.default_rng(2)
+FLIPS = np.array([[0.8, 0.2, 0.0], [0.0, 0.7, 0.3], [0.1, 0.0, 0.9]])
+CLASSES = RNG.integers(0, 3, 2000)
+NOISY = flip(CLASSES, FLIPS, RNG)
+COUNTED = np.array([np.bincount(NOISY[k == CLASSES], minlength=3) for k in range(3)])
+RIGHT = np.array([0, 2, 1, 1, 0])
+# seven .8, added and divided: above .8
+UP = np.float32([0.8] * 7 + [0.1] * 3 + [0.8])
+# Of three classes no label is 2: it has no threshold, is never the true class and has
+# no flips.
+ABSENT = np.array([[0.2, 0.2, 0.6], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
+# Of four labelled 0, two are of class 0, one of class 1, one of neither, as is one
+# labelled 1: the thresholds are .5125 and .75. They are spread as those of their label.
+NEITHER = np.float32([0.9, 0.7, 0.4, 0.05, 0.2, 0.1, 0.45])
+SPREAD = (4 / 3) / (4 / 3 + 3)
+# probabilities, labels, and the matrix by hand
+BY_HAND = {
+    "one-hot": (np.eye(3)[CLASSES], NOISY, COUNTED / COUNTED.sum(1, keepdims=True)),
+    "right labels": (np.eye(3)[RIGHT], RIGHT, np.eye(3)),
+    # whose rounded mean may be above all of them
+    "equal": (np.full((7, 3), 1 / 3), np.zeros(7, int), np.eye(3)),
+    # all labelled 0 have probability 1, so t_0 = 1; the third reaches it, labelled 1
+    "just reached": (np.eye(2)[[0, 0, 0, 1]], [0, 0, 1, 1], [[2 / 3, 1 / 3], [0, 1]]),
+    "mean rounds up": (
+        np.stack([UP, 1 - UP], axis=1),
+        [0] * 7 + [1] * 4,
+        [[7 / 8, 1 / 8], [0, 1]],
+    ),
     # t_0 = .3, t_1 = .2. The first: class 1 alone reaches its threshold. The second:
     # none. The third: both do, equally, and class 0 is the lower.
-    np.testing.assert_array_equal(found, np.eye(3))
-    found = levels.noise_matrix(probs, jnp.array([1, 0, 1]))
+    "absent": (ABSENT, [1, 0, 0], np.eye(3)),
     # t_0 = .1, t_1 = .35: the first is of class 0, the second too; the third, with
     # .5 and .5, of class 0. So class 0 was labelled 0 once in three times.
-    np.testing.assert_allclose(found, [[1 / 3, 2 / 3, 0], [0, 1, 0], [0, 0, 1]])
+    "absent, tie": (ABSENT, [1, 0, 1], [[1 / 3, 2 / 3, 0], [0, 1, 0], [0, 0, 1]]),
+    "no threshold": (
+        np.stack([NEITHER, 1 - NEITHER], axis=1),
+        [0, 0, 0, 0, 1, 1, 1],
+        [[1, 0], [SPREAD, 1 - SPREAD]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_noise_matrix_equals_a_count_by_hand(case):
+    probs, labels, expected = BY_HAND[case]
+    assert np.add.accumulate(UP[:7])[-1] / np.float32(7) > UP[0]
+    found = levels.noise_matrix(np.float32(probs), np.asarray(labels))
+    rtol = 1e-7 if np.mod(expected, 1).any() else 0
+    np.testing.assert_allclose(found, expected, rtol=rtol)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pairs"])
@@ -290,13 +265,3 @@ def test_noise_floor_takes_a_matrix_of_sixteen_bits(dtype):
     assert (total != 1).any()
     entropies = -(rows * np.log(rows / total)).sum(1)
     np.testing.assert_allclose(levels.noise_floor(matrix), entropies, rtol=1e-5)
-
-
-def test_examples_that_reach_no_threshold_are_spread_as_those_of_their_label():
-    """Of four labelled 0, two are of class 0, one of class 1, one of neither."""
-    of_zero = np.array([0.9, 0.7, 0.4, 0.05, 0.2, 0.1, 0.45], np.float32)
-    labels = np.array([0, 0, 0, 0, 1, 1, 1])  # thresholds .5125 and .75
-    matrix = levels.noise_matrix(np.stack([of_zero, 1 - of_zero], axis=1), labels)
-    flipped = (4 / 3) / (4 / 3 + 3)
-    by_hand = [[1, 0], [flipped, 1 - flipped]]
-    np.testing.assert_allclose(matrix, by_hand, rtol=1e-6)

@@ -1,5 +1,6 @@
 """The gradient penalty against closed forms worked out by hand in NumPy."""
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -12,6 +13,8 @@ from flood_optax import penalty
 
 METHODS = ["exact", "forward", "backward"]
 W = np.array([0.3, -0.7, 1.1])
+in_float64 = pytest.mark.usefixtures("x64")
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @jax.jit
@@ -44,39 +47,37 @@ def numpy_penalised(w, strength, method, radius):
     return g + strength * (numpy_gradient(w + signed * g) - g) / signed
 
 
-def test_objective_value_equals_closed_form(x64):
-    g = numpy_gradient(W)
-    expected = float(loss_fn(W)) + 0.35 * (g @ g) / 2
-    np.testing.assert_allclose(penalty.objective(loss_fn, 0.35)(W), expected, 1e-14)
+DERIVATIVES = {
+    "value": lambda f: f,
+    "gradient": jax.grad,
+    "second": lambda f: jax.jit(jax.hessian(f)),
+}
 
 
-def test_objective_gradient_equals_closed_form(x64):
-    gradient = jax.grad(penalty.objective(loss_fn, 0.35))(jnp.asarray(W))
-    expected = numpy_penalised(W, 0.35, "exact", None)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-13)
+@in_float64
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_objective_and_its_derivatives_equal_the_closed_form(derivative):
+    """In the second, third derivatives of the loss enter: nothing may be cut off."""
+    of = functools.partial(numpy_penalised, strength=0.35, method="exact", radius=None)
+    g, h = numpy_gradient(W), 1e-5
+    expected, rtol = {
+        "value": lambda: (float(loss_fn(W)) + 0.35 * (g @ g) / 2, 1e-14),
+        "gradient": lambda: (of(W), 1e-13),
+        "second": lambda: (
+            [(of(W + h * e) - of(W - h * e)) / (2 * h) for e in np.eye(3)],
+            1e-7,
+        ),
+    }[derivative]()
+    found = DERIVATIVES[derivative](penalty.objective(loss_fn, 0.35))(jnp.asarray(W))
+    np.testing.assert_allclose(found, expected, rtol=rtol)
 
 
-def test_objective_second_derivative_equals_difference_of_gradients(x64):
-    """Third derivatives of the loss enter: nothing may be cut off."""
-    hessian = jax.jit(jax.hessian(penalty.objective(loss_fn, 0.35)))(jnp.asarray(W))
-    h = 1e-5
-    for i, e in enumerate(np.eye(3)):
-        above = numpy_penalised(W + h * e, 0.35, "exact", None)
-        below = numpy_penalised(W - h * e, 0.35, "exact", None)
-        np.testing.assert_allclose(hessian[i], (above - below) / (2 * h), rtol=1e-7)
-
-
+@in_float64
 @pytest.mark.parametrize(
     ("method", "radius"),
-    [
-        ("exact", None),
-        ("forward", None),
-        ("forward", 0.02),
-        ("backward", None),
-        ("backward", 0.02),
-    ],
+    [("exact", None), *((m, r) for m in METHODS[1:] for r in (None, 0.02))],
 )
-def test_value_and_grad_equals_closed_form(x64, method, radius):
+def test_value_and_grad_equals_closed_form(method, radius):
     value, gradient = penalty.value_and_grad(
         loss_fn, 0.05, method=method, radius=radius
     )(jnp.asarray(W))
@@ -85,26 +86,66 @@ def test_value_and_grad_equals_closed_form(x64, method, radius):
     np.testing.assert_allclose(gradient, expected, rtol=1e-13)
 
 
-def test_value_and_grad_forward_by_default_is_unnormalised_sam(x64):
+@in_float64
+def test_value_and_grad_forward_by_default_is_unnormalised_sam():
     w = jnp.asarray(W)
     _, gradient = penalty.value_and_grad(loss_fn, 0.1, method="forward")(w)
     sam = jax.grad(loss_fn)(w + 0.1 * jax.grad(loss_fn)(w))
     np.testing.assert_array_equal(gradient, sam)  # nothing is subtracted
 
 
-@pytest.mark.parametrize("method", ["forward", "backward"])
-def test_value_and_grad_difference_approaches_exact_at_first_order(x64, method):
-    w = jnp.asarray(W)
-    _, exact = penalty.value_and_grad(loss_fn, 0.5)(w)
-    radii = np.array([1e-3, 1e-4, 1e-5])
-    errors = [
-        jnp.linalg.norm(
-            penalty.value_and_grad(loss_fn, 0.5, method=method, radius=a)(w)[1] - exact
+@in_float64
+@pytest.mark.parametrize("eta", [0.1, 0.003])
+def test_pair_displacement_equals_two_steps_by_hand(eta):
+    """Down and up again: the place itself, from which both begin, cancels."""
+    down = W - eta * numpy_gradient(W)
+    pair = penalty.pair_displacement(loss_fn, jnp.asarray(W), eta)
+    moved = eta * (numpy_gradient(down) - numpy_gradient(W))
+    np.testing.assert_allclose(pair, moved, rtol=1e-11)
+
+
+@in_float64
+def test_level_set_drift_equals_closed_form_and_is_tangential():
+    g, product = numpy_gradient(W), numpy_hessian(W) @ numpy_gradient(W)
+    projection = np.eye(3) - np.outer(g, g) / (g @ g)
+    drift = np.asarray(penalty.level_set_drift(loss_fn, jnp.asarray(W)))
+    np.testing.assert_allclose(drift, -projection @ product / 2, rtol=1e-13)
+    assert abs(drift @ g) < 1e-14 * np.linalg.norm(drift) * np.linalg.norm(g)
+
+
+@in_float64
+def test_level_set_drift_where_gradient_is_an_eigenvector_is_zero():
+    """On a ridge the whole of H g points along g: nothing is left to drift."""
+    valley = lambda w: w[0] ** 2 + 5 * w[1] ** 4
+    drift = penalty.level_set_drift(valley, jnp.array([3.0, 0.0]))
+    np.testing.assert_allclose(drift, [0, 0], atol=1e-15)
+
+
+# ---- every tool: trees, arguments, maps, edges ----
+
+
+def displaced(tool, *given):
+    """A tool that takes the parameters, as a function of them and of what follows."""
+
+    def make(loss_fn, **options):
+        return lambda w, *args, **kwargs: tool(
+            loss_fn, w, *given, *args, **options, **kwargs
         )
-        for a in radii
-    ]
-    slope = np.polyfit(np.log(radii), np.log(errors), 1)[0]
-    assert abs(slope - 1) < 0.01
+
+    return make
+
+
+# name -> (loss_fn, **options) -> function of the parameters
+TOOLS = {
+    **{
+        name: functools.partial(penalty.value_and_grad, strength=0.05, method=name)
+        for name in METHODS
+    },
+    "objective": functools.partial(penalty.objective, strength=0.05),
+    "pair": displaced(penalty.pair_displacement, 0.1),
+    "drift": displaced(penalty.level_set_drift),
+}
+every_tool = pytest.mark.parametrize("tool", TOOLS)
 
 
 class Layer(NamedTuple):
@@ -120,38 +161,106 @@ def tree_loss(tree):
     return loss_fn(jnp.append(tree["a"].kernel.ravel(), tree["b"][0]))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_value_and_grad_on_tree_equals_flat(x64, method):
-    flat = penalty.value_and_grad(loss_fn, 0.05, method=method)(jnp.asarray(W))
-    tree = tree_of(jnp.asarray(W))
-    value, gradient = penalty.value_and_grad(tree_loss, 0.05, method=method)(tree)
-    assert value == flat[0]
-    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, tree)
-    chex.assert_trees_all_close(gradient, tree_of(flat[1]), rtol=1e-14)
-
-
-def test_penalty_tools_on_tree_equal_flat(x64):
+@in_float64
+@every_tool
+def test_on_a_tree_equals_flat(tool):
     w = jnp.asarray(W)
+    flat, found = TOOLS[tool](loss_fn)(w), TOOLS[tool](tree_loss)(tree_of(w))
+    if tool in METHODS:
+        assert found[0] == flat[0]
+        flat, found = flat[1], found[1]
+    expected = flat if tool == "objective" else tree_of(flat)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    rtol = 1e-13 if tool in ("pair", "drift") else 1e-14
+    chex.assert_trees_all_close(found, expected, rtol=rtol)
+
+
+def with_arguments(w, x, *, scale):
+    return scale * jnp.sum(w**3 * x), {"squares": w**2}
+
+
+@in_float64
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@every_tool
+def test_hands_on_arguments_and_raw_aux(tool, jit):
+    w, x = jnp.array([0.5, -1.0]), jnp.array([1.0, 3.0])
+    plain = lambda w: with_arguments(w, x, scale=2.0)[0]
+    made = TOOLS[tool](with_arguments, has_aux=True)
+    found, expected = jit(made)(w, x, scale=2.0), TOOLS[tool](plain)(w)
+    if tool in METHODS:
+        (value, aux), gradient = found
+        found = value, gradient
+    elif tool == "objective":
+        found, aux = found
+    if tool not in ("pair", "drift"):  # which drop it
+        chex.assert_trees_all_equal(aux, {"squares": w**2})
+    chex.assert_trees_all_close(found, expected, rtol=1e-14)
+
+
+@in_float64
+@every_tool
+def test_maps_over_params(tool):
+    points = jnp.stack([jnp.asarray(W), jnp.asarray(W) + 0.5])
+    mapped = jax.vmap(TOOLS[tool](loss_fn))(points)
+    for i, w in enumerate(points):
+        one = jax.tree.map(lambda x, i=i: x[i], mapped)
+        chex.assert_trees_all_close(one, TOOLS[tool](loss_fn)(w), rtol=1e-13)
+
+
+@in_float64
+@every_method
+def test_value_and_grad_maps_over_strengths_in_one_trace(method):
+    chex.clear_trace_counter()
+    w, strengths = jnp.asarray(W), jnp.array([0.0, 0.05, 0.3])
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def gradient(strength):
+        return penalty.value_and_grad(loss_fn, strength, method=method)(w)[1]
+
+    one_by_one = [gradient(s) for s in strengths]
+    chex.clear_trace_counter()
+    mapped = jax.vmap(gradient)(strengths)
+    np.testing.assert_allclose(mapped, np.stack(one_by_one), rtol=1e-14)
+    expected = [numpy_penalised(W, s, method, s) for s in (0.05, 0.3)]
+    np.testing.assert_allclose(mapped[1:], expected, rtol=1e-13)
+    np.testing.assert_allclose(mapped[0], numpy_gradient(W), rtol=1e-14)
+
+
+@in_float64
+def test_pair_displacement_maps_over_learning_rates():
+    pair = lambda eta: penalty.pair_displacement(loss_fn, jnp.asarray(W), eta)
+    etas = jnp.array([0.1, 0.01])
     np.testing.assert_allclose(
-        penalty.objective(tree_loss, 0.05)(tree_of(w)),
-        penalty.objective(loss_fn, 0.05)(w),
-        rtol=1e-14,
+        jax.vmap(pair)(etas), [pair(eta) for eta in etas], rtol=1e-13
     )
-    for tool, given in (
-        (penalty.pair_displacement, (0.1,)),
-        (penalty.level_set_drift, ()),
-    ):
-        on_tree = tool(tree_loss, tree_of(w), *given)
-        chex.assert_trees_all_equal_shapes_and_dtypes(on_tree, tree_of(w))
-        expected = tree_of(tool(loss_fn, w, *given))
-        chex.assert_trees_all_close(on_tree, expected, rtol=1e-13)
+
+
+@every_tool
+def test_stationary_point_gives_zero_without_nan(tool):
+    flat = lambda w: jnp.sum(w**2 * jnp.array([1.0, -3.0]))
+    made = TOOLS[tool](flat)
+    with jax.debug_nans(True):
+        found = (jax.grad(made) if tool == "objective" else made)(jnp.zeros(2))
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+
+
+@every_tool
+def test_nan_loss_stays_nan(tool):
+    broken = lambda w: jnp.sum(jnp.log(w) * w)
+    found = TOOLS[tool](broken)(jnp.array([-1.0, 2.0]))
+    assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(found))
+
+
+# ---- dtypes and magnitudes ----
 
 
 MIXED = [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float16)]
 
 
 @pytest.mark.parametrize(("first", "second"), MIXED, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_leaf_dtypes_are_kept_without_promotion(method, first, second):
     """Also under strict promotion, with a float32 strength."""
     params = {"a": jnp.asarray([0.5, -1.5], first), "b": jnp.asarray(0.75, second)}
@@ -185,165 +294,6 @@ def test_objective_in_float16_sums_squares_without_overflow():
     penalised = penalty.objective(steep, 0.5)(jnp.float16(1))
     assert penalised.dtype == jnp.float16
     np.testing.assert_allclose(penalised, 300 + 0.25 * 300**2, rtol=1e-3)
-
-
-def with_arguments(w, x, *, scale):
-    return scale * jnp.sum(w**3 * x), {"squares": w**2}
-
-
-@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
-@pytest.mark.parametrize("method", METHODS)
-def test_value_and_grad_hands_on_arguments_and_raw_aux(x64, method, jit):
-    w, x = jnp.array([0.5, -1.0]), jnp.array([1.0, 3.0])
-    penalised = penalty.value_and_grad(with_arguments, 0.1, method=method, has_aux=True)
-    (value, aux), gradient = jit(penalised)(w, x, scale=2.0)
-    plain = lambda w: with_arguments(w, x, scale=2.0)[0]
-    np.testing.assert_allclose(value, plain(w), rtol=1e-15)
-    chex.assert_trees_all_equal(aux, {"squares": w**2})
-    _, expected = penalty.value_and_grad(plain, 0.1, method=method)(w)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-14)
-
-
-def test_other_tools_hand_on_arguments_and_drop_aux(x64):
-    w, x = jnp.array([0.5, -1.0]), jnp.array([1.0, 3.0])
-    plain = lambda w: with_arguments(w, x, scale=2.0)[0]
-    penalised = penalty.objective(with_arguments, 0.1, has_aux=True)
-    value, aux = penalised(w, x, scale=2.0)
-    np.testing.assert_allclose(value, penalty.objective(plain, 0.1)(w), rtol=1e-15)
-    chex.assert_trees_all_equal(aux, {"squares": w**2})
-    chex.assert_trees_all_close(
-        penalty.pair_displacement(with_arguments, w, 0.1, x, scale=2.0, has_aux=True),
-        penalty.pair_displacement(plain, w, 0.1),
-        rtol=1e-14,
-    )
-    chex.assert_trees_all_close(
-        penalty.level_set_drift(with_arguments, w, x, scale=2.0, has_aux=True),
-        penalty.level_set_drift(plain, w),
-        rtol=1e-14,
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_value_and_grad_maps_over_strengths_in_one_trace(x64, method):
-    chex.clear_trace_counter()
-    w, strengths = jnp.asarray(W), jnp.array([0.0, 0.05, 0.3])
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def gradient(strength):
-        return penalty.value_and_grad(loss_fn, strength, method=method)(w)[1]
-
-    one_by_one = [gradient(s) for s in strengths]
-    chex.clear_trace_counter()
-    mapped = jax.vmap(gradient)(strengths)
-    np.testing.assert_allclose(mapped, jnp.stack(one_by_one), rtol=1e-14)
-    expected = [numpy_penalised(W, s, method, s) for s in (0.05, 0.3)]
-    np.testing.assert_allclose(mapped[1:], expected, rtol=1e-13)
-    np.testing.assert_allclose(mapped[0], numpy_gradient(W), rtol=1e-14)
-
-
-def test_tools_map_over_params_and_learning_rates(x64):
-    points = jnp.stack([jnp.asarray(W), jnp.asarray(W) + 0.5])
-    drift = lambda w: penalty.level_set_drift(loss_fn, w)
-    pair = lambda w, eta: penalty.pair_displacement(loss_fn, w, eta)
-    np.testing.assert_allclose(
-        jax.vmap(drift)(points), [drift(w) for w in points], rtol=1e-13
-    )
-    etas = jnp.array([0.1, 0.01])
-    np.testing.assert_allclose(
-        jax.vmap(pair)(points, etas),
-        [pair(*each) for each in zip(points, etas, strict=True)],
-        rtol=1e-13,
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_stationary_point_gives_zero_without_nan(method):
-    with jax.debug_nans(True):
-        flat = lambda w: jnp.sum(w**2 * jnp.array([1.0, -3.0]))
-        w = jnp.zeros(2)
-        value, gradient = penalty.value_and_grad(flat, 0.5, method=method)(w)
-        assert value == 0
-        for zero in (
-            gradient,
-            jax.grad(penalty.objective(flat, 0.5))(w),
-            penalty.pair_displacement(flat, w, 0.1),
-            penalty.level_set_drift(flat, w),
-        ):
-            np.testing.assert_array_equal(zero, [0, 0])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_nan_loss_stays_nan(method):
-    broken = lambda w: jnp.sum(jnp.log(w) * w)
-    w = jnp.array([-1.0, 2.0])
-    value, gradient = penalty.value_and_grad(broken, 0.5, method=method)(w)
-    assert jnp.isnan(value)
-    assert jnp.isnan(gradient[0])
-    assert jnp.isnan(penalty.objective(broken, 0.5)(w))
-    assert jnp.isnan(penalty.level_set_drift(broken, w)).any()
-
-
-def test_exact_never_builds_the_hessian():
-    size = 4096
-    wavy = lambda w: jnp.sum(jnp.sin(w) * jnp.roll(w, 1) ** 2)
-    compiled = jax.jit(penalty.value_and_grad(wavy, 0.1)).lower(jnp.ones(size))
-    memory = compiled.compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 100 * size  # the Hessian takes 4 size^2
-
-
-def test_exact_costs_less_than_four_gradients():
-    def net(w, x):
-        return jnp.mean(jnp.tanh(x @ w["first"]) @ w["second"]) ** 2
-
-    w = {"first": jnp.ones((64, 64)), "second": jnp.ones((64, 64))}
-    x = jnp.ones((64, 64))
-    flops = [
-        jax.jit(f).lower(w, x).compile().cost_analysis()["flops"]
-        for f in (jax.value_and_grad(net), penalty.value_and_grad(net, 0.1))
-    ]
-    assert 1.5 < flops[1] / flops[0] < 4
-
-
-@pytest.mark.parametrize("eta", [0.1, 0.003])
-def test_pair_displacement_equals_two_steps_by_hand(x64, eta):
-    down = W - eta * numpy_gradient(W)
-    up = down + eta * numpy_gradient(down)
-    pair = penalty.pair_displacement(loss_fn, jnp.asarray(W), eta)
-    # up - W cancels: its error is the rounding of W.
-    np.testing.assert_allclose(pair, up - W, rtol=0, atol=4 * np.spacing(1.1))
-
-
-@pytest.mark.parametrize("eta", [0.1, 0.003])
-def test_pair_displacement_is_a_step_along_the_backward_difference(x64, eta):
-    w = jnp.asarray(W)
-    pair = penalty.pair_displacement(loss_fn, w, eta)
-    _, backward = penalty.value_and_grad(loss_fn, 1.0, method="backward", radius=eta)(w)
-    step = -(eta**2) * (backward - numpy_gradient(W))
-    np.testing.assert_allclose(pair, step, rtol=1e-11)
-
-
-def test_level_set_drift_equals_closed_form(x64):
-    g, product = numpy_gradient(W), numpy_hessian(W) @ numpy_gradient(W)
-    projection = np.eye(3) - np.outer(g, g) / (g @ g)
-    drift = penalty.level_set_drift(loss_fn, jnp.asarray(W))
-    np.testing.assert_allclose(drift, -projection @ product / 2, rtol=1e-13)
-
-
-def test_level_set_drift_is_tangential_and_flattens(x64):
-    w = jnp.asarray(W)
-    drift = penalty.level_set_drift(loss_fn, w)
-    g = jax.grad(loss_fn)(w)
-    assert abs(drift @ g) < 1e-14 * jnp.linalg.norm(drift) * jnp.linalg.norm(g)
-    squared_norm = lambda w: jnp.sum(jax.grad(loss_fn)(w) ** 2)
-    assert jax.grad(squared_norm)(w) @ drift < 0
-
-
-def test_level_set_drift_where_gradient_is_an_eigenvector_is_zero(x64):
-    """On a ridge the whole of H g points along g: nothing is left to drift."""
-    valley = lambda w: w[0] ** 2 + 5 * w[1] ** 4
-    drift = penalty.level_set_drift(valley, jnp.array([3.0, 0.0]))
-    np.testing.assert_allclose(drift, [0, 0], atol=1e-15)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-20, 1e20, 1e25])
@@ -396,3 +346,27 @@ def test_whole_numbers_of_any_dtype_are_real_numbers(one):
         np.testing.assert_allclose(pair, down + g(down) - 0.5, rtol=1e-6)
         value = penalty.objective(cube, size)(w)
         np.testing.assert_allclose(value, 0.125 + g(0.5) ** 2 / 2, rtol=1e-6)
+
+
+# ---- cost ----
+
+
+def test_exact_never_builds_the_hessian():
+    size = 4096
+    wavy = lambda w: jnp.sum(jnp.sin(w) * jnp.roll(w, 1) ** 2)
+    compiled = jax.jit(penalty.value_and_grad(wavy, 0.1)).lower(jnp.ones(size))
+    memory = compiled.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 100 * size  # the Hessian takes 4 size^2
+
+
+def test_exact_costs_less_than_four_gradients():
+    def net(w, x):
+        return jnp.mean(jnp.tanh(x @ w["first"]) @ w["second"]) ** 2
+
+    w = {"first": jnp.ones((64, 64)), "second": jnp.ones((64, 64))}
+    x = jnp.ones((64, 64))
+    flops = [
+        jax.jit(f).lower(w, x).compile().cost_analysis()["flops"]
+        for f in (jax.value_and_grad(net), penalty.value_and_grad(net, 0.1))
+    ]
+    assert 1.5 < flops[1] / flops[0] < 4

@@ -1,7 +1,7 @@
 """Many levels and seeds in one program: against single runs, one by one."""
 
+import functools
 import inspect
-import logging
 import re
 import sys
 import textwrap
@@ -14,7 +14,7 @@ import pytest
 
 import flood_optax
 from flood_optax import sweep
-from flood_optax.sweep import journal, placement
+from flood_optax.sweep import placement
 from tests import processes
 
 LEVELS = (0.0, 0.2, -np.inf, 0.7)
@@ -36,19 +36,20 @@ def train(level, key, steps=30):
     return {"w": w, "losses": losses, "below": (losses < level).sum()}
 
 
-def one_by_one(levels, keys):
-    """The same by numpy from the definition, in float64."""
-    starts = [
-        float(jax.random.uniform(k, (2,), minval=0.5, maxval=1.5)[1]) for k in keys
-    ]
-    all_losses = np.zeros((len(levels), len(keys), 30))
-    for i, level in enumerate(levels):
-        for j, w in enumerate(starts):
-            for t in range(30):
-                sign = -1.0 if np.exp(w) - w - 1.0 < level else 1.0
-                w -= 0.1 * sign * (np.exp(w) - 1.0)  # noqa: PLW2901
-                all_losses[i, j, t] = np.exp(w) - w - 1.0
-    return all_losses
+every_strategy = pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The losses by NumPy from the definition, in float64."""
+    starts = [jax.random.uniform(k, (2,), minval=0.5, maxval=1.5)[1] for k in KEYS]
+    w, levels = np.tile(np.float64(starts), (4, 1)), np.array(LEVELS)[:, None]
+    losses = []
+    for _ in range(30):
+        sign = np.where(np.exp(w) - w - 1.0 < levels, -1.0, 1.0)
+        w = w - 0.1 * sign * (np.exp(w) - 1.0)
+        losses.append(np.exp(w) - w - 1.0)
+    return np.stack(losses, axis=-1)
 
 
 # --- run: traces, compilations, layout ------------------------------------------------
@@ -73,11 +74,13 @@ def test_run_without_a_strategy_is_the_fastest_that_trains_no_run_twice(
     assert inspect.signature(sweep.run).parameters["strategy"].default is None
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
-def test_run_traces_once_for_51_levels_and_10_keys(strategy):
+@every_strategy
+def test_run_traces_and_compiles_once_for_51_levels_and_10_keys(strategy, compiled):
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(n=1)(train)
     keys = jax.random.split(jax.random.key(1), 10)
+    sweep.run(train, [0.1], keys[:1], strategy=strategy)  # which puts arguments apart
+    before = compiled()
     result = sweep.run(
         lambda level, key: counted(level, key),
         np.linspace(0, 0.5, 51),
@@ -85,27 +88,15 @@ def test_run_traces_once_for_51_levels_and_10_keys(strategy):
         strategy=strategy,
         chunk_size=100,  # 510 runs: the last chunk is padded
     )
+    assert compiled() == before + 1
     assert result.metrics["losses"].shape == (51, 10, 30)
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
-@pytest.mark.parametrize("num_levels", [3, 40])
-def test_run_compiles_once_for_any_number_of_levels(strategy, num_levels, caplog):
-    levels = np.linspace(0, 0.5, num_levels)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        sweep.run(train, levels, KEYS, strategy=strategy, chunk_size=4)
-    compiled = [m for m in caplog.messages if "Finished XLA compilation" in m]
-    assert len(compiled) == 1, compiled
-
-
-@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
+@every_strategy
 @pytest.mark.parametrize("chunk_size", [None, 1, 5, 100])
-def test_run_equals_single_runs_in_numpy(strategy, chunk_size):
+def test_run_equals_single_runs_in_numpy(strategy, chunk_size, expected):
     result = sweep.run(train, LEVELS, KEYS, strategy=strategy, chunk_size=chunk_size)
-    expected = one_by_one(LEVELS, KEYS)
-    chex.assert_trees_all_close(
-        result.metrics["losses"], expected, rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(result.metrics["losses"], expected, rtol=1e-4, atol=1e-6)
     below = (expected < np.array(LEVELS)[:, None, None]).sum(axis=-1)
     np.testing.assert_array_equal(result.metrics["below"], below)
     assert below[1].min() > 5
@@ -129,18 +120,11 @@ def test_run_result_is_indexed_by_level_then_key():
     np.testing.assert_array_equal(result.keys, jax.random.key_data(KEYS))
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        jax.random.key_data(KEYS),
-        np.asarray(jax.random.key_data(KEYS)),
-        [KEYS[0], KEYS[1], KEYS[2]],
-    ],
-    ids=["raw", "numpy", "list"],
-)
-def test_run_keys_may_be_given_in_any_form(keys):
+def test_run_keys_may_be_given_in_any_form():
     expected = sweep.run(train, LEVELS, KEYS).metrics
-    chex.assert_trees_all_equal(sweep.run(train, LEVELS, keys).metrics, expected)
+    words = jax.random.key_data(KEYS)
+    for keys in (words, np.asarray(words), [KEYS[0], KEYS[1], KEYS[2]]):
+        chex.assert_trees_all_equal(sweep.run(train, LEVELS, keys).metrics, expected)
 
 
 @pytest.mark.usefixtures("x64")
@@ -180,7 +164,7 @@ def programs(monkeypatch):
     return calls
 
 
-def compiled(program, *arguments):
+def lowered(program, *arguments):
     return program.lower(*arguments).compile()
 
 
@@ -192,7 +176,7 @@ def test_map_memory_does_not_grow_with_the_number_of_levels(programs):
     def temporary_bytes(strategy, number):
         levels = jnp.linspace(0, 1, number)
         sweep.run(train, levels, KEYS[:1], strategy=strategy)
-        return compiled(*programs[-1]).memory_analysis().temp_size_in_bytes
+        return lowered(*programs[-1]).memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("map", 64) == temporary_bytes("map", 4)
     assert temporary_bytes("vmap", 64) > 8 * temporary_bytes("vmap", 4)
@@ -218,13 +202,13 @@ def test_vmap_computes_what_depends_on_a_key_once_for_all_levels(programs, num_k
     levels, keys = jnp.linspace(0, 1, 16), KEYS[:num_keys]
     result = sweep.run(draws_much, levels, keys, strategy="vmap")
     ((program, *given),) = programs
-    flops = compiled(program, *given).cost_analysis()["flops"]
+    flops = lowered(program, *given).cost_analysis()["flops"]
     by_hand = jax.jit(jax.vmap(draws_much, (0, None)))
     assert (
-        flops <= num_keys * compiled(by_hand, levels, keys[0]).cost_analysis()["flops"]
+        flops <= num_keys * lowered(by_hand, levels, keys[0]).cost_analysis()["flops"]
     )
     every_run = jax.jit(jax.vmap(draws_much))  # draws for every level
-    apart = compiled(every_run, levels, jnp.stack([keys[0]] * 16))
+    apart = lowered(every_run, levels, jnp.stack([keys[0]] * 16))
     assert flops < 0.6 * num_keys * apart.cost_analysis()["flops"]
     for j, key in enumerate(keys):
         alone = {name: x[:, j] for name, x in result.metrics.items()}
@@ -260,44 +244,27 @@ def test_chunks_are_balanced_and_hold_every_run(
         assert (table % num_keys == table[:, :1] % num_keys).all()
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "map", "shard"])
-def test_chunks_of_missing_runs_are_balanced(strategy, monkeypatch, tmp_path):
+@every_strategy
+def test_chunks_of_missing_runs_are_balanced(
+    strategy, monkeypatch, tmp_path, computed, expected
+):
     monkeypatch.setattr(placement, "number_of_cores", lambda: 1)
-    path, sizes = tmp_path / "sweep.jsonl", []
+    path = tmp_path / "sweep.jsonl"
     sweep.run(train, LEVELS[:1], KEYS[:1], path=path)
-    add = journal.Journal.add
-
-    def spied(self, runs, rows):
-        sizes.append(len(runs))
-        add(self, runs, rows)
-
-    monkeypatch.setattr(journal.Journal, "add", spied)
     options = {"strategy": strategy, "chunk_size": 8, "path": path}
     result = sweep.run(train, LEVELS, KEYS, **options)
-    assert sizes == ([7, 4] if strategy == "vmap" else [6, 5])
-    expected = one_by_one(LEVELS, KEYS)
-    chex.assert_trees_all_close(
-        result.metrics["losses"], expected, rtol=1e-4, atol=1e-6
-    )
+    assert computed == [1, *([7, 4] if strategy == "vmap" else [6, 5])]
+    np.testing.assert_allclose(result.metrics["losses"], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_run_progress_advances_once_a_chunk(monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
-    seen = []
-
-    class Bar(tqdm.tqdm):
-        def update(self, n=1):
-            seen.append((n, self.total))
-            return super().update(n)
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
+def test_run_progress_advances_once_a_chunk(bars):
     sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
-    assert seen == [(4, 12)] * 3
+    assert bars.updates == [(4, 12)] * 3
 
 
 def test_run_progress_puts_no_callback_into_the_program(programs):
     sweep.run(train, LEVELS, KEYS, progress=True, chunk_size=5)
-    text = compiled(*programs[0]).as_text()
+    text = lowered(*programs[0]).as_text()
     assert not re.search(r"custom_call_target=\S*callback", text)
     assert "while" in text  # it is the program that was looked at
 
@@ -306,6 +273,49 @@ def test_progress_without_tqdm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"pip install 'flood_optax\[bench\]'"):
         sweep.run(train, LEVELS, KEYS, progress=True)
+
+
+# --- run: how it calls what it trains, and the notes of its errors -------------------
+
+
+def test_run_branch_on_the_level_gets_a_note():
+    def shaped_by_level(level, key):
+        return {"a": jnp.zeros(3 if level > 0.5 else 2)}
+
+    error = jax.errors.TracerBoolConversionError
+    with pytest.raises(error, match="Attempted boolean conversion") as caught:
+        sweep.run(shaped_by_level, LEVELS, KEYS)
+    notes = "".join(caught.value.__notes__)
+    assert "`sweep.run(train)` must be traceable: it is traced once" in notes
+
+
+@pytest.mark.parametrize(
+    ("function", "note"),
+    [
+        (lambda b, k: {"x": float(b)}, "must be traceable.*instead of `float.level.`"),
+        (lambda k, b: {"x": jax.random.uniform(k) * b}, r"called with \(level, key\)"),
+    ],
+    ids=["float", "swapped without names"],
+)
+def test_run_error_of_train_has_a_note_that_says_how_it_is_called(function, note):
+    with pytest.raises(Exception, match=r"concrete value|PRNG key") as caught:
+        sweep.run(function, LEVELS, KEYS)
+    assert re.search(note, " ".join(caught.value.__notes__))
+
+
+def test_run_train_may_have_more_arguments_that_need_not_be_given():
+    bound, either = functools.partial(train, steps=4), lambda *runs: train(*runs)
+    for function, steps in ((bound, 4), (jax.jit(bound), 4), (train, 30), (either, 30)):
+        losses = sweep.run(function, LEVELS, KEYS).metrics["losses"]
+        assert losses.shape == (4, 3, steps)
+
+
+@pytest.mark.parametrize("seeds", [[0, 1, 2], (3, 5), np.arange(2)], ids=str)
+def test_run_takes_the_keys_that_the_refusal_of_seeds_names(seeds):
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+    draws = sweep.run(lambda b, k: {"x": jax.random.uniform(k)}, [0.1], keys).metrics
+    alone = [jax.random.uniform(jax.random.key(int(seed))) for seed in seeds]
+    np.testing.assert_array_equal(draws["x"][0], np.stack(alone))
 
 
 # --- run: many devices, many processes ------------------------------------------------

@@ -1,7 +1,9 @@
 """Sweeps that are killed and started again: they do what is missing, and end equal."""
 
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -50,12 +52,12 @@ train, LEVELS, KEYS = (namespace[name] for name in ("train", "LEVELS", "KEYS"))
 
 @pytest.fixture(scope="module")
 def whole():
-    return sweep.run(train, LEVELS, KEYS, chunk_size=2)
+    return sweep.run(train, LEVELS, KEYS, chunk_size=2).metrics
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The file of a sweep that ended."""
+    """The file of a sweep that ended: a header and six chunks."""
     path = tmp_path_factory.mktemp("sweep") / "finished.jsonl"
     sweep.run(train, LEVELS, KEYS, chunk_size=2, path=path)
     return path
@@ -66,173 +68,154 @@ def copy(finished, tmp_path):
     return pathlib.Path(shutil.copy(finished, tmp_path / "sweep.jsonl"))
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """The numbers of runs that are appended, chunk by chunk."""
-    chunks = []
-    add = journal.Journal.add
+def lines_of(path):
+    return path.read_bytes().splitlines(keepends=True)
 
-    def spied(self, runs, rows):
-        chunks.append(len(runs))
-        add(self, runs, rows)
 
-    monkeypatch.setattr(journal.Journal, "add", spied)
-    return chunks
+def resumed(path, **options):
+    return sweep.run(train, LEVELS, KEYS, path=path, **({"chunk_size": 2} | options))
 
 
 def python(code, *arguments):
     return processes.start("-c", SWEPT + textwrap.dedent(code), *arguments)
 
 
+# --- what a killed process, or a full disk, leaves ------------------------------------
+
 KILLED = """
-    import os, pathlib, signal
+    import os, signal, sys, time
     from flood_optax.sweep.journal import Journal
     add, calls = Journal.add, []
 
     def fatal(self, runs, rows):
         add(self, runs, rows)
         calls.append(runs)
-        if len(calls) == 3:
-            torn = {torn}
-            os.truncate({path!r}, os.path.getsize({path!r}) - torn)
-            os.kill(os.getpid(), signal.SIGKILL)
+        {dies}
 
     Journal.add = fatal
-    sweep.run(train, LEVELS, KEYS, path={path!r}, **OPTIONS)
+    sweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)
+"""
+TORN = """
+        if len(calls) == 3:
+            os.truncate(sys.argv[1], os.path.getsize(sys.argv[1]) - 100)
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(
-    ("torn", "missing"),
-    [(0, [2, 2, 2]), (1, [2, 2, 2]), (100, [2, 2, 2, 2])],
-    ids=["between chunks", "before the line end", "within a line"],
-)
+@pytest.mark.parametrize("by", ["itself, within a line", "another, at any time"])
 def test_killed_and_resumed_equals_uninterrupted(
-    tmp_path, whole, computed, torn, missing
+    tmp_path, whole, computed, finished, by
 ):
-    path = tmp_path / "sweep.jsonl"
-    process = python(KILLED.format(path=str(path), torn=torn))
-    assert processes.end(process)[0] == -signal.SIGKILL
-    resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
-    assert computed == missing
-    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
-    chex.assert_trees_all_equal_dtypes(resumed.metrics, whole.metrics)
-    again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
-    assert computed == missing  # nothing was left to do
-    chex.assert_trees_all_equal(again.metrics, whole.metrics)
-
-
-def test_killed_from_outside_at_any_time_and_resumed_equals_uninterrupted(
-    tmp_path, whole
-):
-    path = tmp_path / "sweep.jsonl"
-    process = python(f"""
-    import time
-    from flood_optax.sweep.journal import Journal
-    add = Journal.add
-    Journal.add = lambda *a: (add(*a), time.sleep(0.2))
-    sweep.run(train, LEVELS, KEYS, path={str(path)!r}, **OPTIONS)
-    """)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (
-        not path.exists() or path.read_bytes().count(b"\n") < 3
-    ):
+    path, alone = tmp_path / "sweep.jsonl", by.startswith("itself")
+    code = textwrap.dedent(KILLED).format(
+        dies=TORN.strip() if alone else "time.sleep(0.2)"
+    )
+    process, deadline = python(code, path), time.monotonic() + 60
+    while not alone and time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= 3:
+            process.kill()
+            break
         time.sleep(0.01)
-    process.kill()
     assert processes.end(process)[0] == -signal.SIGKILL
-    assert 3 <= path.read_bytes().count(b"\n") < 7
-    resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
-    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
+    left = path.read_bytes()
+    assert finished.read_bytes().startswith(left)
+    kept = left.count(b"\n") - 1
+    assert kept == 2 if alone else 2 <= kept < 6
+    chex.assert_trees_all_equal(resumed(path).metrics, whole)
+    assert computed == [2] * (6 - kept)
+
+
+def flipped(lines, number):
+    """With a bit of a line, counted from 1, that is another."""
+    damaged = bytearray(lines[number - 1])
+    damaged[40] ^= 1
+    return [*lines[: number - 1], bytes(damaged), *lines[number:]]
+
+
+# what the lines of the file become -> the chunks that are missing
+FAULTS = {
+    "empty": (lambda lines: [], 6),
+    "cut in the header": (lambda lines: [lines[0][:40]], 6),
+    "cut between chunks": (lambda lines: lines[:4], 3),
+    "cut before the line end": (lambda lines: [*lines[:3], lines[3][:-1]], 3),
+    "cut within a line": (lambda lines: [*lines[:3], lines[3][:-100]], 4),
+    "bit in the first chunk": (lambda lines: flipped(lines, 2), 1),
+    "bit in the second": (lambda lines: flipped(lines, 3), 1),
+    "bit in the last": (lambda lines: flipped(lines, 7), 1),
+    "torn, the next glued to it": (
+        lambda lines: [*lines[:2], lines[2][:100], *lines[3:]],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_file_with_a_fault_costs_the_chunks_it_lost(copy, whole, computed, fault):
+    damage, missing = FAULTS[fault]
+    copy.write_bytes(b"".join(damage(lines_of(copy))))
+    for _ in range(2):  # the second finds nothing left to do
+        found = resumed(copy).metrics
+        assert computed == [2] * missing
+        chex.assert_trees_all_equal(found, whole)
+        chex.assert_trees_all_equal_dtypes(found, whole)
 
 
 @pytest.mark.parametrize("strategy", ["map", "shard"])
 def test_resumed_by_another_strategy_agrees_to_rounding(
-    tmp_path, copy, whole, computed, strategy
+    copy, whole, computed, strategy
 ):
-    lines = copy.read_bytes().splitlines(keepends=True)
-    copy.write_bytes(b"".join(lines[:3]))
-    resumed = sweep.run(train, LEVELS, KEYS, path=copy, strategy=strategy, chunk_size=3)
+    copy.write_bytes(b"".join(lines_of(copy)[:3]))
+    found = resumed(copy, strategy=strategy, chunk_size=3).metrics
     assert computed == [3, 3, 2]
-    for name, value in resumed.metrics.items():
+    for name, value in found.items():
         np.testing.assert_allclose(
-            value.astype(float), whole.metrics[name].astype(float), rtol=1e-2
+            value.astype(float), whole[name].astype(float), rtol=1e-2
         )
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"0badc0de", None], ids=["empty", "torn", "cut"]
-)
-def test_file_without_a_whole_first_line_starts_over(
-    copy, finished, whole, computed, content
-):
-    first = finished.read_bytes().partition(b"\n")[0]
-    copy.write_bytes(first[:40] if content is None else content)
-    if content == b"0badc0de":
-        with pytest.raises(ValueError, match="is something else"):
-            sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
-        assert copy.read_bytes() == content  # nobody's file is overwritten
-        return
-    result = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
-    assert sum(computed) == 12
-    chex.assert_trees_all_equal(result.metrics, whole.metrics)
-
-
-def with_a_bit_flipped(path, line):
-    """Damages a line of the file, counted from 1, and returns the content."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    damaged = bytearray(lines[line - 1])
-    damaged[40] ^= 1
-    lines[line - 1] = bytes(damaged)
-    path.write_bytes(b"".join(lines))
-
-
-@pytest.mark.parametrize("line", [2, 3, 7])  # of 7: a header and six chunks
-def test_damaged_line_costs_its_own_chunk(copy, whole, computed, line):
-    with_a_bit_flipped(copy, line)
-    for _ in range(2):
-        resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
-        assert computed == [2]
-        chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
-
-
-def test_torn_line_with_the_next_one_glued_to_it_costs_its_own_chunk(
-    copy, whole, computed
-):
-    lines = copy.read_bytes().splitlines(keepends=True)
-    lines[2] = lines[2][:100]
-    copy.write_bytes(b"".join(lines))
-    resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
-    assert computed == [2]
-    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
-
-
 FULL_DISK = """
-    import resource, sys
-    limit = int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        sweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)
-    except OSError as error:
-        print(error, *error.__notes__)
+    import json, resource, sys
+    folder, *limits = sys.argv[1:]
+    for limit in limits:
+        size = int(limit), resource.RLIM_INFINITY
+        found = []
+        for _ in range(2):  # the second finds it still full
+            sweep.run(train, LEVELS, KEYS, **OPTIONS)  # compiled while there is room
+            resource.setrlimit(resource.RLIMIT_FSIZE, size)
+            try:
+                sweep.run(train, LEVELS, KEYS, path=f"{folder}/{limit}", **OPTIONS)
+            except OSError as error:
+                found.append(" ".join([str(error), *error.__notes__]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        print(json.dumps(found))
 """
+WHOLE_LINES = [0, 1, 3, 6]
 
 
-@pytest.mark.parametrize("whole_lines", [0, 1, 3, 6])
+@pytest.fixture(scope="module")
+def full_disks(tmp_path_factory, finished):
+    """By the lines that fit: the file, and the errors of two attempts."""
+    folder = tmp_path_factory.mktemp("full")
+    lines = lines_of(finished)
+    limits = [len(b"".join(lines[:number])) + 60 for number in WHOLE_LINES]
+    code, out, err = processes.end(python(FULL_DISK, folder, *limits))
+    assert code == 0, err
+    errors = [json.loads(line) for line in out.splitlines()]
+    files = [folder / str(limit) for limit in limits]
+    return dict(zip(WHOLE_LINES, zip(files, errors, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("whole_lines", WHOLE_LINES)
 def test_full_disk_raises_and_the_file_goes_on_when_there_is_room(
-    tmp_path, finished, whole, computed, whole_lines
+    full_disks, whole, computed, whole_lines
 ):
     kept = 2 * max(whole_lines - 1, 0)
-    path = tmp_path / "sweep.jsonl"
-    lines = finished.read_bytes().splitlines(keepends=True)
-    limit = len(b"".join(lines[:whole_lines])) + 60
-    for _ in range(2):  # the second finds it still full
-        code, out, err = processes.end(python(FULL_DISK, path, limit))
-        assert code == 0, err
-        if whole_lines:
-            assert f"keeps {kept} of 12 runs. When it can be written to again" in out
-    resumed = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
+    path, errors = full_disks[whole_lines]
+    assert len(errors) == 2
+    note = f"keeps {kept} of 12 runs. When it can be written to again"
+    assert not whole_lines or all(note in error for error in errors)
+    chex.assert_trees_all_equal(resumed(path).metrics, whole)
     assert sum(computed) == 12 - kept
-    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
 
 
 def test_path_may_be_a_symbolic_link(tmp_path, whole):
@@ -240,18 +223,17 @@ def test_path_may_be_a_symbolic_link(tmp_path, whole):
     target.parent.mkdir()
     link.symlink_to(target)  # to a file that is not there yet
     for _ in range(2):
-        result = sweep.run(train, LEVELS, KEYS, path=link, chunk_size=2)
-        chex.assert_trees_all_equal(result.metrics, whole.metrics)
+        chex.assert_trees_all_equal(resumed(link).metrics, whole)
         assert link.is_symlink()
         assert target.read_bytes().count(b"\n") == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "link.jsonl"]
 
 
-def test_two_processes_may_start_one_file_at_once(
-    tmp_path, whole, computed, monkeypatch
-):
-    path = tmp_path / "sweep.jsonl"
-    read_bytes = pathlib.Path.read_bytes
+# --- several processes ----------------------------------------------------------------
+
+
+def test_two_processes_may_start_one_file_at_once(tmp_path, whole, monkeypatch):
+    path, read_bytes = tmp_path / "sweep.jsonl", pathlib.Path.read_bytes
 
     def absent(self):
         raise FileNotFoundError(self)
@@ -264,22 +246,29 @@ def test_two_processes_may_start_one_file_at_once(
         lines.append(read_bytes(path).count(b"\n"))
     monkeypatch.undo()
     assert lines == [4, 8]
-    again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
-    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    chex.assert_trees_all_equal(resumed(path).metrics, whole)
     assert read_bytes(path).count(b"\n") == 8  # nothing was run again
+
+
+RUN = "import sys\nsweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)"
 
 
 def test_processes_that_share_one_file_end_alike(tmp_path, whole):
     path = tmp_path / "sweep.jsonl"
-    code = "sweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)"
-    for process in [python("import sys\n" + code, path) for _ in range(2)]:
+    for process in [python(RUN, path) for _ in range(2)]:
         code, _, err = processes.end(process)
         assert code == 0, err
     before = path.read_bytes()
     assert 7 <= before.count(b"\n") <= 14
-    again = sweep.run(train, LEVELS, KEYS, path=path, chunk_size=2)
-    chex.assert_trees_all_equal(again.metrics, whole.metrics)
+    chex.assert_trees_all_equal(resumed(path).metrics, whole)
     assert path.read_bytes() == before
+
+
+def test_fingerprint_is_the_same_in_another_process(copy):
+    before = copy.read_bytes()
+    code, _, err = processes.end(python(RUN, copy))
+    assert code == 0, err
+    assert copy.read_bytes() == before
 
 
 JOIN = """
@@ -335,7 +324,7 @@ def test_sweep_of_two_processes_of_which_one_is_killed_goes_on_in_any_number(
     # JAX may have aborted the other one by itself, as its peer was gone
     assert codes[dies] == -signal.SIGKILL
     assert codes[1 - dies] != 0
-    content = b"".join(whole.metrics[name].tobytes() for name in sorted(whole.metrics))
+    content = b"".join(whole[name].tobytes() for name in sorted(whole))
     digest = hashlib.sha256(content).hexdigest()
     for number in (3 - dies, 1):
         copied = shutil.copy(path, tmp_path / f"{number}.jsonl")
@@ -350,185 +339,138 @@ MORE_LEVELS = [0.3, 0.0, -np.inf, 0.15, 0.2, 0.1]
 MORE_KEYS = jnp.stack([*jax.random.split(jax.random.key(8), 2), *KEYS[::-1]])
 
 
-def test_file_of_fewer_levels_and_keys_is_extended(copy, computed):
+@pytest.fixture(scope="module")
+def more():
+    return sweep.run(train, MORE_LEVELS, MORE_KEYS).metrics
+
+
+def test_file_of_fewer_levels_and_keys_is_extended(copy, computed, more):
     extended = sweep.run(train, MORE_LEVELS, MORE_KEYS, path=copy)
     assert sum(computed) == 6 * 5 - 4 * 3
-    expected = sweep.run(train, MORE_LEVELS, MORE_KEYS)
-    chex.assert_trees_all_equal(extended.metrics, expected.metrics)
+    chex.assert_trees_all_equal(extended.metrics, more)
     np.testing.assert_array_equal(extended.levels, MORE_LEVELS)
     np.testing.assert_array_equal(extended.keys, jax.random.key_data(MORE_KEYS))
     computed.clear()
     part = sweep.run(train, MORE_LEVELS[1:4], MORE_KEYS[1:3], path=copy)
     assert computed == []
-    cut = {name: x[1:4, 1:3] for name, x in expected.metrics.items()}
-    chex.assert_trees_all_equal(part.metrics, cut)
+    chex.assert_trees_all_equal(
+        part.metrics, {name: x[1:4, 1:3] for name, x in more.items()}
+    )
 
 
 @pytest.mark.parametrize("torn", [0, 100])
-def test_extension_that_is_killed_goes_on_where_it_was(copy, computed, torn):
-    killed = KILLED.format(path=str(copy), torn=torn).replace(
-        "LEVELS, KEYS", "[0.3, *LEVELS, 0.15], KEYS"
-    )
-    assert processes.end(python(killed))[0] == -signal.SIGKILL
+def test_extension_that_is_killed_goes_on_where_it_was(
+    copy, computed, whole, more, torn
+):
+    sweep.run(train, [0.3, *LEVELS, 0.15], KEYS, path=copy, chunk_size=2)
+    os.truncate(copy, len(b"".join(lines_of(copy)[:9])) - torn)
+    assert computed == [2, 2, 2]
     extended = sweep.run(train, MORE_LEVELS, KEYS, path=copy, chunk_size=2)
-    assert sum(computed) == 0 if not torn else 2
-    expected = sweep.run(train, MORE_LEVELS, KEYS)
-    chex.assert_trees_all_equal(extended.metrics, expected.metrics)
-    again = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)  # the first call
-    chex.assert_trees_all_equal(
-        again.metrics, sweep.run(train, LEVELS, KEYS, chunk_size=2).metrics
-    )
+    assert computed == [2, 2, 2, 2, *([2] if torn else [])]
+    of_keys = {name: x[:, :1:-1] for name, x in more.items()}
+    chex.assert_trees_all_equal(extended.metrics, of_keys)
+    chex.assert_trees_all_equal(resumed(copy).metrics, whole)  # the first call
 
 
 # --- files of another sweep -----------------------------------------------------------
+
+
+def test_path_in_a_missing_directory_fails_before_training(tmp_path, computed):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        resumed(tmp_path / "missing" / "sweep.jsonl")
+    assert computed == []
+
+
+def test_progress_of_a_resumed_sweep_starts_where_it_was(copy, bars):
+    copy.write_bytes(b"".join(lines_of(copy)[:3]))
+    resumed(copy, progress=True)
+    assert bars.closed[0] == (4, 12, 12)
+
+
+def with_another_header(lines, **changed):
+    """The lines as they would be with another header."""
+    header = json.loads(lines[0].partition(b" ")[2]) | changed
+    text = json.dumps(header).encode()
+    return [b"%08x %s\n" % (zlib.crc32(text), text), *lines[1:]]
 
 
 def other_metrics(level, key):
     return train(level, key) | {"more": level}
 
 
+def other_operation(level, key):
+    return train(level, key) | {"w": -train(level, key)["w"]}
+
+
 OTHER_DATA = namespace["DATA"].at[7].add(0.001)
+OF_THIS, OTHER_TRAIN = r"`sweep.run\(path=...\)` must be .*", "another train function"
+NOW = traced.settings()
+# what is swept, or what the lines have become, or a setting -> what the error says
 OTHERS = {
     "raw keys": ((train, LEVELS, jax.random.key_data(KEYS)), "another kind of keys"),
     "metrics": ((other_metrics, LEVELS, KEYS), "other metrics"),
-    "learning rate": (
-        (lambda b, k: train(b, k, rate=0.2), LEVELS, KEYS),
-        "another train function",
+    "rate": ((lambda b, k: train(b, k, rate=0.2), LEVELS, KEYS), OTHER_TRAIN),
+    "operation": ((other_operation, LEVELS, KEYS), OTHER_TRAIN),
+    "data": ((lambda b, k: train(b, k, data=OTHER_DATA), LEVELS, KEYS), OTHER_TRAIN),
+    "torn": (lambda lines: [b"0badc0de"], "is something else"),
+    "table": (lambda lines: [b"level,accuracy\n0.1,0.9\n"], "something else. Give an"),
+    "binary": (lambda lines: [b"\xff\x00\n"], "is something else. Give another"),
+    # its fingerprint did not see all data, so its numbers cannot be trusted
+    "earlier version": (
+        lambda lines: with_another_header(lines, format="flood_optax.sweep/1"),
+        "a file of this version, got sweep",
     ),
-    "operation": (
-        (lambda b, k: train(b, k) | {"w": -train(b, k)["w"]}, LEVELS, KEYS),
-        "another train function",
+    "version of jax": (
+        lambda lines: with_another_header(lines, settings=NOW | {"jax": "0.7.0"}),
+        rf"with jax 0.7.0 .now {re.escape(jax.__version__)}., .* Set that back",
     ),
-    "data": (
-        (lambda b, k: train(b, k, data=OTHER_DATA), LEVELS, KEYS),
-        "another train function",
+    "random numbers": (
+        jax.threefry_partitionable(False),
+        "jax_threefry_partitionable True .now False.",
+    ),
+    "precision": (
+        jax.default_matmul_precision("highest"),
+        "jax_default_matmul_precision None .now highest.",
     ),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_file_of_another_sweep_is_refused_and_kept(copy, finished, case):
-    arguments, message = OTHERS[case]
-    with pytest.raises(
-        ValueError, match=r"`sweep.run\(path=...\)` must be .*" + message
-    ):
+def test_file_of_another_sweep_is_refused_and_kept(copy, whole, computed, case):
+    other, message = OTHERS[case]
+    arguments, setting = (train, LEVELS, KEYS), contextlib.nullcontext()
+    if isinstance(other, tuple):
+        arguments = other
+    elif hasattr(other, "__enter__"):
+        setting = other
+    else:
+        copy.write_bytes(b"".join(other(lines_of(copy))))
+    before = copy.read_bytes()
+    with setting, pytest.raises(ValueError, match=OF_THIS + message):
         sweep.run(*arguments, path=copy)
-    assert copy.read_bytes() == finished.read_bytes()
-
-
-@pytest.mark.parametrize("content", [b"level,accuracy\n0.1,0.9\n", b"\xff\x00\n"])
-def test_file_of_something_else_is_refused_and_kept(tmp_path, content):
-    path = tmp_path / "table.csv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"table.csv is something else. Give another"):
-        sweep.run(train, LEVELS, KEYS, path=path)
-    assert path.read_bytes() == content
-
-
-def test_path_in_a_missing_directory_fails_before_training(tmp_path, computed):
-    with pytest.raises(FileNotFoundError, match="missing"):
-        sweep.run(train, LEVELS, KEYS, path=tmp_path / "missing" / "sweep.jsonl")
+    assert copy.read_bytes() == before
+    if setting is other:  # set back, as the error says
+        chex.assert_trees_all_equal(resumed(copy).metrics, whole)
     assert computed == []
-
-
-def test_progress_of_a_resumed_sweep_starts_where_it_was(copy, monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
-    bars = []
-
-    class Bar(tqdm.tqdm):
-        def close(self):
-            bars.append((self.initial, self.n, self.total))
-            super().close()
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
-    lines = copy.read_bytes().splitlines(keepends=True)
-    copy.write_bytes(b"".join(lines[:3]))
-    sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2, progress=True)
-    assert bars[0] == (4, 12, 12)
-
-
-def test_fingerprint_is_the_same_in_another_process(copy, computed):
-    again = f"sweep.run(train, LEVELS, KEYS, path={str(copy)!r}, **OPTIONS)"
-    before = copy.read_bytes()
-    code, _, err = processes.end(python(again))
-    assert code == 0, err
-    assert copy.read_bytes() == before
-
-
-def with_another_header(path, **changed):
-    """The file as it would be with another header."""
-    first, _, rest = path.read_bytes().partition(b"\n")
-    header = json.loads(first.partition(b" ")[2]) | changed
-    text = json.dumps(header).encode()
-    path.write_bytes(b"%08x %s\n" % (zlib.crc32(text), text) + rest)
-
-
-def test_file_of_an_earlier_version_is_refused_and_kept(copy):
-    # Its fingerprint did not see all data, so its numbers cannot be trusted.
-    with_another_header(copy, format="flood_optax.sweep/1")
-    before = copy.read_bytes()
-    with pytest.raises(ValueError, match="must be a file of this version, got sweep"):
-        sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
-    assert copy.read_bytes() == before
 
 
 def test_file_of_the_version_before_is_read_and_extended(copy, whole, computed):
     # Its header held the grid, of which the chunks gave numbers, and no settings.
-    lines = copy.read_bytes().splitlines()[:4]
-    header, *chunks = (json.loads(line.partition(b" ")[2]) for line in lines)
+    header, *chunks = (json.loads(x.partition(b" ")[2]) for x in lines_of(copy)[:4])
     for number, chunk in enumerate(chunks):
         chunk["runs"] = [2 * number, 2 * number + 1]
-    header |= {
-        "format": "flood_optax.sweep/2",
-        "levels": [repr(float(np.float32(b))) for b in LEVELS],
-    }
+    levels = [repr(float(np.float32(b))) for b in LEVELS]
+    header |= {"format": "flood_optax.sweep/2", "levels": levels}
     header["keys"] = [header.pop("key"), jax.random.key_data(KEYS).tolist()]
     del header["settings"]
     copy.write_bytes(b"".join(map(journal._line, [header, *chunks])))
     with pytest.warns(
         FloodWarning, match="does not say with which version and settings"
     ):
-        resumed = sweep.run(train, LEVELS, KEYS, path=copy, chunk_size=2)
+        found = resumed(copy)
     assert computed == [2, 2, 2]
-    chex.assert_trees_all_equal(resumed.metrics, whole.metrics)
-    again = sweep.run(train, LEVELS, KEYS, path=copy)  # says so now
-    chex.assert_trees_all_equal(again.metrics, whole.metrics)
-    with (
-        jax.threefry_partitionable(False),
-        pytest.raises(ValueError, match="partition"),
-    ):
-        sweep.run(train, LEVELS, KEYS, path=copy)
-
-
-@pytest.mark.parametrize(
-    ("context", "message"),
-    [
-        (jax.threefry_partitionable, "jax_threefry_partitionable True .now False."),
-        (
-            jax.default_matmul_precision,
-            "jax_default_matmul_precision None .now highest.",
-        ),
-    ],
-    ids=["random numbers", "precision"],
-)
-def test_file_of_other_settings_that_change_numbers_is_refused_and_kept(
-    copy, whole, computed, context, message
-):
-    before = copy.read_bytes()
-    value = "highest" if context is jax.default_matmul_precision else False
-    with context(value), pytest.raises(ValueError, match=message):
-        sweep.run(train, LEVELS, KEYS, path=copy)
-    assert copy.read_bytes() == before
-    again = sweep.run(train, LEVELS, KEYS, path=copy)  # set back, as the error says
-    chex.assert_trees_all_equal(again.metrics, whole.metrics)
-    assert computed == []
-
-
-def test_file_of_another_version_of_jax_is_refused_and_kept(copy):
-    now = traced.settings()
-    with_another_header(copy, settings=now | {"jax": "0.7.0"})
-    before = copy.read_bytes()
-    message = rf"with jax 0.7.0 .now {re.escape(jax.__version__)}., .* Set that back"
-    with pytest.raises(ValueError, match=message):
-        sweep.run(train, LEVELS, KEYS, path=copy)
-    assert copy.read_bytes() == before
+    chex.assert_trees_all_equal(found.metrics, whole)
+    chex.assert_trees_all_equal(resumed(copy).metrics, whole)  # says so now
+    partition = pytest.raises(ValueError, match="partition")
+    with jax.threefry_partitionable(False), partition:
+        resumed(copy)
