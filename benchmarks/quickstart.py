@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import flood_optax
 from benchmarks import data, report, statistics, study
-from benchmarks.pictures import BLUE, INCHES, INK, RED, panels, say
+from benchmarks.pictures import BLUE, GREEN, INCHES, INK, RED, panels, say
 from benchmarks.training import cross_entropy, loss_and_accuracy, value_and_grad
 
 TRAIN, NOISE, WIDTH, LEARNING_RATE = 300, 0.2, 256, 1e-3
@@ -185,9 +185,9 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
             text = f"{name} loss {mean[-1, i]:.2f}"
             say(axis, text, (last, mean[-1, i]), (0, above), color=colour, ha="right")
         if mean.shape[1] > len(METRICS) and run == "flooded":
-            axis.plot(mean[:, -1], color=RED, lw=1.5, ls="--")
-            text = "averaged weights: dashed"
-            say(axis, text, (last, mean[-1, -1]), (0, 24), color=RED, ha="right")
+            axis.plot(mean[:, -1], color=GREEN, lw=1.5)
+            text = f"averaged weights {mean[-1, -1]:.2f}"
+            say(axis, text, (last, mean[-1, -1]), (0, 24), color=GREEN, ha="right")
         axis.axhline(lowest, color=INK, lw=1, ls=":")
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.5))
     axes[0].plot(epoch - 1, lowest, "o", color=RED, mec=INK)
