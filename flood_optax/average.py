@@ -13,7 +13,7 @@ from jax import export
 from jax.typing import ArrayLike
 
 from flood_optax.checks import check_number
-from flood_optax.precision import compare_dtype, rounded
+from flood_optax.precision import rounded
 
 
 class AverageState(NamedTuple):
@@ -227,9 +227,7 @@ def _start(param: Any) -> Any:
     dtype = jax.typeof(param).dtype
     if not jnp.issubdtype(dtype, jnp.inexact):
         return optax.MaskedNode()
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        dtype = compare_dtype(np.dtype(dtype))
-    return jnp.array(param, dtype, copy=True)
+    return jnp.array(param, np.promote_types(dtype, np.float32), copy=True)
 
 
 def _averaged_leaf(count: jax.Array, param: Any, update: Any, average: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flood_optax.devices import AxisName, global_mean, split_like, varying_like
-from flood_optax.precision import compare_dtype, rounded
+from flood_optax.precision import rounded, wide
 from flood_optax.shapes import Shape
 
 
@@ -22,9 +22,8 @@ class Bent(NamedTuple):
 
 def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
     """Bends a real loss at the level, into which no gradient flows."""
-    dtype = compare_dtype(loss.dtype)
-    loss = rounded(loss).astype(dtype)
-    level = split_like(lax.stop_gradient(level).astype(dtype), loss)
+    loss = wide(rounded(loss))
+    level = split_like(lax.stop_gradient(level).astype(loss.dtype), loss)
     off = level == -jnp.inf
     bound = jnp.where(off, jnp.zeros_like(level), level)  # -inf would make a NaN below
     residual = loss - bound
@@ -34,7 +33,7 @@ def bend(loss: jax.Array, level: jax.Array, shape: Shape) -> Bent:
         jnp.where(loss == bound, residual, jnp.zeros_like(residual))
     )
     phi = shape.value(residual)
-    multiplier = shape.multiplier(residual).astype(dtype)
+    multiplier = shape.multiplier(residual).astype(loss.dtype)
     # Above the level (loss - level) + level would round: take the loss as it is. But
     # not where phi only crosses r, as at a tie of `soft`: where custom rules do not
     # count, as in `jax.experimental.jet`, this value is differentiated.

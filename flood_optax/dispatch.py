@@ -24,7 +24,7 @@ def one_dispatch(
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> Result:
-        leaves = jax.tree.leaves(args)
+        leaves = jax.tree.leaves((args, options))
         run: Callable[..., Result] = function
         if not any(isinstance(x, Tracer) for x in leaves):
             arrays = (x for x in leaves if isinstance(x, jax.Array))

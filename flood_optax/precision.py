@@ -15,14 +15,9 @@ GOLDEN = np.uint32(0x9E3779B1)  # 2**32 times the golden ratio - 1
 
 
 def wide(x: ArrayLike) -> jax.Array:
-    """Real floats in float32 at least."""
+    """Real numbers in float32 at least, in which a loss is compared with its level."""
     array = jnp.asarray(x)
-    return array.astype(compare_dtype(array.dtype))
-
-
-def compare_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype in which a loss is compared with its level: float32 at least."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return array.astype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
 def rounded(x: jax.Array) -> jax.Array:

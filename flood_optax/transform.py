@@ -27,7 +27,7 @@ from flood_optax.checks import (
 )
 from flood_optax.devices import AxisName, check_axes, global_mean
 from flood_optax.dispatch import on_chosen, one_dispatch
-from flood_optax.precision import compare_dtype, wide
+from flood_optax.precision import wide
 from flood_optax.shape_rules import check_shape, check_turns_around, is_static
 from flood_optax.shapes import Shape, reflect
 
@@ -226,7 +226,7 @@ def _compare(
     shape: Shape,
 ) -> tuple[Bent, FloodState]:
     """One loss at its level or end of the band; it leaves no trace if it must not."""
-    dtype = compare_dtype(loss.dtype)
+    dtype = np.promote_types(loss.dtype, np.float32)
     if band is not None:
         climbs = state.flood_value < state.flood_level  # as the last step did
         level = level.astype(dtype)
@@ -359,9 +359,10 @@ def batch_loss(
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
         return BatchLoss(global_mean(share, axis_name), devices, None)
     check_number(f"{call}.update(weight=...)", weight, "non-negative and finite")
-    part = jnp.asarray(weight, compare_dtype(share.dtype))
+    counted = wide(share)
+    part = jnp.asarray(weight, counted.dtype)
     # a select: the product with 0 keeps the NaN of a part that counts nothing
-    counted = jnp.where(part != 0, wide(share), 0)
+    counted = jnp.where(part != 0, counted, 0)
     if axis_name is not None:
         # stacked, so that it is one collective
         total, part = lax.psum(jnp.stack([part * counted, part]), axis_name)
@@ -392,16 +393,13 @@ def scaled(
     """Multiplies each leaf by m, in the dtype of the leaf; 0 times inf is 0."""
     dtypes = map(jax.dtypes.result_type, jax.tree.leaves(updates))  # of keys, too
     inexact = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
-
-    def scale(some: list[Any]) -> list[jax.Array]:
-        return _scaled(some, multiplier, may_be_zero=may_be_zero)
-
+    scale = functools.partial(_scaled, multiplier, may_be_zero=may_be_zero)
     return on_chosen(scale, updates, inexact)
 
 
 @functools.partial(one_dispatch, static="may_be_zero")
 def _scaled(
-    updates: list[Any], multiplier: jax.Array, *, may_be_zero: bool
+    multiplier: jax.Array, updates: list[Any], *, may_be_zero: bool
 ) -> list[jax.Array]:
     zero = multiplier == 0 if may_be_zero else None
     return [_scaled_leaf(jnp.asarray(x), multiplier, zero) for x in updates]
@@ -416,7 +414,7 @@ def _scaled_leaf(
         return lax.complex(
             _scaled_leaf(real, multiplier, zero), _scaled_leaf(imag, multiplier, zero)
         )
-    work = compare_dtype(dtype)  # 16-bit leaves are rounded once
+    work = np.promote_types(dtype, np.float32)  # 16-bit leaves are rounded once
     product = (update.astype(work) * multiplier.astype(work)).astype(dtype)
     # costs an operation per entry, and memory where XLA does not fuse it
     return product if zero is None else jnp.where(zero, jnp.zeros_like(update), product)

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flood_optax.checks import as_integer, is_of_bits, must
 from flood_optax.dispatch import one_dispatch
-from flood_optax.precision import compare_dtype
 from flood_optax.transform import BatchLoss
 
 EveryK = int | Callable[[jax.Array], ArrayLike]
@@ -65,9 +64,7 @@ class Alone(NamedTuple):
         """No window."""
         return ()
 
-    def kept(self) -> tuple[()]:
-        """No window."""
-        return ()
+    kept = closed
 
 
 class Added(NamedTuple):
@@ -125,16 +122,13 @@ class Windows(NamedTuple):
       every_k: how many, or a schedule of it.
       should_skip: the rule of what is skipped, if there is one.
       dtype: of the mean gradients; None is float32 at least.
+      of_one: whether each update is a step.
     """
 
     every_k: EveryK
     should_skip: ShouldSkip | None
     dtype: np.dtype | None
-
-    @property
-    def of_one(self) -> bool:
-        """Whether each update is a step."""
-        return self.every_k == 1 and self.should_skip is None
+    of_one: bool
 
     def opened(self, params: Any) -> FloodWindow | tuple[()]:
         """The first window, for params."""
@@ -163,7 +157,8 @@ class Windows(NamedTuple):
         params: Any,
     ) -> Added | Alone:
         """Adds a micro-batch to the window of this number."""
-        _check_flush(flush)
+        if flush is not False:
+            _check_flush(flush)
         if self.of_one:
             _check_no_window(window)
             return Alone(batch.counts is None or batch.counts, grads, batch.loss)
@@ -171,36 +166,25 @@ class Windows(NamedTuple):
         # What is known before tracing (that nothing is skipped, that all weigh 1) stays
         # a NumPy bool here, so that no select is made for it: one costs memory.
         weighs = np.True_ if batch.counts is None else batch.counts
-        skip, skip_state = self._verdict(grads, number, params, batch.loss)
-        # A micro-batch of weight 0 is not skipped: it takes its place in the window, as
-        # the rows of padding that it stands for in a large batch.
-        skip &= weighs
-        skip_state = _pick(weighs, skip_state, window.flood_skip_state)
+        skip, skip_state = np.False_, ()
+        if self.should_skip is not None:
+            skip, skip_state = self._verdict(grads, number, params, batch.loss)
+            # A micro-batch of weight 0 is not skipped: it takes its place in the
+            # window, as the rows of padding that it stands for in a large batch.
+            skip &= weighs
+            skip_state = _pick(weighs, skip_state, window.flood_skip_state)
         counts = ~skip & weighs
-        scalars = window._replace(flood_grad_mean=(), flood_skip_state=())
-        with_it, share = _add_loss(scalars, batch.loss, batch.weight)
-        scalars = _pick(counts, with_it, scalars)
-        step = window.flood_mini_step
-        full = (step >= self._size(number) - 1) & ~skip
-        full = full if flush is False else full | flush
-        step = jnp.where(skip, step, step + 1)
-        after = scalars._replace(
-            # A full window that does not emit holds nothing: all is zero but its step.
-            flood_mini_step=jnp.where(full, jnp.zeros_like(step), step),
-            flood_skip_state=skip_state,
+        k = self.every_k
+        after, emits, share = _add_scalars(
+            window._replace(flood_grad_mean=(), flood_skip_state=()),
+            batch,
+            counts,
+            skip=skip,
+            size=_size(k, number) if callable(k) else k,
+            flush=flush,
         )
-        emits = full & (after.flood_weight != 0)
+        after = after._replace(flood_skip_state=skip_state)
         return Added(emits, window, after, counts, share, grads, batch.loss)
-
-    def _size(self, number: jax.Array) -> jax.Array | int:
-        """How many micro-batches the window of this number takes."""
-        if not callable(self.every_k):
-            return self.every_k
-        k = jnp.asarray(self.every_k(number))
-        if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
-            call, got = "flood(every_k=schedule)", f"shape {k.shape} of dtype {k.dtype}"
-            raise TypeError(must(call, "return an integer scalar", got))
-        return k.astype(jnp.int32)
 
     def _verdict(
         self, grads: Any, number: jax.Array, params: Any, loss: jax.Array
@@ -223,9 +207,9 @@ class Windows(NamedTuple):
         dtype = jax.typeof(param).dtype  # of keys, too
         if not jnp.issubdtype(dtype, jnp.inexact):
             return optax.MaskedNode()
-        if not jnp.issubdtype(dtype, jnp.complexfloating):
-            dtype = self.dtype or compare_dtype(np.dtype(dtype))
-        return jnp.zeros_like(param, dtype)
+        if self.dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+            return jnp.zeros_like(param, np.promote_types(dtype, np.float32))
+        return jnp.zeros_like(param, self.dtype)
 
 
 def accumulation(
@@ -241,7 +225,17 @@ def accumulation(
             '`static_args="every_k"`; a schedule is legal too.'
         )
         every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
-    return Windows(every_k, should_skip, dtype)
+    of_one = every_k == 1 and should_skip is None
+    return Windows(every_k, should_skip, dtype, of_one)
+
+
+def _size(schedule: Callable[[jax.Array], ArrayLike], number: jax.Array) -> jax.Array:
+    """How many micro-batches the window of this number takes."""
+    k = jnp.asarray(schedule(number))
+    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
+        call, got = "flood(every_k=schedule)", f"shape {k.shape} of dtype {k.dtype}"
+        raise TypeError(must(call, "return an integer scalar", got))
+    return k.astype(jnp.int32)
 
 
 def _check_flush(flush: Any) -> None:
@@ -274,11 +268,10 @@ def _as_dtype(given: DTypeLike) -> np.dtype:
 def _complete(window: Any) -> FloodWindow:
     """The window of a state, which may have been written before there were weights."""
     if not isinstance(window, FloodWindow):
+        found, cure = type(window).__name__, "FloodWindow(*state.flood_window)"
         if window == ():
-            found, cure = "no window, as of `every_k=1`", "optimizer.init(params)"
-            cure = f"{cure}.flood_window"
-        else:
-            found, cure = type(window).__name__, "FloodWindow(*state.flood_window)"
+            found = "no window, as of `every_k=1`"
+            cure = "optimizer.init(params).flood_window"
         raise ValueError(
             "`flood(every_k=...).update(state)` needs a FloodWindow in the state, got "
             f"{found}: `state._replace(flood_window={cure})`."
@@ -294,18 +287,24 @@ def _complete(window: Any) -> FloodWindow:
 
 
 @one_dispatch
-def _add_loss(
-    window: FloodWindow, loss: jax.Array, weight: jax.Array | int
-) -> tuple[FloodWindow, jax.Array]:
-    """Its scalars with one more micro-batch, and the share of that in the window."""
+def _add_scalars(
+    window: FloodWindow,
+    batch: BatchLoss,
+    counts: Any,
+    *,
+    skip: Any,
+    size: jax.Array | int,
+    flush: ArrayLike,
+) -> tuple[FloodWindow, jax.Array, jax.Array]:
+    """Its scalars with one more micro-batch; whether to step; the share of that."""
     mean, rest = window.flood_value_mean, window.flood_value_rest
-    weight = jnp.asarray(weight, mean.dtype)
+    weight = jnp.asarray(batch.weight, mean.dtype)
     total, weight_rest = _two_sum(window.flood_weight, window.flood_weight_rest, weight)
     # What weighs 0 is not taken: it only must not divide 0 by 0 here.
     parts = jnp.where(weight == 0, 1, total / jnp.where(weight == 0, 1, weight))
     # An infinite loss stays in the mean, where inf - inf would make a NaN of it.
     finite = jnp.where(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
-    step = (loss.astype(mean.dtype) - finite - rest) / parts
+    step = (batch.loss.astype(mean.dtype) - finite - rest) / parts
     mean, rest = _two_sum(mean, rest, step)
     more = window._replace(
         flood_value_mean=mean,
@@ -313,8 +312,16 @@ def _add_loss(
         flood_weight_rest=weight_rest,
         flood_value_rest=rest,
     )
+    after, number = _pick(counts, more, window), window.flood_mini_step
+    full = (number >= size - 1) & ~skip
+    full = full if flush is False else full | flush
+    number = jnp.where(skip, number, number + 1)
+    # A full window that does not emit holds nothing: all is zero but its number.
+    after = after._replace(
+        flood_mini_step=jnp.where(full, jnp.zeros_like(number), number)
+    )
     # XLA divides by a scalar so, too, but would read the mean gradients twice
-    return more, 1 / parts
+    return after, full & (after.flood_weight != 0), 1 / parts
 
 
 @one_dispatch
@@ -324,11 +331,9 @@ def _add_gradients(means: Any, updates: Any, share: jax.Array) -> Any:
     def mean(new: Any, old: Any) -> Any:
         if isinstance(old, optax.MaskedNode):
             return old
-        dtype = old.dtype  # a narrow mean is taken in float32 and rounded once
-        if not jnp.issubdtype(dtype, jnp.complexfloating):
-            dtype = compare_dtype(dtype)
-        wide = old.astype(dtype)
-        step = (jnp.asarray(new, dtype) - wide) * share.astype(dtype)
+        # a narrow mean is taken in float32 and rounded once
+        wide = old.astype(np.promote_types(old.dtype, np.float32))
+        step = (jnp.asarray(new, wide.dtype) - wide) * share.astype(wide.dtype)
         return (wide + step).astype(old.dtype)
 
     return jax.tree.map(mean, updates, means)

@@ -166,12 +166,16 @@ def flood(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         before: FloodWrapperState = state_of(FloodWrapperState, state, "flood(inner)")
-        _check_search(
-            extra_args,
-            windows=before.flood_window != (),
-            weighted=axis_name is not None and extra_args.get("weight") is not None,
-        )
+        search = {n: extra_args[n] for n in SEARCH if extra_args.get(n) is not None}
+        if search:
+            weight = extra_args.get("weight")
+            _check_search(search, before.flood_window, axis_name, weight)
         given = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
+        handed_on = {
+            n: x for n, x in extra_args.items() if n not in ("value", "weight")
+        }
+        if handed_on.get("loss") is None:  # most optimizers do not know it
+            handed_on.pop("loss", None)
         batch = windows.add(
             before.flood_window,
             updates,
@@ -184,14 +188,17 @@ def flood(
         def step() -> tuple[Any, FloodWrapperState]:
             means, mean_loss = batch.means()
             bent, flood_state = compare(before.flood_state, mean_loss)
+            evaluates = (
+                _flooded_search(search, bent, shape, axis_name) if search else {}
+            )
             stepped, inner_state = inner.update(
                 scaled(means, bent.multiplier, may_be_zero=not never_zero),
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
-                **_inner_arguments(extra_args, bent, shape, axis_name),
+                **{**handed_on, **evaluates},
             )
-            if extra_args.get("value_fn") is not None:
+            if "value_fn" in search:
                 inner_state = _forget_flooded(inner_state, bent)
             return stepped, FloodWrapperState(flood_state, inner_state, batch.closed())
 
@@ -209,8 +216,15 @@ def flood(
             remembered = types, [x.dtype for x in jax.tree.leaves(stepped)]
             # An inner state may come back in another dtype, as a bf16 moment in
             # float32, which no branch of a cond, and no loop around it, would take.
+            # astype knows no key, which needs none.
             inner_state = jax.tree.map(
-                _cast_like, after.flood_inner_state, before.flood_inner_state
+                lambda new, old: (
+                    new
+                    if jax.typeof(new).dtype == jax.typeof(old).dtype
+                    else jnp.asarray(new).astype(jax.typeof(old).dtype)
+                ),
+                after.flood_inner_state,
+                before.flood_inner_state,
             )
             return stepped, after._replace(flood_inner_state=inner_state)
 
@@ -230,40 +244,41 @@ def flood(
 # ---- line searches, which evaluate the loss themselves ----
 
 
-def _check_search(extra_args: dict[str, Any], *, windows: bool, weighted: bool) -> None:
+SEARCH = ("value_fn", "grad")  # what most of them are given
+
+
+def _check_search(
+    search: dict[str, Any], window: Any, axis_name: AxisName | None, weight: Any
+) -> None:
     """A line search compares losses of one batch: those it evaluates, and this one."""
-    for name in ("value_fn", "grad"):
-        if extra_args.get(name) is None:
-            continue
-        if windows:
-            raise ValueError(
-                "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
-                f"`{name}`, which belongs to one micro-batch, got one. "
-                "Line searches need the whole batch: `flood(inner, level)`."
-            )
-        if weighted and name == "value_fn":
-            raise ValueError(
-                "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both. "
-                "Give a `value` and a `value_fn` that are the weighted mean over the "
-                "devices already, without axis_name and weight."
-            )
-
-
-def _inner_arguments(
-    extra_args: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
-) -> dict[str, Any]:
-    """What goes to the inner optimizer beside the value: what came raw, flooded."""
-    handed_on = {n: x for n, x in extra_args.items() if n not in ("value", "weight")}
-    if handed_on.get("loss") is None:  # not given, and most optimizers do not know it
-        handed_on.pop("loss", None)
-    if extra_args.get("grad") is not None:
-        handed_on["grad"] = scaled(extra_args["grad"], bent.multiplier)
-    if extra_args.get("value_fn") is not None:
-        check_raw("flood(...).update(value_fn=...)", extra_args["value_fn"])
-        handed_on["value_fn"] = flooded(
-            extra_args["value_fn"], bent.level, axis_name=axis_name, shape=shape
+    if window != ():
+        raise ValueError(
+            "`flood(every_k=..., should_skip_update_fn=...)` cannot use "
+            f"`{next(iter(search))}`, which belongs to one micro-batch, got one. "
+            "Line searches need the whole batch: `flood(inner, level)`."
         )
-    return handed_on
+    if axis_name is not None and weight is not None and "value_fn" in search:
+        raise ValueError(
+            "`flood(axis_name=...)` cannot weigh `value_fn` by `weight`, got both. "
+            "Give a `value` and a `value_fn` that are the weighted mean over the "
+            "devices already, without axis_name and weight."
+        )
+
+
+def _flooded_search(
+    search: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
+) -> dict[str, Any]:
+    """What a line search is given, all of which came raw, flooded."""
+    found = dict(search)
+    if "grad" in found:
+        found["grad"] = scaled(found["grad"], bent.multiplier)
+    if "value_fn" in found:
+        value_fn = found["value_fn"]
+        check_raw("flood(...).update(value_fn=...)", value_fn)
+        found["value_fn"] = flooded(
+            value_fn, bent.level, axis_name=axis_name, shape=shape
+        )
+    return found
 
 
 def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
@@ -288,17 +303,11 @@ def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
 # ---- windows ----
 
 
-def _cast_like(new: Any, old: Any) -> Any:
-    # astype knows no key, which needs none
-    dtype = jax.typeof(old).dtype
-    return new if jax.typeof(new).dtype == dtype else jnp.asarray(new).astype(dtype)
-
-
 def _no_update(updates: Any, dtypes: list[Any]) -> Any:
     """Zeros of the dtypes that the inner optimizer gives; keys and float0 have none."""
     numeric = [jnp.issubdtype(dtype, np.number) for dtype in dtypes]
     of_numbers = tuple(itertools.compress(dtypes, numeric))
-    return on_chosen(lambda some: _zeros(some, dtypes=of_numbers), updates, numeric)
+    return on_chosen(functools.partial(_zeros, dtypes=of_numbers), updates, numeric)
 
 
 @functools.partial(one_dispatch, static="dtypes")

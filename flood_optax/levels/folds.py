@@ -22,7 +22,7 @@ from flood_optax.checks import (
 )
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
-from flood_optax.precision import compare_dtype
+from flood_optax.precision import wide
 
 
 def adaflood(
@@ -66,9 +66,9 @@ def adaflood(
     check_number("adaflood(gamma=...)", gamma, "in [0, 1]")
     check_number("adaflood(alpha=...)", alpha, "finite")
     check_number("adaflood(beta=...)", beta, "finite")
-    dtype = compare_dtype(a.dtype)
-    g = jnp.asarray(gamma, dtype)
-    z = jnp.asarray(alpha, dtype) * a.astype(dtype) + jnp.asarray(beta, dtype)
+    a = wide(a)
+    g = jnp.asarray(gamma, a.dtype)
+    z = jnp.asarray(alpha, a.dtype) * a + jnp.asarray(beta, a.dtype)
     # The logarithm of 1 + change, exact near level 0; far from it the sum of two terms.
     change = (1 - g) * jnp.expm1(-jnp.maximum(z, -1))
     near = (change > -0.5) & (z > -1)

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flood_optax.checks import as_real_array, broadcast_level, must
-from flood_optax.precision import compare_dtype
+from flood_optax.precision import wide
 
 
 def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:
@@ -84,7 +84,7 @@ def probabilities(given: ArrayLike, call: str) -> jax.Array:
         got = f"shape {probs.shape}"
         raise ValueError(must(call, "have an axis of classes", got))
     tolerance = float(jnp.finfo(probs.dtype).eps) ** 0.5
-    probs = jax.lax.stop_gradient(probs.astype(compare_dtype(probs.dtype)))
+    probs = jax.lax.stop_gradient(wide(probs))
     total = jnp.asarray(probs.sum(-1))
     valid = (probs >= 0).all() & (abs(total - 1) <= tolerance).all()
     if not isinstance(valid, Tracer) and not valid:

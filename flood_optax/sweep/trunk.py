@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flood_optax.precision import compare_dtype
 from flood_optax.sweep.cores import over_cores
 from flood_optax.sweep.extras import progress_bar
 from flood_optax.sweep.inputs import (
@@ -301,7 +300,7 @@ def _levels_of(
 
 def _fork(losses: Array, level: Level, lowest: Level) -> int:
     """The first step at which a level leaves the trunk; their number if none."""
-    dtype = compare_dtype(losses.dtype)  # in which flooding compares
+    dtype = np.promote_types(losses.dtype, np.float32)  # in which flooding compares
     losses = losses.astype(dtype)
     leaves = losses < level.astype(dtype)
     if lowest == -np.inf:  # which alone is not flooded at a NaN loss
