@@ -12,7 +12,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_number
+from flood_optax.checks import check_number, check_that
 from flood_optax.precision import rounded
 
 
@@ -177,48 +177,43 @@ def averaged(state: Any, params: Any) -> Any:
       [4. 4.] [2.  4.5]
     """
     found = optax.tree.get_all_with_path(state, "flood_average")
-    if not found:
-        raise ValueError(
-            "`averaged(state, params)` needs a state with an average, found none: put "
-            "`average_params(decay)` last in the chain, or last inside "
-            "`flood(optax.chain(optimizer, average_params(decay)), level)`."
-        )
-    places = [jax.tree_util.keystr(path) for path, _ in found]
+    call = "averaged(state, params)"
+    remedy = (
+        " Put `average_params(decay)` last in the chain, or last inside "
+        "`flood(optax.chain(optimizer, average_params(decay)), level)`."
+    )
+    check_that(found, call, "find an average in the state", "none", remedy)
     parts = [_by_path(average) for _, average in found]
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    known = {path for path, _ in leaves}
-    for part in parts:
-        for path, average in part.items():
-            if path not in known and not _is_masked(average):
-                _refuse(path, "is in the average alone")
+    own = {path for part in parts for path, x in part.items() if not _is_masked(x)}
+    for path in own - {path for path, _ in leaves}:
+        _check_tree(path, "in the average alone")
     merged = []
     for path, param in leaves:
-        here = [_at(part, path) for part in parts]
-        means = [mean for mean in here if mean is not None and not _is_masked(mean)]
-        if all(mean is None for mean in here):
-            _refuse(path, "is in params alone")
-        if len(means) > 1:
-            raise ValueError(
-                f"`averaged(state, params)` needs one average of each parameter, found "
-                f"{len(means)} of {_name(path)} in the state: {', '.join(places)}. "
-                "Pass the part of the state that holds the one you mean."
-            )
-        if means and jnp.shape(means[0]) != jnp.shape(param):
-            shapes = f"{jnp.shape(means[0])}, in params {jnp.shape(param)}"
-            _refuse(path, f"has the shape {shapes}")
-        merged.append(_own(param, means[0]) if means else _own(param, param))
+        here = [mean for part in parts if (mean := _at(part, path)) is not None]
+        _check_tree(path, "" if here else "in params alone")
+        means = [mean for mean in here if not _is_masked(mean)]
+        rule = f"find one average of params{jax.tree_util.keystr(path)}"
+        places = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
+        remedy = " Pass the part of the state that holds the one you mean."
+        check_that(len(means) < 2, call, rule, f"{len(means)}: {places}", remedy)
+        mean = means[0] if means else param
+        shapes = f"of shape {jnp.shape(mean)}, in params {jnp.shape(param)}"
+        _check_tree(path, "" if jnp.shape(mean) == jnp.shape(param) else shapes)
+        merged.append(_own(param, mean))
     return jax.tree.unflatten(structure, merged)
 
 
 def _check_decay(decay: Any) -> None:
     call = "average_params(decay=...)"
-    dtype = getattr(decay, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-        raise TypeError(
-            f"`{call}` must have 32 bits at least, got {dtype}, to which .999 is 1: "
-            "pass a float, or `optax.inject_hyperparams(average_params, "
-            "hyperparam_dtype=jnp.float32)`."
-        )
+    dtype: Any = getattr(decay, "dtype", np.dtype(float))
+    short = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    remedy = (
+        " Pass a float, or `optax.inject_hyperparams(average_params, "
+        "hyperparam_dtype=jnp.float32)`."
+    )
+    got, rule = f"{dtype}, to which .999 is 1", "have 32 bits at least"
+    check_that(not short, call, rule, got, remedy, error=TypeError)
     check_number(call, decay, "in [0, 1)")
 
 
@@ -263,12 +258,8 @@ def _own(param: Any, value: Any) -> Any:
     return jnp.array(value, jax.typeof(param).dtype, copy=True)
 
 
-def _name(path: Any) -> str:
-    return f"params{jax.tree_util.keystr(path)}"
-
-
-def _refuse(path: Any, what: str) -> None:
-    raise ValueError(
-        "`averaged(state, params)` needs the tree that `optimizer.init` was given: "
-        f"{_name(path)} {what}."
-    )
+def _check_tree(path: Any, fault: str) -> None:
+    """Demands at a path the tree that `optimizer.init` was given."""
+    got = f"params{jax.tree_util.keystr(path)} {fault}"
+    rule = "be given the tree that `optimizer.init` was given"
+    check_that(not fault, "averaged(state, params)", rule, got)

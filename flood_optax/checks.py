@@ -58,6 +58,20 @@ def must(call: str, rule: str, got: object, remedy: str = "") -> str:
     return f"`{call}` must {rule}, got {got}.{remedy}"
 
 
+def check_that(
+    holds: object,
+    call: str,
+    rule: str,
+    got: object,
+    remedy: str = "",
+    *,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Demands that a rule holds."""
+    if not holds:
+        raise error(must(call, rule, got, remedy))
+
+
 def with_type(given: Any) -> str:
     """A value beside its type, where the type is what is wrong."""
     return f"{given!r} of type {type(given).__name__}"
@@ -94,16 +108,15 @@ def check_number(call: str, given: Any, rule: str) -> None:
     if isinstance(given, bool) or not isinstance(given, NUMBERS):
         raise TypeError(must(call, "be a real number", with_type(given)))
     dtype = converted(jnp.result_type, call, "be a real number", given)
-    if not is_real(dtype):
-        raise TypeError(must(call, "be a real number", f"dtype {dtype}"))
+    got = f"dtype {dtype}"
+    check_that(is_real(dtype), call, "be a real number", got, error=TypeError)
     check_scalar(call, given)
     if isinstance(given, Tracer):
         return
     known = float(given)
     if abs(known) > largest():
         known *= math.inf  # as JAX will round it
-    if not RULES[rule](known):
-        raise ValueError(must(call, f"be {rule}", given))
+    check_that(RULES[rule](known), call, f"be {rule}", given)
 
 
 def as_integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
@@ -114,8 +127,7 @@ def as_integer(call: str, given: Any, *, least: int, remedy: str = "") -> int:
         found = operator.index(given)
     except TypeError:
         raise TypeError(must(call, "be a static int", repr(given), remedy)) from None
-    if found < least:
-        raise ValueError(must(call, f"be at least {least}", found))
+    check_that(found >= least, call, f"be at least {least}", found)
     return found
 
 
@@ -123,32 +135,32 @@ def as_integers(call: str, given: Any, *, below: int | None = None) -> jax.Array
     """Demands an array of integers, in [0, below)."""
     remedy = " `numpy.unique(names, return_inverse=True)[1]` numbers names."
     array = converted(jnp.asarray, call, "be integers", given, remedy)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(must(call, "be integers", array.dtype))
+    are = jnp.issubdtype(array.dtype, jnp.integer)
+    check_that(are, call, "be integers", array.dtype, error=TypeError)
     known = None if below is None else known_numbers(given)
-    if known is not None and known.size and not 0 <= known.min() <= known.max() < below:
-        ends = f"{known.min():.0f} to {known.max():.0f}"
-        raise ValueError(must(call, f"lie in [0, {below})", ends))
+    if known is not None and known.size:
+        least, most = known.min(), known.max()
+        fits = 0 <= least <= most < below
+        check_that(fits, call, f"lie in [0, {below})", f"{least:.0f} to {most:.0f}")
     return array
 
 
 def check_one_per_loss(call: str, given: jax.Array, shape: tuple[int, ...]) -> None:
     """Demands the shape of the losses."""
-    if given.shape != shape:
-        rule = f"have the shape {shape} of the losses"
-        raise ValueError(must(call, rule, given.shape))
+    rule = f"have the shape {shape} of the losses"
+    check_that(given.shape == shape, call, rule, given.shape)
 
 
 def check_scalar(call: str, given: Any, remedy: str = "") -> None:
     """Demands the shape ()."""
-    if np.shape(given) != ():
-        raise ValueError(must(call, f"be a scalar{remedy}", f"shape {np.shape(given)}"))
+    shape = np.shape(given)
+    check_that(shape == (), call, f"be a scalar{remedy}", f"shape {shape}")
 
 
 def check_function(call: str, given: Any, remedy: str = "") -> None:
     """Demands something to call."""
-    if not callable(given):
-        raise TypeError(must(call, "be callable", type(given).__name__ + remedy))
+    got = type(given).__name__ + remedy
+    check_that(callable(given), call, "be callable", got, error=TypeError)
 
 
 def check_raw(call: str, loss_fn: Any) -> None:
@@ -157,18 +169,14 @@ def check_raw(call: str, loss_fn: Any) -> None:
     seen: Any = loss_fn
     while seen is not None:
         if getattr(seen, FLOODED, False) is True:
+            name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
             raise ValueError(
-                f"`{call}` is flooded already, got {name_of(loss_fn)}: two floods "
+                f"`{call}` is flooded already, got {name}: two floods "
                 "cancel each other. Give the original function, `.__wrapped__` of what "
                 "`flooded` returned; to change the level, wrap the original function."
             )
         is_partial = isinstance(seen, functools.partial)
         seen = seen.func if is_partial else getattr(seen, "__wrapped__", None)
-
-
-def name_of(function: Any) -> str:
-    """What a function is called, or its type."""
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def check_key(call: str, key: Any) -> None:
@@ -182,9 +190,9 @@ def check_key(call: str, key: Any) -> None:
 
 def check_one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
     """Demands one of these words."""
-    if not (isinstance(given, str) and given in words):
-        *others, last = (f'"{word}"' for word in words)
-        raise ValueError(must(call, f"be {', '.join(others)} or {last}", repr(given)))
+    *others, last = (f'"{word}"' for word in words)
+    known = isinstance(given, str) and given in words
+    check_that(known, call, f"be {', '.join(others)} or {last}", repr(given))
 
 
 def loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
@@ -216,13 +224,11 @@ def check_level(level: Any, call: str) -> None:
     if isinstance(level, bool) or not isinstance(level, NUMBERS):
         raise TypeError(must(call, rule, with_type(level)))
     dtype = converted(jnp.result_type, call, "be real", level)
-    if not is_real(dtype):
-        raise TypeError(must(call, "be real", f"dtype {dtype}"))
+    check_that(is_real(dtype), call, "be real", f"dtype {dtype}", error=TypeError)
     known = known_numbers(level)
-    if known is not None and np.isnan(known).any():
-        raise ValueError(must(call, "not be NaN", level))
-    if known is not None and (known > largest()).any():
-        raise ValueError(must(call, "not be +inf", level, OFF))
+    if known is not None:
+        check_that(not np.isnan(known).any(), call, "not be NaN", level)
+        check_that(not (known > largest()).any(), call, "not be +inf", level, OFF)
 
 
 def known_numbers(given: Any) -> np.ndarray | None:
@@ -263,10 +269,12 @@ def as_real_array(loss: Any, call: str) -> jax.Array:
     if loss is None or isinstance(loss, str | list | dict) or callable(loss):
         rule = "be an array of real floats"
         raise TypeError(must(call, rule, type(loss).__name__, _how_to_get_one(loss)))
-    array = converted(jnp.asarray, call, "be of a real float dtype", loss)
+    array, rule = loss, "be of a real float dtype"
+    if not isinstance(loss, jax.Array):
+        array = converted(jnp.asarray, call, rule, loss)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(must(call, "be of a real float dtype", array.dtype))
-    if not is_of_bits(16, array.dtype):  # the largest of 8 bits also stands for inf
+        raise TypeError(must(call, rule, array.dtype))
+    if array.dtype.itemsize < 2:  # the largest of 8 bits also stands for inf
         remedy = "compute it in a wider dtype, or cast it, `.astype(jnp.float32)`"
         got = f"{array.dtype}: {remedy}"
         raise TypeError(must(call, "have 16 bits at least", got))
@@ -313,19 +321,18 @@ def as_mask(
     call: str, where: ArrayLike | None, shape: tuple[int, ...], *, split: bool
 ) -> jax.Array | None:
     """The mask of the losses; a batch split over devices may be empty on one."""
-    if 0 in shape:
-        got = f"shape {shape}: the mean of no losses is not defined"
-        raise ValueError(must(f"{call}(losses)", "not be empty", got))
+    got = f"shape {shape}: the mean of no losses is not defined"
+    check_that(0 not in shape, f"{call}(losses)", "not be empty", got)
     if where is None:
         return None
     call = f"{call}(where=...)"
     mask = converted(jnp.asarray, call, "be boolean", where)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(must(call, "be boolean", mask.dtype))
+    is_mask = mask.dtype == jnp.bool_
+    check_that(is_mask, call, "be boolean", mask.dtype, error=TypeError)
     check_one_per_loss(call, mask, shape)
-    if isinstance(where, np.ndarray) and not where.any() and not split:
-        got = "a mask that is False everywhere"
-        raise ValueError(must(call, "leave at least one loss", got))
+    some = split or not isinstance(where, np.ndarray) or where.any()
+    got = "a mask that is False everywhere"
+    check_that(some, call, "leave at least one loss", got)
     return mask
 
 
@@ -337,16 +344,16 @@ def as_weights(
         return None
     call = "flood_mean(weights=...)"
     array = converted(jnp.asarray, call, "be real numbers", weights)
-    if not is_real(array.dtype):
-        got = f"{array.dtype}{': a mask is `where`' * (array.dtype == jnp.bool_)}"
-        raise TypeError(must(call, "be real numbers", got))
+    got = f"{array.dtype}{': a mask is `where`' * (array.dtype == jnp.bool_)}"
+    check_that(is_real(array.dtype), call, "be real numbers", got, error=TypeError)
     check_one_per_loss(call, array, shape)
     known = known_numbers(weights)
-    if known is not None and not (np.isfinite(known) & (known >= 0)).all():
+    if known is not None:
+        fits = (np.isfinite(known) & (known >= 0)).all()
         ends = f"{known.min()} to {known.max()}"
-        raise ValueError(must(call, "be non-negative and finite", ends))
-    if isinstance(weights, np.ndarray) and not weights.any() and not split:
-        raise ValueError(must(call, "leave at least one loss", "zeros alone"))
+        check_that(fits, call, "be non-negative and finite", ends)
+    some = split or not isinstance(weights, np.ndarray) or weights.any()
+    check_that(some, call, "leave at least one loss", "zeros alone")
     return array
 
 
@@ -354,13 +361,10 @@ def as_segments(
     segment_ids: ArrayLike | None, num_segments: object, shape: tuple[int, ...]
 ) -> tuple[jax.Array, int]:
     """The segment ids and number of `flood_mean`."""
-    needed = {
-        "`segment_ids`": segment_ids,
-        "`num_segments`, a static int": num_segments,
-    }
-    for what, given in needed.items():
-        if given is None:
-            raise ValueError(f'`flood_mean(over="segment")` needs {what}, got None.')
+    if segment_ids is None or num_segments is None:
+        what = "`num_segments`, a static int" if num_segments is None else ""
+        what = "`segment_ids`" if segment_ids is None else what
+        raise ValueError(f'`flood_mean(over="segment")` needs {what}, got None.')
     count = as_integer("flood_mean(num_segments=...)", num_segments, least=1)
     ids = as_integers("flood_mean(segment_ids=...)", segment_ids, below=count)
     check_one_per_loss("flood_mean(segment_ids=...)", ids, shape)

@@ -9,7 +9,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from flood_optax.checks import as_scalar_loss, check_raw, is_of_bits, loss_and_aux
+from flood_optax.checks import (
+    as_scalar_loss,
+    check_raw,
+    check_that,
+    is_of_bits,
+    loss_and_aux,
+)
 from flood_optax.devices import split_like
 from flood_optax.precision import wide
 
@@ -29,12 +35,11 @@ def loss_of_params(
     check_raw(f"{call}(loss_fn)", loss_fn)
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jnp.result_type(leaf)
-        if not is_of_bits(16, dtype):
-            raise TypeError(
-                f"`{call}(params)` must hold real floats only, of 16 bits at least, "
-                f"got dtype {dtype} at params{jax.tree_util.keystr(path)}: close over "
-                "what is not trained."
-            )
+        rule = "hold real floats only, of 16 bits at least"
+        place = f"dtype {dtype} at params{jax.tree_util.keystr(path)}"
+        got = f"{place}: close over what is not trained"
+        fits = is_of_bits(16, dtype)
+        check_that(fits, f"{call}(params)", rule, got, error=TypeError)
 
     def loss(params: optax.Params) -> tuple[jax.Array, Any]:
         result = loss_fn(params, *args, **kwargs)
@@ -58,8 +63,8 @@ def hessian_products(
     Vectors are trees like the parameters, each leaf split over devices as they are.
     """
     leaves = [wide(leaf) for leaf in jax.tree.leaves(params)]
-    if not sum(leaf.size for leaf in leaves):
-        raise ValueError(f"`{call}(params)` must hold at least one number, got none.")
+    some = sum(leaf.size for leaf in leaves)
+    check_that(some, f"{call}(params)", "hold at least one number", "none")
     dtype = jnp.result_type(*leaves)
     start = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), params)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flood_optax.checks import check_that
 from flood_optax.transform import FloodState
 
 
@@ -50,17 +51,10 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       flood/steps 4
     """
     found = optax.tree.get_all_with_path(state, "flood_step")
-    if not found:
-        raise ValueError(
-            "`metrics(state)` needs the state of a flooded optimizer, found no "
-            "FloodState: with the loss form log `flooded(..., return_info=True)`."
-        )
-    if len(found) > 1:
-        places = ", ".join(jax.tree_util.keystr(path[:-1]) for path, _ in found)
-        raise ValueError(
-            f"`metrics(state)` needs a state with one FloodState, found {len(found)}: "
-            f"{places}. Call it on each, `metrics(part)`."
-        )
+    places = ", ".join(jax.tree_util.keystr(path[:-1]) for path, _ in found)
+    none = "none: with the loss form log `flooded(..., return_info=True)`"
+    got = f"{len(found)}: {places}. Call it on each, `metrics(part)`" if found else none
+    check_that(len(found) == 1, "metrics(state)", "hold one FloodState", got)
     fields = (optax.tree.get(state, name) for name in FloodState._fields)
     # a leaf may be in a box, such as a variable of NNX
     step, level, value, below = (

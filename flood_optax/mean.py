@@ -19,6 +19,7 @@ from flood_optax.checks import (
     check_level,
     check_one_of,
     check_scalar_level,
+    check_that,
 )
 from flood_optax.devices import (
     AxisName,
@@ -210,11 +211,8 @@ def _global_size(counted: _Counted, axis_name: AxisName | None) -> jax.Array:
 
 def _sequences(counted: _Counted) -> _Counted:
     """The mean of each sequence, which counts what its losses count."""
-    if counted.losses.ndim == 0:
-        raise ValueError(
-            '`flood_mean(over="sequence")` averages over the last axis of the losses, '
-            "got a scalar."
-        )
+    call, rule = "flood_mean(losses)", 'have a last axis for over="sequence"'
+    check_that(counted.losses.ndim, call, rule, "a scalar")
     sizes = counted.size(-1)
     if counted.mask is None:
         return _Counted(counted.sum(-1) / sizes, None, None)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from flood_optax.checks import check_number, check_one_of, check_raw
+from flood_optax.checks import check_number, check_one_of, check_raw, check_that
 from flood_optax.curvature import (
     LossOfParams,
     dot,
@@ -114,8 +114,7 @@ def value_and_grad(
     ``strength`` 0 gives g. A NaN loss or gradient gives NaN.
 
     Args:
-      loss_fn: as in `objective`, like has_aux.
-      strength: as in `objective`.
+      loss_fn, strength, has_aux: as in `objective`.
       method: "exact", "forward" or "backward".
       radius: a scalar above 0, for the differences only; None means ``strength``.
 
@@ -144,11 +143,8 @@ def value_and_grad(
     check_one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
     if radius is not None:
         check_number(f"{call}(radius=...)", radius, "positive and finite")
-        if method == "exact":
-            raise ValueError(
-                f'`{call}(radius=...)` needs method="forward" or "backward", '
-                'got method="exact", which takes no step.'
-            )
+        rule = 'be None for method="exact"'
+        check_that(method != "exact", f"{call}(radius=...)", rule, f"{radius}: no step")
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
@@ -198,8 +194,8 @@ def pair_displacement(
     gives NaN.
 
     Args:
-      loss_fn: the raw loss, as in `flood_optax.sharpness.gradient_norm`.
-      params: as there, like args, has_aux and kwargs.
+      loss_fn, params, *args, has_aux, **kwargs: the raw loss and what it is called
+        with, as in `flood_optax.sharpness.gradient_norm`.
       learning_rate: a scalar, at least 0.
 
     Returns:
@@ -222,7 +218,12 @@ def pair_displacement(
     eta = wide(learning_rate)
     before = gradient_of(loss_of, params)
     after = gradient_of(loss_of, _add(params, -eta, before))
-    return _scale(eta, jax.tree.map(jnp.subtract, after, before))
+
+    def moved(new: jax.Array, old: jax.Array) -> jax.Array:
+        change = wide(new - old)
+        return (eta.astype(change.dtype) * change).astype(old.dtype)
+
+    return jax.tree.map(moved, after, before)
 
 
 def level_set_drift(
@@ -245,8 +246,8 @@ def level_set_drift(
     Where g = 0 the drift is 0. NaN gives NaN.
 
     Args:
-      loss_fn: the raw loss, as in `flood_optax.sharpness.gradient_norm`.
-      params: as there, like args, has_aux and kwargs.
+      loss_fn, params, *args, has_aux, **kwargs: the raw loss and what it is called
+        with, as in `flood_optax.sharpness.gradient_norm`.
 
     Returns:
       The drift, a tree like ``params`` in structure, shapes and dtypes.
@@ -285,16 +286,6 @@ def _hessian_times_gradient(
     result, gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     of_params = functools.partial(gradient_of, loss_of)
     return result, gradient, jax.jvp(of_params, (params,), (gradient,))[1]
-
-
-def _scale(factor: ArrayLike, tree: optax.Updates) -> optax.Updates:
-    """The tree times a scalar, each leaf in its own dtype."""
-
-    def scaled(x: jax.Array) -> jax.Array:
-        x_wide = wide(x)
-        return (jnp.asarray(factor, x_wide.dtype) * x_wide).astype(x.dtype)
-
-    return jax.tree.map(scaled, tree)
 
 
 def _add(a: optax.Params, factor: ArrayLike, b: optax.Updates) -> optax.Params:

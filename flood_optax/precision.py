@@ -1,7 +1,5 @@
 """In which dtype numbers are compared, and sums that stay right in float32."""
 
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,7 @@ def rounded(x: jax.Array) -> jax.Array:
     """Rounds numbers of 16 bits at most to their dtype, which XLA may else skip."""
     if x.dtype.itemsize > 2:
         return x
-    info: Any = jnp.finfo(cast(Any, x.dtype))
+    info = jnp.finfo(x.dtype)
     return lax.reduce_precision(x, info.nexp, info.nmant)
 
 

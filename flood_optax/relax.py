@@ -14,6 +14,7 @@ from flood_optax.checks import (
     as_real_array,
     check_number,
     check_scalar_level,
+    check_that,
 )
 from flood_optax.devices import (
     AxisName,
@@ -80,12 +81,10 @@ def relax_loss(
     labels = as_integers("relax_loss(labels)", labels)
     epoch = as_integers("relax_loss(epoch)", epoch)
     fit = logits.ndim > 0 and logits.shape[:-1] == labels.shape and labels.size > 0
-    if not fit or logits.shape[-1] < 2 or epoch.shape != ():
-        raise ValueError(
-            "`relax_loss(logits, labels, epoch=...)` must be of shapes [..., "
-            "num_classes], two classes at least, [...] and (), got "
-            f"{logits.shape}, {labels.shape} and {epoch.shape}."
-        )
+    fit = fit and logits.shape[-1] > 1 and epoch.shape == ()
+    rule = "be of shapes [..., num_classes], two classes at least, [...] and ()"
+    got = f"{logits.shape}, {labels.shape} and {epoch.shape}"
+    check_that(fit, "relax_loss(logits, labels, epoch=...)", rule, got)
     check_scalar_level(level, "relax_loss(level=...)")
     check_number("relax_loss(upper=...)", upper, "in (0, 1]")
     check_axes("relax_loss", logits, axis_name)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flood_optax.checks import must
+from flood_optax.checks import check_that, must
 from flood_optax.shapes import Shape
 
 _RESIDUALS = (-0.84375, -0.8125, -0.78125, 1.46875, 1.5, 1.53125)
@@ -35,14 +35,12 @@ def check_shape(shape: Any, call: str) -> None:
         here = slice(i, i + 3)
         # a mean of the derivative between the ends, also where it jumps there
         slope = (phi[i + 2] - phi[i]) / (_RESIDUALS[i + 2] - _RESIDUALS[i])
-        if slope < m[here].min() - slack or slope > m[here].max() + slack:
-            rule = "have a multiplier that is the derivative of its value"
-            rises = (
-                f"at r = {_RESIDUALS[i + 1]} the value rises by {slope:.3g} per unit"
-            )
-            got = f"{shape!r}: {rises}, the multiplier is {m[i + 1]:.3g}"
-            order = " `Shape(value, multiplier)` takes phi first, then its derivative."
-            raise ValueError(must(call, rule, got, order))
+        fits = m[here].min() - slack <= slope <= m[here].max() + slack
+        rule = "have a multiplier that is the derivative of its value"
+        rises = f"at r = {_RESIDUALS[i + 1]} the value rises by {slope:.3g} per unit"
+        got = f"{shape!r}: {rises}, the multiplier is {m[i + 1]:.3g}"
+        order = " `Shape(value, multiplier)` takes phi first, then its derivative."
+        check_that(fits, call, rule, got, order)
 
 
 def check_turns_around(shape: Shape, band: float, call: str) -> None:

@@ -7,7 +7,7 @@ gradient is then the plain one times the multiplier ``m = phi'(loss - level)``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +53,8 @@ class Shape(NamedTuple):
 
     def __repr__(self) -> str:
         """The call that made it, or the names of its functions."""
-        value, multiplier = (getattr(part, "of", None) for part in self)
-        if value is not None and value == multiplier:
-            return value
+        if getattr(self.value, "derivative", None) == self.multiplier:
+            return repr(self.value).removesuffix(".value")
         names = (getattr(part, "__qualname__", repr(part)) for part in self)
         return "Shape(value={}, multiplier={})".format(*names)
 
@@ -81,7 +80,7 @@ def reflect() -> Shape:
       Ishida et al., Do We Need Zero Training Loss After Achieving Zero Training
       Error?, ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    return _shape("reflect", _reflect_value, _reflect_multiplier)
+    return _shape(_reflect_value, _reflect_multiplier)
 
 
 def soft(scale: float | jax.Array = 1.0) -> Shape:
@@ -112,7 +111,7 @@ def soft(scale: float | jax.Array = 1.0) -> Shape:
       to flooding, NeurIPS 2024, https://arxiv.org/abs/2310.10006
     """
     check_number("soft(scale=...)", scale, "positive and finite")
-    return _shape("soft", _soft_value, _soft_multiplier, scale=scale)
+    return _shape(_soft_value, _soft_multiplier, scale=scale)
 
 
 def pause() -> Shape:
@@ -133,7 +132,7 @@ def pause() -> Shape:
       Yahiro, Ishida and Yokoya, Flooding Regularization for Stable Training of
       Generative Adversarial Networks, https://arxiv.org/abs/2311.00318
     """
-    return _shape("pause", _pause_value, _pause_multiplier)
+    return _shape(_pause_value, _pause_multiplier)
 
 
 def asymmetric(
@@ -168,26 +167,21 @@ def asymmetric(
     rule = "non-negative and finite"
     check_number("asymmetric(ascent=...)", ascent, rule)
     check_number("asymmetric(dead_band=...)", dead_band, rule)
-    return _shape(
-        "asymmetric",
-        _asymmetric_value,
-        _asymmetric_multiplier,
-        ascent=ascent,
-        dead_band=dead_band,
-    )
+    numbers = {"ascent": ascent, "dead_band": dead_band}
+    return _shape(_asymmetric_value, _asymmetric_multiplier, **numbers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Part:
     """A function of r and numbers: equal where they are equal, and picklable."""
 
-    of: str
     function: Callable[..., jax.Array]
-    numbers: tuple[float | jax.Array, ...]
+    numbers: Mapping[str, float | jax.Array]
     derivative: Callable[..., jax.Array] | None = None
 
     def __call__(self, r: jax.Array) -> jax.Array:
-        fixed = (lax.stop_gradient(jnp.asarray(x, r.dtype)) for x in self.numbers)
+        known = self.numbers.values()
+        fixed = (lax.stop_gradient(jnp.asarray(x, r.dtype)) for x in known)
         return self.function(r, *fixed)
 
     def __eq__(self, other: object) -> bool:
@@ -197,27 +191,26 @@ class _Part:
         return hash(self._key)
 
     def __repr__(self) -> str:
-        return f"{self.of}.{self.function.__name__.split('_')[-1]}"
+        _, shape, part = self.function.__name__.split("_")
+        numbers = ", ".join(f"{name}={x}" for name, x in self.numbers.items())
+        return f"{shape}({numbers}).{part}"
 
     @property
     def _key(self) -> tuple[Any, ...]:
         # A tracer has neither a hash nor a truth value: it equals itself alone.
-        known = (x if isinstance(x, float) else id(x) for x in self.numbers)
-        return self.function, *known
+        numbers = self.numbers.values()
+        return self.function, *(x if isinstance(x, float) else id(x) for x in numbers)
 
 
 def _shape(
-    name: str,
     value: Callable[..., jax.Array],
     multiplier: Callable[..., jax.Array],
     **numbers: float | jax.Array,
 ) -> Shape:
     """Binds checked numbers to both functions; one that is known as a Python float."""
     known = {k: x if isinstance(x, Tracer) else float(x) for k, x in numbers.items()}
-    of = f"{name}({', '.join(f'{k}={x}' for k, x in known.items())})"
-    fixed = tuple(known.values())
-    derivative = _Part(of, multiplier, fixed)
-    return Shape(_Part(of, value, fixed, derivative), derivative)
+    derivative = _Part(multiplier, known)
+    return Shape(_Part(value, known, derivative), derivative)
 
 
 def _reflect_value(r: jax.Array) -> jax.Array:

@@ -87,9 +87,8 @@ def hessian_trace(
     diagonal Hessian. One draw costs about two gradients; one is in memory at a time.
 
     Args:
-      loss_fn: the raw loss, as in `gradient_norm`.
-      params: as in `gradient_norm`, at least one number.
-      *args: as in `gradient_norm`, like has_aux and kwargs.
+      loss_fn, *args, has_aux, **kwargs: as in `gradient_norm`.
+      params: as there, at least one number.
       key: a random key; the same key gives the same estimate.
       num_samples: number of draws, at least 2; static under jit.
 
@@ -149,9 +148,8 @@ def top_eigenvalue(
     times the parameters.
 
     Args:
-      loss_fn: the raw loss, as in `gradient_norm`.
-      params: as in `gradient_norm`, at least one number.
-      *args: as in `gradient_norm`, like has_aux and kwargs.
+      loss_fn, *args, has_aux, **kwargs: as in `gradient_norm`.
+      params: as there, at least one number.
       key: a random key for the start; the same key gives the same result.
       num_iterations: number of Hessian products, at least 1 (10 to 50 are usual, more
         than the number of parameters are not made); static under jit.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -320,12 +320,10 @@ _NEAR_MISSES = {
 }
 
 
-def _check_names(call: str, extra_args: Collection[str]) -> None:
-    for name, remedy in _NEAR_MISSES.items():
-        if name in extra_args:
-            form = call[: call.index("(")]
-            got = f"one, which would be ignored: use {remedy.format(form=form)}"
-            raise TypeError(must(f"{call}.update({name}=...)", "not be given", got))
+def _refuse_name(call: str, name: str) -> NoReturn:
+    remedy = _NEAR_MISSES[name].format(form=call[: call.index("(")])
+    got = f"one, which would be ignored: use {remedy}"
+    raise TypeError(must(f"{call}.update({name}=...)", "not be given", got))
 
 
 def batch_loss(
@@ -336,19 +334,14 @@ def batch_loss(
     params: Any,
 ) -> BatchLoss:
     """The raw loss handed to an update, checked and averaged over the mapped axis."""
-    given_names = {name for name, given in extra_args.items() if given is not None}
-    if "value_fn" not in given_names:  # whose arguments may have any name
-        _check_names(call, given_names)
-    name = "value" if "value" in given_names else "loss"
+    names = {name for name, given in extra_args.items() if given is not None}
+    misses = _NEAR_MISSES.keys() & names
+    if misses and "value_fn" not in names:  # whose arguments may have any name
+        _refuse_name(call, min(misses))
+    name = "value" if "value" in names else "loss"
     given, weight = extra_args.get(name), extra_args.get("weight")
     if given is None:
-        got = "None"
-        if _is_scalar(params) and not _is_scalar(updates):
-            got = "None, and a scalar, perhaps the loss, in the place of params"
-        raise ValueError(
-            f"`{call}.update(value=...)` needs the current loss, got {got}: "
-            f"pass `optimizer.update(grads, state, params, value=loss)`. {DROPS_VALUE}"
-        )
+        _refuse_without_loss(call, updates, params)
     share = as_scalar_loss(
         given,
         f"{call}.update({name}=...)",
@@ -370,9 +363,17 @@ def batch_loss(
     return BatchLoss(counted.astype(share.dtype), part, part != 0)
 
 
-def _is_scalar(tree: Any) -> bool:
-    return isinstance(tree, float | np.generic | np.ndarray | jax.Array) and (
-        np.shape(tree) == ()
+def _refuse_without_loss(call: str, updates: Any, params: Any) -> NoReturn:
+    def is_scalar(tree: Any) -> bool:
+        kinds = float | np.generic | np.ndarray | jax.Array
+        return isinstance(tree, kinds) and np.shape(tree) == ()
+
+    got = "None"
+    if is_scalar(params) and not is_scalar(updates):
+        got = "None, and a scalar, perhaps the loss, in the place of params"
+    raise ValueError(
+        f"`{call}.update(value=...)` needs the current loss, got {got}: "
+        f"pass `optimizer.update(grads, state, params, value=loss)`. {DROPS_VALUE}"
     )
 
 

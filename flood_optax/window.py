@@ -1,5 +1,7 @@
 """Accumulation: a window of micro-batches, whose means are those of one large batch."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,7 +114,7 @@ class Added(NamedTuple):
 
     def _gradients(self) -> Any:
         old = self.before.flood_grad_mean
-        return _pick(self.counts, _add_gradients(old, self.grads, self.share), old)
+        return _add_gradients(old, self.grads, self.share, self.counts)
 
 
 class Windows(NamedTuple):
@@ -127,7 +129,7 @@ class Windows(NamedTuple):
 
     every_k: EveryK
     should_skip: ShouldSkip | None
-    dtype: np.dtype | None
+    dtype: DTypeLike | None
     of_one: bool
 
     def opened(self, params: Any) -> FloodWindow | tuple[()]:
@@ -218,7 +220,8 @@ def accumulation(
     accumulator_dtype: DTypeLike | None,
 ) -> Windows:
     """Windows of ``every_k`` micro-batches."""
-    dtype = None if accumulator_dtype is None else _as_dtype(accumulator_dtype)
+    if accumulator_dtype is not None:
+        _check_dtype(accumulator_dtype)
     if not callable(every_k):
         remedy = (
             " Under `optax.inject_hyperparams` pass "
@@ -226,7 +229,7 @@ def accumulation(
         )
         every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
     of_one = every_k == 1 and should_skip is None
-    return Windows(every_k, should_skip, dtype, of_one)
+    return Windows(every_k, should_skip, accumulator_dtype, of_one)
 
 
 def _size(schedule: Callable[[jax.Array], ArrayLike], number: jax.Array) -> jax.Array:
@@ -254,15 +257,13 @@ def _check_no_window(window: Any) -> None:
         )
 
 
-def _as_dtype(given: DTypeLike) -> np.dtype:
-    try:
-        dtype = jnp.dtype(given)
-    except TypeError:
-        dtype = None
-    if dtype is None or not is_of_bits(16, dtype):
+def _check_dtype(given: DTypeLike) -> None:
+    fits = False
+    with contextlib.suppress(TypeError):  # of what is no dtype at all
+        fits = is_of_bits(16, jnp.dtype(given))
+    if not fits:
         rule = "be a real float dtype of 16 bits at least, or None for float32 at least"
         raise TypeError(must("flood(accumulator_dtype=...)", rule, repr(given)))
-    return dtype
 
 
 def _complete(window: Any) -> FloodWindow:
@@ -325,8 +326,8 @@ def _add_scalars(
 
 
 @one_dispatch
-def _add_gradients(means: Any, updates: Any, share: jax.Array) -> Any:
-    """The mean gradients with those of one more micro-batch."""
+def _add_gradients(means: Any, updates: Any, share: jax.Array, counts: Any) -> Any:
+    """The mean gradients with those of one more micro-batch, if it counts."""
 
     def mean(new: Any, old: Any) -> Any:
         if isinstance(old, optax.MaskedNode):
@@ -336,7 +337,7 @@ def _add_gradients(means: Any, updates: Any, share: jax.Array) -> Any:
         step = (jnp.asarray(new, wide.dtype) - wide) * share.astype(wide.dtype)
         return (wide + step).astype(old.dtype)
 
-    return jax.tree.map(mean, updates, means)
+    return _pick(counts, jax.tree.map(mean, updates, means), means)
 
 
 def _two_sum(
@@ -355,12 +356,7 @@ def _two_sum(
 _zeros = one_dispatch(optax.tree.zeros_like)
 
 
-@one_dispatch
-def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
-
-
 def _pick(condition: Any, yes: Any, no: Any) -> Any:
     if isinstance(condition, np.bool_):
         return yes if condition else no
-    return _select(condition, yes, no)
+    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)

@@ -144,7 +144,8 @@ def flood(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    inner = _optimizer(inner)
+    _check_optimizer(inner)
+    inner = optax.with_extra_args_support(inner)
     compare = comparison("flood", level, band, shape)
     never_zero = shape == reflect()
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
@@ -318,14 +319,12 @@ def _zeros(leaves: list[Any], *, dtypes: tuple[Any, ...]) -> list[jax.Array]:
 # ---- what may be wrapped ----
 
 
-def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer, taking extra arguments whether it reads them or not."""
+def _check_optimizer(inner: Any) -> None:
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(f"`flood(inner)` {_WINDOWS.format('MultiSteps')}")
     if not (callable(getattr(inner, "init", None)) and hasattr(inner, "update")):
         rule = "be an optax.GradientTransformation"
         raise TypeError(must("flood(inner)", rule, type(inner).__name__))
-    return optax.with_extra_args_support(inner)
 
 
 _WINDOWS = (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flood_optax.checks import must
+from flood_optax.checks import check_that
 
 
 def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
@@ -38,10 +38,9 @@ def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
     shapes = [jax.tree.map(np.shape, grads) for grads in (grads_a, grads_b)]
     a, b = _unit(grads_a), _unit(grads_b)
     same = jax.tree.flatten(shapes[0]) == jax.tree.flatten(shapes[1])
-    if not same or len(a) != len(b) or not a:
-        call, got = "gradient_accordance(grads_a, grads_b)", "{} and {}".format(*shapes)
-        rule = "be trees of floats of one structure and shapes"
-        raise ValueError(must(call, rule, got))
+    call, got = "gradient_accordance(grads_a, grads_b)", "{} and {}".format(*shapes)
+    rule = "be trees of floats of one structure and shapes"
+    check_that(same and len(a) == len(b) > 0, call, rule, got)
     norms = jnp.sqrt(_inner(a, a) * _inner(b, b))
     return _inner(a, b) / jnp.where(norms == 0, 1, norms)
 

@@ -9,18 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flood_optax.checks import must
+from flood_optax.checks import check_that
 
 
 def check_known(call: str, key: Any, groups: Any, stratify: Any) -> None:
     """Demands that the folds can be made while tracing."""
-    given = {"key": key, "groups": groups, "stratify": stratify}
-    for name, one in given.items():
-        if isinstance(one, Tracer):
-            raise TypeError(
-                f"`{call}({name}=...)` must be known where `groups` or `stratify` are "
-                "given, got a tracer: call it outside of `jax.jit`."
-            )
+    rule = "be known where `groups` or `stratify` are given"
+    got = "a tracer: call it outside of `jax.jit`"
+    for name, one in (("key", key), ("groups", groups), ("stratify", stratify)):
+        known = not isinstance(one, Tracer)
+        check_that(known, f"{call}({name}=...)", rule, got, error=TypeError)
 
 
 def assigned(
@@ -38,9 +36,8 @@ def assigned(
         fold[by_class] = np.arange(num_examples) % num_folds
     else:
         number = int(group.max()) + 1
-        if num_folds > number:
-            rule = f"be at most the number of groups, {number}"
-            raise ValueError(must(f"{call}(num_folds=...)", rule, num_folds))
+        rule = f"be at most the number of groups, {number}"
+        check_that(num_folds <= number, f"{call}(num_folds=...)", rule, num_folds)
         counts = np.zeros((number, len(names)), int)
         np.add.at(counts, (group, label), 1)
         of_group = _spread(counts, num_folds, group[order])
@@ -58,21 +55,15 @@ def numbered(call: str, given: Any, length: int) -> tuple[np.ndarray, list[Any]]
         return np.zeros(length, int), [None]
     if not isinstance(given, list | tuple):
         array = np.asarray(given)
-        if array.ndim != 1:
-            rule = "have one axis, with an entry per example"
-            raise ValueError(must(call, rule, f"shape {array.shape}"))
+        rule = "have one axis, with an entry per example"
+        check_that(array.ndim == 1, call, rule, f"shape {array.shape}")
         given = array.tolist()
-    if len(given) != length:
-        rule = f"have an entry for each of the {length} examples"
-        raise ValueError(must(call, rule, len(given)))
+    rule = f"have an entry for each of the {length} examples"
+    check_that(len(given) == length, call, rule, len(given))
     numbers: dict[Any, int] = {}
-    try:
-        found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
-    except TypeError as error:
-        got = f"an entry that is not, {error}: make it a tuple or a string"
-        raise TypeError(must(call, "be hashable", got)) from None
-    if any(one != one for one in numbers):  # noqa: PLR0124, as NaN alone is
-        raise ValueError(f"`{call}` must not be NaN, which is equal to nothing.")
+    found = np.array([numbers.setdefault(one, len(numbers)) for one in given])
+    alike = all(one == one for one in numbers)  # noqa: PLR0124, as NaN is not
+    check_that(alike, call, "not be NaN", "one, which is equal to nothing")
     return found, list(numbers)
 
 
@@ -116,14 +107,10 @@ def _check_classes(
     call: str, fold: np.ndarray, label: np.ndarray, names: list[Any], num_folds: int
 ) -> None:
     """Demands that the rest of every fold holds every class."""
+    rule = "leave every class in the rest of every fold"
+    why = "all its examples are one group, or one example"
+    remedy = " Take them out, or merge classes."
     for k in range(num_folds):
         missing = set(range(len(names))) - set(label[fold != k].tolist())
-        if missing:
-            name = names[min(missing)]
-            rule = "leave every class in the rest of every fold"
-            why = "all its examples are one group, or one example"
-            got, remedy = (
-                f"class {name!r} in fold {k} alone: {why}",
-                " Take them out, or merge classes.",
-            )
-            raise ValueError(must(f"{call}(stratify=...)", rule, got, remedy))
+        got = f"class {names[min(missing, default=0)]!r} in fold {k} alone: {why}"
+        check_that(not missing, f"{call}(stratify=...)", rule, got, remedy)

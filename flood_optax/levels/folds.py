@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flood_optax.checks import (
     as_real_array,
     check_key,
     check_number,
-    must,
+    check_that,
 )
 from flood_optax.levels.blocks import assigned, check_known
 from flood_optax.levels.meshes import replicated
@@ -60,9 +60,10 @@ def adaflood(
       Bae et al., AdaFlood, TMLR 2024, https://arxiv.org/abs/2311.02891
     """
     a = as_real_array(held_out_loss, "adaflood(held_out_loss)")
-    if not isinstance(a, Tracer) and (missing := np.isnan(a).sum()):
+    if not isinstance(a, Tracer):
+        missing = np.isnan(a).sum()
         got = f"{missing} of {a.size} entries: {NEVER_EVALUATED}"
-        raise ValueError(must("adaflood(held_out_loss)", "not be NaN", got))
+        check_that(not missing, "adaflood(held_out_loss)", "not be NaN", got)
     check_number("adaflood(gamma=...)", gamma, "in [0, 1]")
     check_number("adaflood(alpha=...)", alpha, "finite")
     check_number("adaflood(beta=...)", beta, "finite")
@@ -135,17 +136,8 @@ def held_out(
       >>> print(found["rest"])  # 16 without 1, without 2, ...
       [15. 14. 12.  7.]
     """
-    return _by_folds(
-        "held_out",
-        fit,
-        evaluate,
-        num_examples=num_examples,
-        num_folds=num_folds,
-        key=key,
-        vmap=vmap,
-        groups=groups,
-        stratify=stratify,
-    )
+    asked = _Folds("held_out", num_examples, num_folds, key, groups, stratify)
+    return _by_folds(fit, evaluate, asked, vmap=vmap)
 
 
 def held_out_losses(
@@ -166,15 +158,9 @@ def held_out_losses(
     re-initialises and fits its last layer.
 
     Args:
-      fit: as in `held_out`.
       evaluate: (model, indices [n_held_out] int32) -> losses [n_held_out], real floats
         in the order of the indices; without augmentation and dropout.
-      num_examples: as in `held_out`.
-      num_folds: as in `held_out`.
-      key: as in `held_out`.
-      vmap: as in `held_out`.
-      groups: as in `held_out`.
-      stratify: as in `held_out`.
+      fit, num_examples, num_folds, key, vmap, groups, stratify: as in `held_out`.
 
     Returns:
       Losses of shape (num_examples,), of the dtype that ``evaluate`` returns.
@@ -198,100 +184,85 @@ def held_out_losses(
     def losses(model: Any, indices: jax.Array) -> jax.Array:
         found = evaluate(model, indices)
         found = as_real_array(found, "held_out_losses(evaluate)'s losses")
-        if found.shape != indices.shape:
-            rule = f"return one loss per index, shape {indices.shape}"
-            raise ValueError(must("held_out_losses(evaluate)", rule, found.shape))
+        call, rule = "held_out_losses(evaluate)", "return one loss per index, shape"
+        same = found.shape == indices.shape
+        check_that(same, call, f"{rule} {indices.shape}", found.shape)
         return found
 
-    return _by_folds(
-        "held_out_losses",
-        fit,
-        losses,
-        num_examples=num_examples,
-        num_folds=num_folds,
-        key=key,
-        vmap=vmap,
-        groups=groups,
-        stratify=stratify,
-    )
+    asked = _Folds("held_out_losses", num_examples, num_folds, key, groups, stratify)
+    return _by_folds(fit, losses, asked, vmap=vmap)
+
+
+class _Folds(NamedTuple):
+    """The folds that are asked for, and by which call."""
+
+    call: str
+    num_examples: int
+    num_folds: int
+    key: Any
+    groups: Any
+    stratify: Any
+
+    def blocks(self) -> tuple[list[jax.Array], jax.Array]:
+        """The indices of each fold, in a random order, and the keys of all."""
+        chosen = self.groups is not None or self.stratify is not None
+        if chosen:
+            check_known(self.call, self.key, self.groups, self.stratify)
+        with jax.ensure_compile_time_eval() if chosen else contextlib.nullcontext():
+            # Slices, not single keys stacked again: JAX's check of key reuse follows.
+            keys = jax.random.split(self.key, self.num_folds + 1)
+            order = jax.random.permutation(keys[0], self.num_examples)
+            order = order.astype(jnp.int32)
+            if not chosen:
+                return jnp.array_split(order, self.num_folds), keys[1:]
+            given = self.call, self.groups, self.stratify
+            return assigned(*given, np.asarray(order), self.num_folds), keys[1:]
 
 
 def _by_folds(
-    call: str,
     fit: Callable[[jax.Array, jax.Array], Any],
     evaluate: Callable[[Any, jax.Array], Any],
+    asked: _Folds,
     *,
-    num_examples: int,
-    num_folds: int,
-    key: jax.Array,
     vmap: bool,
-    groups: Any,
-    stratify: Any,
 ) -> Any:
-    num_examples = as_integer(f"{call}(num_examples=...)", num_examples, least=2)
-    num_folds = as_integer(f"{call}(num_folds=...)", num_folds, least=2)
-    check_key(f"{call}(key=...)", key)
-    if num_folds > num_examples or (vmap and num_examples % num_folds):
-        rule = f"{'divide' if vmap else 'be at most'} num_examples, {num_examples}"
-        where = f"{call}(num_folds=..., vmap={vmap})"
-        raise ValueError(must(where, rule, num_folds))
+    call, n, k, *_ = asked
+    n = as_integer(f"{call}(num_examples=...)", n, least=2)
+    k = as_integer(f"{call}(num_folds=...)", k, least=2)
+    check_key(f"{call}(key=...)", asked.key)
+    rule = f"{'divide' if vmap else 'be at most'} num_examples, {n}"
+    fits = k <= n and not (vmap and n % k)
+    check_that(fits, f"{call}(num_folds=..., vmap={vmap})", rule, k)
 
     def fold(train: jax.Array, left_out: jax.Array, fold_key: jax.Array) -> Any:
         found = jax.tree.map(jnp.asarray, evaluate(fit(train, fold_key), left_out))
         shapes = [leaf.shape for leaf in jax.tree.leaves(found)]
-        if any(shape[:1] != left_out.shape for shape in shapes):
-            first = f"{left_out.shape[0]} in the first axis"
-            rule = f"return arrays with an entry per index, {first}"
-            raise ValueError(must(f"{call}(evaluate)", rule, f"the shapes {shapes}"))
+        fits = all(shape[:1] == left_out.shape for shape in shapes)
+        first = f"{left_out.shape[0]} in the first axis"
+        rule = f"return arrays with an entry per index, {first}"
+        check_that(fits, f"{call}(evaluate)", rule, f"the shapes {shapes}")
         return found
 
-    blocks, fold_keys = _blocks(
-        call, num_examples, num_folds, key=key, groups=groups, stratify=stratify
-    )
-    order = jnp.concatenate(blocks)
-    rests = [jnp.concatenate(blocks[:k] + blocks[k + 1 :]) for k in range(num_folds)]
+    blocks, fold_keys = asked._replace(num_examples=n, num_folds=k).blocks()
+    rests = [jnp.concatenate(blocks[:i] + blocks[i + 1 :]) for i in range(k)]
     if vmap:
         sizes = sorted({len(block) for block in blocks})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"`{call}(vmap=True)` needs folds of one size, got {sizes[0]} to "
-                f"{sizes[-1]} examples, as the groups fall. Use vmap=False."
-            )
+        got = f"{sizes[0]} to {sizes[-1]} examples, as the groups fall"
+        remedy = " Use vmap=False."
+        one = len(sizes) == 1
+        check_that(one, f"{call}(vmap=True)", "have folds of one size", got, remedy)
         found = jax.vmap(fold)(jnp.stack(rests), jnp.stack(blocks), fold_keys)
-        parts = [jax.tree.map(lambda x, k=k: x[k], found) for k in range(num_folds)]
+        parts = [jax.tree.map(lambda x, i=i: x[i], found) for i in range(k)]
     else:
-        each = [fold_keys[k] for k in range(num_folds)]
-        parts = [*map(fold, rests, blocks, each)]
+        parts = [*map(fold, rests, blocks, [fold_keys[i] for i in range(k)])]
         _check_alike(call, parts)
+    order = jnp.concatenate(blocks)
 
     def by_example(*rows: jax.Array) -> jax.Array:
         joined = jnp.concatenate([replicated(part) for part in rows])
         return jnp.zeros_like(joined).at[order].set(joined)
 
     return jax.tree.map(by_example, *parts)
-
-
-def _blocks(
-    call: str,
-    num_examples: int,
-    num_folds: int,
-    *,
-    key: Any,
-    groups: Any,
-    stratify: Any,
-) -> tuple[list[jax.Array], jax.Array]:
-    """The indices of each fold, in a random order, and its key."""
-    chosen = groups is not None or stratify is not None
-    if chosen:
-        check_known(call, key, groups, stratify)
-    with jax.ensure_compile_time_eval() if chosen else contextlib.nullcontext():
-        # Slices, not single keys stacked again: JAX's check of key reuse follows them.
-        keys = jax.random.split(key, num_folds + 1)
-        order_key, fold_keys = keys[0], keys[1:]
-        order = jax.random.permutation(order_key, num_examples).astype(jnp.int32)
-        if not chosen:
-            return jnp.array_split(order, num_folds), fold_keys
-        return assigned(call, groups, stratify, np.asarray(order), num_folds), fold_keys
 
 
 def _check_alike(call: str, parts: list[Any]) -> None:
@@ -301,11 +272,11 @@ def _check_alike(call: str, parts: list[Any]) -> None:
         leaves, tree = jax.tree.flatten(part)
         return [f"{x.dtype}{['n', *x.shape[1:]]}" for x in leaves], tree
 
-    first = of(parts[0])
+    first, rule = of(parts[0]), "return the same in every fold"
+    remedy = (
+        " If the model of one has not seen every class: with `stratify=labels` each "
+        "model sees all."
+    )
     for k, part in enumerate(parts):
-        if of(part) != first:
-            raise ValueError(
-                f"`{call}(evaluate)` must return the same in every fold, got {first} "
-                f"in fold 0 and {of(part)} in fold {k}. If the model of one has not "
-                "seen every class: with `stratify=labels` each model sees all."
-            )
+        got = f"{first} in fold 0 and {of(part)} in fold {k}"
+        check_that(of(part) == first, f"{call}(evaluate)", rule, got, remedy)

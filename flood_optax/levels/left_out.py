@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import as_integer, as_integers, is_real, must
+from flood_optax.checks import as_integer, as_integers, check_that, is_real
 from flood_optax.levels.blocks import numbered
 
 WIDTHS = (0.1, 0.25, 0.5, 1.0)  # of the kernel, in root median distances
@@ -78,11 +78,9 @@ def leave_one_out(
         group = row.reshape(n)
     else:
         group, _ = numbered("leave_one_out(groups=...)", groups, n)
-    if group.max() == 0:
-        raise ValueError(
-            "`leave_one_out(features)` must have rows that differ"
-            + (", got equal ones." if groups is None else ": `groups` has one group.")
-        )
+    got = "equal ones" if groups is None else "one group in `groups`"
+    call = "leave_one_out(features)"
+    check_that(group.max() > 0, call, "have rows that differ", got)
     return jnp.asarray(_scores(x, np.eye(num_classes)[y], row.reshape(n), group))
 
 
@@ -91,32 +89,28 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The features in float64 and the labels, of which a model can be made."""
     call = "leave_one_out(features)"
+    got = "a tracer: call it before training, outside of `jax.jit`"
     for name, given in (("features", features), ("labels", labels)):
-        if isinstance(given, Tracer):
-            got = "a tracer: call it before training, outside of `jax.jit`"
-            raise TypeError(must(f"leave_one_out({name})", "be known", got))
+        known = not isinstance(given, Tracer)
+        check_that(known, f"leave_one_out({name})", "be known", got, error=TypeError)
     c = as_integer("leave_one_out(num_classes=...)", num_classes, least=2)
     x = np.asarray(features)
-    if not is_real(x.dtype):
-        raise TypeError(must(call, "be real numbers", f"dtype {x.dtype}"))
-    if x.ndim != 2:
-        remedy = "[:, None]" if x.ndim == 1 else ".reshape(len(features), -1)"
-        got = f"{x.shape}: pass `features{remedy}`"
-        raise ValueError(must(call, "be of shape [n, d]", got))
+    got = f"dtype {x.dtype}"
+    check_that(is_real(x.dtype), call, "be real numbers", got, error=TypeError)
+    remedy = "[:, None]" if x.ndim == 1 else ".reshape(len(features), -1)"
+    got = f"{x.shape}: pass `features{remedy}`"
+    check_that(x.ndim == 2, call, "be of shape [n, d]", got)
     y = np.asarray(as_integers("leave_one_out(labels)", labels, below=c))
-    if y.shape != x.shape[:1]:
-        both, got = "leave_one_out(features, labels)", f"{x.shape} and {y.shape}"
-        raise ValueError(must(both, "be of shapes [n, d] and [n]", got))
-    if len(y) < 2 * c or x.shape[1] == 0:
-        rule = f"have at least two examples for each of the {c} classes, and a feature"
-        raise ValueError(must(call, rule, f"shape {x.shape}"))
+    both, got = "leave_one_out(features, labels)", f"{x.shape} and {y.shape}"
+    check_that(y.shape == x.shape[:1], both, "be of shapes [n, d] and [n]", got)
+    rule = f"have at least two examples for each of the {c} classes, and a feature"
+    check_that(len(y) >= 2 * c and x.size, call, rule, f"shape {x.shape}")
     x = x.astype(np.float64)
-    if bad := int((~np.isfinite(x)).any(axis=1).sum()):
-        got = f"NaN or infinity in {bad} of {len(x)} rows"
-        raise ValueError(must(call, "be finite", got))
-    if len(set(y.tolist())) < 2:
-        call, rule = "leave_one_out(labels)", "name two classes at least"
-        raise ValueError(must(call, rule, f"{y[0]} alone"))
+    bad = int((~np.isfinite(x)).any(axis=1).sum())
+    got = f"NaN or infinity in {bad} of {len(x)} rows"
+    check_that(not bad, call, "be finite", got)
+    call, rule = "leave_one_out(labels)", "name two classes at least"
+    check_that(len({*y.tolist()}) > 1, call, rule, f"{y[0]} alone")
     return x, y
 
 

@@ -19,7 +19,7 @@ from flood_optax.checks import (
     as_integers,
     as_real_array,
     check_number,
-    must,
+    check_that,
 )
 from flood_optax.levels.meshes import replicated, whole
 from flood_optax.levels.targets import entropies, probabilities
@@ -88,10 +88,11 @@ def noise_floor(
     """
     shape = np.shape(noise)
     if shape != ():
-        if len(shape) != 2 or shape[0] != shape[1] or num_classes not in (None, *shape):
-            rule = "be a rate or a transition matrix [c, c], c = num_classes"
-            got = f"shape {shape} and num_classes={num_classes}"
-            raise ValueError(must("noise_floor(noise)", rule, got))
+        square = len(shape) == 2 and shape[0] == shape[1]
+        rule = "be a rate or a transition matrix [c, c], c = num_classes"
+        got = f"shape {shape} and num_classes={num_classes}"
+        fits = square and num_classes in (None, *shape)
+        check_that(fits, "noise_floor(noise)", rule, got)
         matrix = replicated(probabilities(noise, "noise_floor(noise)"))
         floors = entropies(matrix)
         if not isinstance(floors, Tracer) and not (floors > 0).any():
@@ -125,14 +126,12 @@ def noise_floor(
 def _true_frequencies(matrix: jax.Array, label_frequencies: ArrayLike) -> jax.Array:
     """How frequent the true classes are: M^T w = f, on the simplex."""
     call = "noise_floor(label_frequencies=...)"
-    if np.shape(label_frequencies) != matrix.shape[:1]:
-        rule = f"be of shape {matrix.shape[:1]}, one for each class"
-        raise ValueError(must(call, rule, np.shape(label_frequencies)))
-    if isinstance(label_frequencies, Tracer | np.ndarray | jax.Array) and (
-        jnp.issubdtype(label_frequencies.dtype, jnp.integer)
-    ):
-        got = f"counts of dtype {label_frequencies.dtype}: divide them by their sum"
-        raise TypeError(must(call, "have sum 1", got))
+    of, shape = matrix.shape[:1], np.shape(label_frequencies)
+    check_that(shape == of, call, f"be of shape {of}, one for each class", shape)
+    dtype = getattr(label_frequencies, "dtype", np.dtype(float))
+    got = f"counts of dtype {dtype}: divide them by their sum"
+    counts = jnp.issubdtype(dtype, jnp.integer)
+    check_that(not counts, call, "have sum 1", got, error=TypeError)
     frequencies = replicated(probabilities(label_frequencies, call))
     frequencies = frequencies.astype(matrix.dtype)
     weights = jnp.maximum(jnp.linalg.lstsq(matrix.T, frequencies)[0], 0)
@@ -177,9 +176,9 @@ def noise_matrix(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     """
     p = probabilities(probs, "noise_matrix(probs)")
     y = as_integers("noise_matrix(labels)", labels, below=p.shape[-1])
-    if p.ndim != 2 or y.shape != p.shape[:1] or y.size == 0:
-        call, got = "noise_matrix(probs, labels)", f"{p.shape} and {y.shape}"
-        raise ValueError(must(call, "be of shapes [n, c] and [n]", got))
+    call, got = "noise_matrix(probs, labels)", f"{p.shape} and {y.shape}"
+    fits = p.ndim == 2 and y.shape == p.shape[:1] and y.size
+    check_that(fits, call, "be of shapes [n, c] and [n]", got)
     c, y = p.shape[1], y.astype(jnp.int32)
     given = y[:, None] == jnp.arange(c, dtype=jnp.int32)[None]
     # Sums of a masked [n, c], which XLA adds in a tree: a scatter adds one by one, and
@@ -241,16 +240,16 @@ def noise_rate(
       0.3333
     """
     p = replicated(wide(as_real_array(scores, "noise_rate(scores)")))
-    if p.ndim != 2 or p.shape[1] < 2 or np.shape(labels) != p.shape[:1] or p.size == 0:
-        call, got = "noise_rate(scores, labels)", f"{p.shape} and {np.shape(labels)}"
-        raise ValueError(must(call, "be of shapes [n, c] and [n], c at least 2", got))
+    call, got = "noise_rate(scores, labels)", f"{p.shape} and {np.shape(labels)}"
+    fits = p.ndim == 2 and p.shape[1] > 1 and np.shape(labels) == p.shape[:1] and p.size
+    check_that(fits, call, "be of shapes [n, c] and [n], c at least 2", got)
     y = as_integers("noise_rate(labels)", labels, below=p.shape[1])
     y = replicated(y.astype(jnp.int32))
     check_number("noise_rate(confident=...)", confident, "in (0, 1]")
     outside = ((y < 0) | (y >= p.shape[1])).any()
     missing = jnp.isnan(p).any()
-    if not isinstance(missing, Tracer) and missing:
-        raise ValueError(f"`noise_rate(scores)` must not be NaN: {NEVER_EVALUATED}.")
+    known = isinstance(missing, Tracer) or not missing
+    check_that(known, "noise_rate(scores)", "not be NaN", f"some: {NEVER_EVALUATED}")
     asked = math.ceil(confident * len(y))
     first, second = jax.lax.top_k(p, 2)[0].T
     margin = first - second

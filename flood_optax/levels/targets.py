@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flood_optax.checks import as_real_array, broadcast_level, must
+from flood_optax.checks import as_real_array, broadcast_level, check_that, must
 from flood_optax.precision import wide
 
 
@@ -37,9 +37,9 @@ def wavebound(target_loss: ArrayLike, epsilon: ArrayLike) -> jax.Array:
     """
     loss = as_real_array(target_loss, "wavebound(target_loss)")
     gap = broadcast_level(epsilon, loss.shape, "wavebound(epsilon=...)")
-    if not isinstance(gap, Tracer) and not bool((jnp.isfinite(gap) & (gap >= 0)).all()):
-        rule = "be non-negative and finite"
-        raise ValueError(must("wavebound(epsilon=...)", rule, epsilon))
+    fits = isinstance(gap, Tracer) or (jnp.isfinite(gap) & (gap >= 0)).all()
+    rule = "be non-negative and finite"
+    check_that(fits, "wavebound(epsilon=...)", rule, epsilon)
     return jax.lax.stop_gradient(loss - gap.astype(loss.dtype))
 
 
@@ -80,9 +80,8 @@ def _plogp(p: jax.Array) -> jax.Array:
 def probabilities(given: ArrayLike, call: str) -> jax.Array:
     """Rows of probabilities, float32 at least, into which no gradient flows."""
     probs = as_real_array(given, call)
-    if probs.shape[-1:] in ((), (0,)):
-        got = f"shape {probs.shape}"
-        raise ValueError(must(call, "have an axis of classes", got))
+    fits, got = probs.shape[-1:] not in ((), (0,)), f"shape {probs.shape}"
+    check_that(fits, call, "have an axis of classes", got)
     tolerance = float(jnp.finfo(probs.dtype).eps) ** 0.5
     probs = jax.lax.stop_gradient(wide(probs))
     total = jnp.asarray(probs.sum(-1))

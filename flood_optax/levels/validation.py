@@ -18,9 +18,9 @@ from flood_optax.checks import (
     as_integer,
     as_real_array,
     check_one_of,
+    check_that,
     converted,
     is_real,
-    must,
 )
 from flood_optax.levels.meshes import replicated
 from flood_optax.precision import wide
@@ -75,17 +75,15 @@ def at_best(
     # NumPy keeps the 64 bits of integers that JAX would wrap.
     in_jax = any(isinstance(x, jax.Array) for x in jax.tree.leaves(metric))
     score = replicated(jnp.asarray(metric)) if in_jax else np.asarray(metric)
-    if not is_real(score.dtype) and score.dtype != np.bool_:
-        got = f"dtype {score.dtype}"
-        raise TypeError(must("at_best(metric)", "be real numbers", got))
-    if loss.shape != score.shape or loss.ndim != 1 or loss.size == 0:
-        call, got = "at_best(losses, metric)", f"{loss.shape} and {score.shape}"
-        raise ValueError(must(call, "be of one shape [steps]", got))
+    real, got = is_real(score.dtype) or score.dtype == np.bool_, f"dtype {score.dtype}"
+    check_that(real, "at_best(metric)", "be real numbers", got, error=TypeError)
+    call, got = "at_best(losses, metric)", f"{loss.shape} and {score.shape}"
+    fits = loss.shape == score.shape and loss.ndim == 1 and loss.size
+    check_that(fits, call, "be of one shape [steps]", got)
     window = as_integer("at_best(window=...)", window, least=1)
     windows = loss.size - window + 1
-    if windows < 1:
-        rule = f"be at most the {loss.size} steps"
-        raise ValueError(must("at_best(window=...)", rule, window))
+    rule = f"be at most the {loss.size} steps"
+    check_that(windows > 0, "at_best(window=...)", rule, window)
     sign = 1 if mode == "max" else -1
     middle = loss[(window - 1) // 2 :][:windows]
     best, counts = _best(score, sign, window, jnp.isfinite(middle))

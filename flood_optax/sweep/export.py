@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from flood_optax.checks import must
+from flood_optax.checks import check_that, must
 from flood_optax.sweep.extras import optional
 from flood_optax.sweep.inputs import Array
 
 FORMAT = "flood_optax.sweep.Result/2"
 NUMBERS = "flood_optax.sweep.Result/1"  # arrays as lists of numbers
-WRITTEN = "be what `Result.to_json` returned"
+CALL, WRITTEN = "Result.from_json(text)", "be what `Result.to_json` returned"
 ARRAYS = ("levels", "keys")
 
 
@@ -37,12 +37,9 @@ def from_json(text: str) -> dict[str, Any]:
             "`sweep.run(path=...)` is read by the same call of `sweep.run`."
         )
         got = f"something else ({error})"
-        raise ValueError(
-            must("Result.from_json(text)", WRITTEN, got, remedy)
-        ) from error
-    if found not in {FORMAT, NUMBERS}:
-        got = f"the format {found!r} where {FORMAT!r} is due"
-        raise ValueError(must("Result.from_json(text)", WRITTEN, got))
+        raise ValueError(must(CALL, WRITTEN, got, remedy)) from error
+    got = f"the format {found!r} where {FORMAT!r} is due"
+    check_that(found in {FORMAT, NUMBERS}, CALL, WRITTEN, got)
     metrics = {name: _decoded(one) for name, one in document["metrics"].items()}
     arrays = {name: _decoded(document[name]) for name in ARRAYS}
     return {**document, **arrays, "metrics": metrics, "axes": (*document["axes"],)}

@@ -14,8 +14,8 @@ from flood_optax.checks import (
     as_scalar_loss,
     check_function,
     check_level,
+    check_that,
     is_real,
-    must,
 )
 
 Array = npt.NDArray[Any]
@@ -43,20 +43,19 @@ def as_levels(levels: Any, call: str) -> Levels:
     """The levels; two that training sees as one would be trained twice."""
     given = np.asarray(levels)
     real = jnp.issubdtype(given.dtype, jnp.floating) or given.dtype.kind in "iu"
-    if not real and given.size:
-        raise TypeError(must(call, "be real numbers", f"dtype {given.dtype}"))
-    if given.ndim != 1 or not given.size:
-        rule = "have the shape [levels] with one level at least"
-        raise ValueError(must(call, rule, f"shape {given.shape}"))
+    got = f"dtype {given.dtype}"
+    check_that(real or not given.size, call, "be real numbers", got, error=TypeError)
+    rule = "have the shape [levels] with one level at least"
+    fits = given.ndim == 1 and given.size
+    check_that(fits, call, rule, f"shape {given.shape}")
     check_level(given, call)
     if given.dtype.kind in "iu":
         given = given.astype(np.float64)
     wide = given.dtype == np.float64 and jnp.result_type(float) == np.float64
     used = given.astype(np.float64 if wide else np.float32)
     values, counts = np.unique(used, return_counts=True)
-    if (counts > 1).any():
-        got = f"{values[counts > 1][0]} more than once"
-        raise ValueError(must(call, f"be distinct in {used.dtype}", got))
+    got = f"{values[counts.argmax()]} more than once"
+    check_that(counts.max() == 1, call, f"be distinct in {used.dtype}", got)
     return Levels(given, used)
 
 
@@ -86,22 +85,20 @@ def as_keys(given: Any, call: str) -> Keys:
         keys = jnp.stack([jnp.asarray(key) for key in given])
     dtype = getattr(keys, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and dtype != np.uint32:
-        rule = "be keys such as `jax.random.split(jax.random.key(0), 10)`"
-        got = f"{type(given).__name__} of dtype {dtype}"
-        seeds = "`jax.vmap(jax.random.key)(jnp.array(seeds))`"
-        raise TypeError(must(call, rule, got, f" Seeds become keys by {seeds}."))
+    rule = "be keys such as `jax.random.split(jax.random.key(0), 10)`"
+    got = f"{type(given).__name__} of dtype {dtype}"
+    remedy = " Seeds become keys by `jax.vmap(jax.random.key)(jnp.array(seeds))`."
+    fits = typed or dtype == np.uint32
+    check_that(fits, call, rule, got, remedy, error=TypeError)
     data = np.asarray(jax.random.key_data(keys) if typed else keys)
-    if data.ndim != 2 or not len(data):
-        rule = "have the shape [keys] (raw keys: [keys, words]) with one key at least"
-        got = f"shape {np.shape(keys)}: `jax.random.split(key, 10)`"
-        raise ValueError(must(call, rule, got))
+    rule = "have the shape [keys] (raw keys: [keys, words]) with one key at least"
+    got = f"shape {np.shape(keys)}: `jax.random.split(key, 10)`"
+    check_that(data.ndim == 2 and len(data), call, rule, got)
     different = len(np.unique(data, axis=0))
-    if different < len(data):
-        got = f"{len(data)} keys of which {different} differ"
-        raise ValueError(
-            must(call, "be distinct", f"{got}: the same run would count twice")
-        )
+    got = (
+        f"{len(data)} keys of which {different} differ: the same run would count twice"
+    )
+    check_that(different == len(data), call, "be distinct", got)
     return Keys(data, str(jax.random.key_impl(keys)) if typed else None)
 
 
@@ -129,25 +126,23 @@ def called(call: str, given: Any, *words: str) -> Generator[None]:
 
 def as_metrics(metrics: Any, call: str) -> dict[str, jax.Array]:
     """The metrics as arrays; they must be a flat dict of real numbers."""
-    if not isinstance(metrics, Mapping):
-        rule = "return its metrics as a dict of arrays"
-        raise TypeError(must(call, rule, type(metrics).__name__))
-    if not metrics:
-        raise TypeError(must(call, "return one metric at least", "an empty dict"))
-    return {name: _metric(name, value, call) for name, value in metrics.items()}
 
+    def demand(holds: object, rule: str, got: str) -> None:
+        check_that(holds, call, rule, got, error=TypeError)
 
-def _metric(name: Any, value: Any, call: str) -> jax.Array:
-    if not isinstance(name, str):
-        raise TypeError(must(call, "name its metrics by strings", repr(name)))
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
+    kind = type(metrics).__name__
+    is_dict = isinstance(metrics, Mapping)
+    demand(is_dict, "return its metrics as a dict of arrays", kind)
+    demand(metrics, "return one metric at least", "an empty dict")
+    numbers = jax.Array | np.ndarray | np.generic | int | float
+    for name, value in metrics.items():
+        demand(isinstance(name, str), "name its metrics by strings", repr(name))
         got = f"{name!r} of type {type(value).__name__}"
-        raise TypeError(must(call, "return metrics that are arrays", got))
-    dtype = jnp.result_type(value)
-    if not is_real(dtype) and dtype != jnp.bool_:
-        got = f"{name!r} of dtype {dtype}"
-        raise TypeError(must(call, "return metrics of real numbers", got))
-    return jnp.asarray(value)
+        demand(isinstance(value, numbers), "return metrics that are arrays", got)
+        dtype = jnp.result_type(value)
+        real = is_real(dtype) or dtype == jnp.bool_
+        demand(real, "return metrics of real numbers", f"{name!r} of dtype {dtype}")
+    return {name: jnp.asarray(value) for name, value in metrics.items()}
 
 
 def as_strong(leaf: Any) -> jax.Array:
@@ -163,9 +158,10 @@ def as_stacked(batches: Any) -> Any:
     def is_many(part: Any) -> bool:
         return isinstance(part, list | Iterator)  # as a zip, or a loader of data
 
-    for leaf in filter(is_many, jax.tree.leaves(batches, is_leaf=is_many)):
+    for leaf in jax.tree.leaves(batches, is_leaf=is_many):
         size = f"list of {len(leaf)}" if isinstance(leaf, list) else type(leaf).__name__
-        raise TypeError(must(BATCHES, A_TREE, f"a {size}", STACK))
+        fits = not is_many(leaf)
+        check_that(fits, BATCHES, A_TREE, f"a {size}", STACK, error=TypeError)
     return jax.tree.map(jnp.asarray, batches)
 
 
@@ -192,18 +188,18 @@ def check_no_batch_alone(
     if any(other != first for other in others) or not takes(first):
         return
     # Inputs, targets and weights may be alike, and be taken by their numbers.
-    if len(batches) > 3 or not takes(batch):
-        got = f"a tuple of {len(batches)}, each of which the step takes as a batch"
-        raise TypeError(must(BATCHES, A_TREE, got, STACK))
+    fits = len(batches) <= 3 and takes(batch)
+    got = f"a tuple of {len(batches)}, each of which the step takes as a batch"
+    check_that(fits, BATCHES, A_TREE, got, STACK, error=TypeError)
 
 
 def num_steps(batches: Any) -> int:
     """The length of the leading axis, the same in every leaf."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(batches)}
     lengths = {shape[:1] for shape in shapes}
-    if len(lengths) != 1 or lengths & {(), (0,)}:
-        rule = "have one leading axis [steps] in all leaves, one step at least"
-        raise ValueError(must(BATCHES, rule, f"the shapes {sorted(shapes)}", STACK))
+    fits = len(lengths) == 1 and not lengths & {(), (0,)}
+    rule = "have one leading axis [steps] in all leaves, one step at least"
+    check_that(fits, BATCHES, rule, f"the shapes {sorted(shapes)}", STACK)
     return lengths.pop()[0]
 
 
@@ -212,14 +208,18 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
 
     def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
         result = step(*args)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            got = type(result).__name__
-            raise TypeError(must(STEP, "return (state, metrics)", got))
+        pair, got = (
+            isinstance(result, tuple) and len(result) == 2,
+            type(result).__name__,
+        )
+        check_that(pair, STEP, "return (state, metrics)", got, error=TypeError)
         after, metrics = result
         metrics = as_metrics(metrics, STEP)
-        if "loss" not in metrics:
-            rule = "return the raw loss as the metric 'loss'"
-            raise TypeError(must(STEP, rule, ", ".join(map(repr, metrics))))
+        rule, got = (
+            "return the raw loss as the metric 'loss'",
+            ", ".join(map(repr, metrics)),
+        )
+        check_that("loss" in metrics, STEP, rule, got, error=TypeError)
         remedy = "Return the loss that is compared with the level."
         as_scalar_loss(metrics["loss"], f"{STEP}'s loss", remedy)
         return _state_like(after, state), metrics
@@ -230,17 +230,17 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
 def _state_like(after: Any, before: Any) -> Any:
     """The new state, if it has structure, shapes and dtypes of the given one."""
     now, then = jax.tree.structure(after), jax.tree.structure(before)
-    if now != then:
-        raise TypeError(
-            must(STEP, "keep the structure of the state", f"{now} from {then}")
-        )
+    rule, got = "keep the structure of the state", f"{now} from {then}"
+    check_that(now == then, STEP, rule, got, error=TypeError)
 
     def alike(path: Any, new: Any, old: jax.Array) -> jax.Array:
         new = as_strong(new)
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            types = f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]}"
-            got = f"{types} at state{jax.tree_util.keystr(path)}"
-            raise TypeError(must(STEP, "keep shapes and dtypes of the state", got))
+        types = f"{new.dtype}{[*new.shape]} from {old.dtype}{[*old.shape]}"
+        got = f"{types} at state{jax.tree_util.keystr(path)}"
+        same = (new.shape, new.dtype) == (old.shape, old.dtype)
+        check_that(
+            same, STEP, "keep shapes and dtypes of the state", got, error=TypeError
+        )
         return new
 
     return jax.tree.map_with_path(alike, after, before)

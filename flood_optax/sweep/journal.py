@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flood_optax.checks import FloodWarning, must
+from flood_optax.checks import FloodWarning, check_that
 from flood_optax.sweep.inputs import Array
 from flood_optax.sweep.traced import settings
 
@@ -67,7 +67,8 @@ class Journal:
             return
         file, first = pathlib.Path(path), jax.process_index() == 0
         about = {"format": FORMAT, **header(), "settings": settings()}
-        content = _from_first_process(_content(file) if first else b"")
+        found = file.read_bytes() if first and file.exists() else b""
+        content = _from_first_process(found)
         begun = self._restore(content, about, file.name)
         if first:
             self._path = file
@@ -156,35 +157,25 @@ class Journal:
 
 def _check_header(found: Any, about: Mapping[str, Any], name: str) -> None:
     """Refuses the file of another sweep."""
-    if found["format"] != FORMAT:
-        earlier = "an earlier one, which may hold a sweep of other data"
-        of = earlier if found["format"] == BEFORE else repr(found["format"])
-        remedy = f" Give {OTHERWISE}"
-        raise ValueError(
-            must(PATH, "be a file of this version", f"{name} of {of}", remedy)
-        )
+    of, remedy = repr(found["format"]), f" Give {OTHERWISE}"
+    if found["format"] == BEFORE:
+        of = "an earlier one, which may hold a sweep of other data"
+    now = found["format"] == FORMAT
+    check_that(now, PATH, "be a file of this version", f"{name} of {of}", remedy)
     were, now = found["settings"], about["settings"]
     changed = [
         f"{each} {were.get(each)} (now {now.get(each)})"
         for each in sorted({*were, *now})
         if were.get(each, "None") != now.get(each, "None")
     ]
-    if changed:
-        got = f"{', '.join(changed)}, of which the numbers may differ"
-        remedy = f" Set that back to go on, give {OTHERWISE}"
-        raise ValueError(must(PATH, SAME, f"{name} of a sweep with {got}", remedy))
+    got = (
+        f"{name} of a sweep with {', '.join(changed)}, of which the numbers may differ"
+    )
+    back = f" Set that back to go on, give {OTHERWISE}"
+    check_that(not changed, PATH, SAME, got, back)
     for part, meaning in MEANING.items():
-        if found.get(part) != about[part]:
-            got = f"{name} of a sweep with {meaning}"
-            raise ValueError(must(PATH, SAME, got, f" Give {OTHERWISE}"))
-
-
-def _content(file: pathlib.Path) -> bytes:
-    """What is in a file, nothing where there is none."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return b""
+        got = f"{name} of a sweep with {meaning}"
+        check_that(found.get(part) == about[part], PATH, SAME, got, remedy)
 
 
 def _from_first_process(content: bytes) -> bytes:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flood_optax.checks import check_one_of
+from flood_optax.checks import check_one_of, check_that
 from flood_optax.sweep.cores import number_of_cores, over_cores
 from flood_optax.sweep.inputs import Array
 from flood_optax.sweep.traced import Traced
@@ -62,7 +62,7 @@ def together(
     traced: Traced, runs: Runs, chunk_size: int | None, watched: bool
 ) -> Iterator[tuple[Array, Rows]]:
     """Trains a chunk of runs at once."""
-    program = vmapped(traced)
+    program = jax.jit(_nested(traced))
     for table in tables(runs, chunk_size, watched=watched):
         levels, words = runs.of(table)
         yield _once(table, jax.device_get(program(levels, words[:, 0])))
@@ -105,12 +105,8 @@ def on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def vmapped(traced: Traced) -> Any:
-    """The program of levels [keys, levels] and the numbers of keys [keys, words]."""
-    return jax.jit(_nested(traced))
-
-
 def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
+    """Trains at levels [keys, levels] with the numbers of keys [keys, words]."""
     # Levels are batched within keys: what depends on the key alone, such as its batches
     # and where it starts, is computed once for all of them.
     of_key = jax.vmap(traced.call, in_axes=(0, None))
@@ -125,15 +121,13 @@ def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
 
 
 def sharded(traced: Traced, mesh: Mesh) -> Any:
-    """The program of `vmapped` on each device, of one run on each if that is a CPU."""
+    """The program of `_nested` on each device, of one run on each if that is a CPU."""
     arrays = [x for x in traced.jaxpr.consts if isinstance(x, jax.Array)]
     spread = max((len(x.devices()) for x in arrays), default=1)
-    if spread > 1:
-        raise ValueError(
-            '`sweep.run(strategy="shard")` trains each run on one device, got a train '
-            f"that uses an array on {spread}. Let it use a copy on the host: "
-            "`np.asarray(array)`."
-        )
+    rule = "be given a train whose arrays are on one device, as each run is"
+    remedy = " Let it use a copy on the host: `np.asarray(array)`."
+    got = f"one that uses an array on {spread}"
+    check_that(spread == 1, 'sweep.run(strategy="shard")', rule, got, remedy)
 
     def alone(levels: jax.Array, words: jax.Array) -> Any:
         rows = traced.call(levels[0, 0], words[0])
@@ -223,9 +217,6 @@ def placement(
     if strategy == "shard":
         mesh = mesh or Mesh(np.array(jax.devices()), ("runs",))
         return functools.partial(over_devices, mesh=mesh), no_mesh
-    if mesh is not None:
-        raise ValueError(
-            '`sweep.run(mesh=...)` needs strategy="shard", got a mesh with '
-            f"strategy={strategy!r}."
-        )
+    got, rule = f"a mesh with strategy={strategy!r}", 'come with strategy="shard"'
+    check_that(mesh is None, "sweep.run(mesh=...)", rule, got)
     return together if strategy == "vmap" else one_by_one, contextlib.nullcontext

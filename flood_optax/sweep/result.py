@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flood_optax.checks import FloodWarning, check_one_of, must
+from flood_optax.checks import FloodWarning, check_one_of, check_that
 from flood_optax.sweep import export
 from flood_optax.sweep.inputs import Array
 
@@ -111,9 +111,7 @@ class Result:
         best mean, where most conservative is the lowest: closest to no flooding.
 
         Args:
-          metric: as in `best`.
-          mode: as in `best`.
-          at: as in `best`.
+          metric, mode, at: as in `best`.
           one_standard_error: whether to apply the one-standard-error rule, which needs
             two keys.
 
@@ -129,20 +127,15 @@ class Result:
         number = scores.shape[1]
         means, errors = _mean_and_deviation(scores.T)
         errors /= np.sqrt(number)
-        if np.isnan(means).all():
-            raise ValueError(
-                f"`Result.best_overall({metric!r})` needs a level without NaN, got NaN "
-                "at every level."
-            )
+        call, some = f"Result.best_overall({metric!r})", not np.isnan(means).all()
+        check_that(some, call, "have a level without NaN", "NaN at every level")
         loss = np.where(np.isnan(means), np.inf, -means if mode == "max" else means)
         # A level whose mean is the worst there is, infinite, still goes before NaN.
         candidates = (loss == loss.min()) & ~np.isnan(means)
         if one_standard_error:
-            if number < 2:
-                raise ValueError(
-                    "`Result.best_overall(one_standard_error=True)` needs two keys at "
-                    f"least, got {number}: one run has no standard error."
-                )
+            call = "Result.best_overall(one_standard_error=True)"
+            got = f"{number}: one run has no standard error"
+            check_that(number > 1, call, "have two keys at least", got)
             best = min(np.flatnonzero(candidates), key=lambda i: self.levels[i])
             # An infinite best mean has no standard error, only its equals beside it.
             candidates |= (loss <= loss[best] + errors[best]) & ~np.isnan(means)
@@ -180,10 +173,10 @@ class Result:
         index = np.array([self._index(one) for one in wanted.ravel()])
         if wanted.shape == ():
             return values[index[0]]
-        if "key" not in self.axes or wanted.shape != values.shape[1:2]:
-            axes = f"for the axes {self.axes} of shape {values.shape[:2]}"
-            got = f"shape {wanted.shape} {axes}"
-            raise ValueError(must(CURVES_LEVEL, "be one level, or one per key", got))
+        fits = "key" in self.axes and wanted.shape == values.shape[1:2]
+        axes = f"for the axes {self.axes} of shape {values.shape[:2]}"
+        got = f"shape {wanted.shape} {axes}"
+        check_that(fits, CURVES_LEVEL, "be one level, or one per key", got)
         return values[index, np.arange(values.shape[1])]
 
     def to_xarray(self) -> Any:
@@ -233,19 +226,14 @@ class Result:
         flooding, is a dashed line.
 
         Args:
-          metric: as in `best`.
-          mode: as in `best`; needed for ``at="best"`` alone.
-          at: as in `best`.
+          metric, mode, at: as in `best`; mode is needed for ``at="best"`` alone.
           ax: matplotlib axes to draw on; new ones by default.
 
         Returns:
           The matplotlib axes.
         """
-        if mode is None and at == "best":
-            raise ValueError(
-                '`Result.plot(at="best")` needs `mode`, "max" or "min", got None.'
-            )
-        scores = self._scores(metric, mode or "max", at, "plot")
+        any_mode = None if at == "best" else "max"
+        scores = self._scores(metric, mode or any_mode, at, "plot")
         scores = scores.reshape(len(self.levels), -1)
         ax = export.axes_for(ax, "Result.plot()")
         order = np.argsort(self.levels)
@@ -282,9 +270,9 @@ class Result:
         return ax
 
     def _metric(self, metric: str, call: str) -> Array:
-        if metric not in self.metrics:
-            rule = f"be one of {', '.join(map(repr, self.metrics))}"
-            raise ValueError(must(f"Result.{call}(metric=...)", rule, repr(metric)))
+        rule = f"be one of {', '.join(map(repr, self.metrics))}"
+        known = metric in self.metrics
+        check_that(known, f"Result.{call}(metric=...)", rule, repr(metric))
         return self.metrics[metric]
 
     def _index(self, level: float) -> int:
@@ -292,9 +280,8 @@ class Result:
         same = self.levels == level
         if not same.any():
             same = self.levels.astype(np.float32) == np.float32(level)
-        if not same.any():
-            got = f"{level:g}; there are {', '.join(f'{b:g}' for b in self.levels)}"
-            raise ValueError(must(CURVES_LEVEL, "be a level of the sweep", got))
+        got = f"{level:g}; there are {', '.join(f'{b:g}' for b in self.levels)}"
+        check_that(same.any(), CURVES_LEVEL, "be a level of the sweep", got)
         return int(np.argmax(same))
 
     def _names(self, value: Array) -> list[str]:
@@ -303,44 +290,36 @@ class Result:
 
     def _check_curve(self, metric: str, call: str) -> None:
         names = self._names(self._metric(metric, call))
-        if names[-1] != "step":
-            where, got = f"Result.{call}({metric!r})", f"the axes {tuple(names)}"
-            raise ValueError(must(where, "have one number per step", got))
+        where, got = f"Result.{call}({metric!r})", f"the axes {tuple(names)}"
+        check_that(names[-1] == "step", where, "have one number per step", got)
 
     def _any_nan(self, value: Array) -> Array:
         runs = 2 if "key" in self.axes else 1
         axes = tuple(range(runs, value.ndim))
         return np.asarray(np.isnan(_numbers(value)).any(axis=axes))
 
-    def _scores(self, metric: str, mode: str, at: At, call: str) -> Array:
+    def _scores(self, metric: str, mode: str | None, at: At, call: str) -> Array:
         """One number per run: [levels, keys], or [levels] without keys."""
         values = _numbers(self._metric(metric, call))
-        if values.dtype.kind == "c":
-            where = f"Result.{call}({metric!r})"
-            raise TypeError(must(where, "be of real numbers", values.dtype))
+        where, real = f"Result.{call}({metric!r})", values.dtype.kind != "c"
+        check_that(real, where, "be of real numbers", values.dtype, error=TypeError)
         check_one_of(f"Result.{call}(mode=...)", mode, ("max", "min"))
-        if "step" not in self._names(values):
-            if at is not None:
-                raise ValueError(
-                    f"`Result.{call}(at=...)` needs a curve, got {metric!r} of the "
-                    f"axes {tuple(self._names(values))}."
-                )
+        names, steps, which = (
+            self._names(values),
+            values.shape[-1],
+            f"Result.{call}(at=...)",
+        )
+        if "step" not in names:
+            got = f"{at!r} for {metric!r} of the axes {tuple(names)}"
+            check_that(at is None, which, "be None where there is no curve", got)
             return values
         self._check_curve(metric, call)
-        if at is None:
-            raise ValueError(
-                f"`Result.{call}({metric!r})` needs one number per run, got a curve of "
-                f"{values.shape[-1]} steps: pass `at=-1` for the last step or "
-                '`at="best"` for each run\'s best.'
-            )
         if at == "best":
             return _extreme(values, mode, axis=-1)
-        steps = values.shape[-1]
         step: Any = at  # whatever it is
         whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
-        if not (whole and -steps <= step < steps):
-            rule = f'be "best" or a step in [{-steps}, {steps})'
-            raise ValueError(must(f"Result.{call}(at=...)", rule, repr(at)))
+        rule = f'be "best" or a step in [{-steps}, {steps})'
+        check_that(whole and -steps <= step < steps, which, rule, repr(at))
         return values[..., step]
 
     def _warn_of_nan(self, metric: str, scores: Array) -> None:
@@ -360,7 +339,7 @@ def _numbers(value: Array) -> Array:
         return value if value.dtype.kind in "iuc" else value.astype(np.float64)
 
 
-def _extreme(values: Array, mode: str, axis: int) -> Array:
+def _extreme(values: Array, mode: str | None, axis: int) -> Array:
     """The best number; NaN where there is none, for fmax and fmin pass over it."""
     return (np.fmax if mode == "max" else np.fmin).reduce(values, axis=axis)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,26 +131,26 @@ def forked(
         unit="step",
     ) as advance:
         others = None if known is None else known.used
-        trunk = _trunk(
+        trunk, origins = _trunk(
             program, state, batches, lowest=lowest, others=others, advance=advance
         )
-        known = known or _levels_of(levels, trunk.rows, off.dtype)
+        known = known or _levels_of(levels, trunk, off.dtype)
         branches = [level for level in known.used if level != lowest]
-        forks = [_fork(trunk.rows["loss"], level, lowest) for level in branches]
+        forks = [_fork(trunk["loss"], level, lowest) for level in branches]
         begins = [_origin(fork, number) for fork in forks]
         runs = [
-            (trunk.origins[begin], batches, np.asarray(level), *_steps(begin, number))
+            (origins[begin], batches, np.asarray(level), *_steps(begin, number))
             for level, begin in zip(branches, begins, strict=True)
         ]
         own = over_cores(program, runs, lambda result: result[1])
-        found = {lowest: trunk.rows}
+        found = {lowest: trunk}
         for level, fork, begin, rows in zip(branches, forks, begins, own, strict=True):
-            found[level] = _branch(trunk.rows, rows, begin, fork, level)
+            found[level] = _branch(trunk, rows, begin, fork, level)
             advance(number)
         separate = [found[level] for level in known.used]
     return Result(
         known.given,
-        {name: np.stack([rows[name] for rows in separate]) for name in trunk.rows},
+        {name: np.stack([rows[name] for rows in separate]) for name in trunk},
         ("level", "step"),
         steps_run=number + sum(number - begin for begin in begins),
         steps_separate=number * len(separate),
@@ -177,18 +177,6 @@ def _origin(fork: int, number: int) -> int:
     return compared // _segment(number) * _segment(number)
 
 
-class _Trunk(NamedTuple):
-    """The run that all levels share a part of.
-
-    Attributes:
-      rows: its metrics, [steps, ...].
-      origins: its state before some steps, from which branches can be run.
-    """
-
-    rows: Rows
-    origins: dict[int, Any]
-
-
 def _trunk(
     program: Program,
     state: Any,
@@ -197,8 +185,8 @@ def _trunk(
     lowest: Level,
     others: Array | None,
     advance: Callable[[int], Any],
-) -> _Trunk:
-    """Runs the lowest level in segments; keeps a state where a branch will begin."""
+) -> tuple[Rows, dict[int, Any]]:
+    """The metrics of the lowest level, and its state where a branch will begin."""
     number = num_steps(batches)
     length = _segment(number)
     origins: dict[int, Any] = {}
@@ -220,7 +208,7 @@ def _trunk(
             origins = {at: origins[at] for at in origins if at in kept}
         advance(end - begin)
     rows = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
-    return _Trunk(rows, origins)
+    return rows, origins
 
 
 def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Level) -> Rows:
@@ -228,7 +216,8 @@ def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Level) -> Rows
     for name, rows in trunk.items():
         # At the fork itself the loss is the trunk's; what it led to is the branch's.
         shared = slice(begin, fork + 1 if name == "loss" else fork)
-        if not _same_bits(own[name][shared], rows[shared]):
+        # the same bits: of zeros the sign, of NaN the payload
+        if own[name][shared].tobytes() != rows[shared].tobytes():
             raise ValueError(
                 "`sweep.forked(step)` must use the level only to flood the loss that "
                 f"it returns, by a shape that is the loss itself above the level, but "
@@ -312,8 +301,3 @@ def _batch(batches: Any, i: int | jax.Array) -> Any:
     return jax.tree.map(
         lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batches
     )
-
-
-def _same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays hold the same bits: of zeros the sign, of NaN the payload."""
-    return a.tobytes() == b.tobytes()

@@ -83,9 +83,7 @@ def test_averaged_of_an_nnx_optimizer_is_a_state_of_the_model():
 def test_two_averages_of_one_parameter_are_refused_and_the_remedy_works():
     optimizer = optax.chain(optax.sgd(0.1), average_params(0.5), average_params(0.9))
     state, visited = run(optimizer)
-    message = (
-        "found 2 of params['b'][0] in the state: [1]AverageState.flood_average, [2]"
-    )
+    message = "params['b'][0], got 2: [1]AverageState.flood_average, [2]"
     with pytest.raises(ValueError, match=re.escape(message)):
         averaged(state, visited[-1])
     for part, decay in ((state[1], 0.5), (state[2], 0.9)):

@@ -113,7 +113,7 @@ def test_one_standard_error_takes_the_lowest_level_within_it():
 def test_one_standard_error_needs_two_keys():
     made = result(acc=SCORES[:, :1])
     assert np.isnan(made.best_overall("acc", "max").standard_error)
-    with pytest.raises(ValueError, match="needs two keys at least, got 1"):
+    with pytest.raises(ValueError, match="must have two keys at least, got 1"):
         made.best_overall("acc", "max", one_standard_error=True)
 
 
@@ -326,7 +326,9 @@ def test_plot_of_infinite_runs_and_of_each_best_step(pyplot):
     pyplot.close("all")
     mean, *_ = result(loss=CURVES).plot("loss", "min", at="best").get_lines()
     np.testing.assert_array_equal(mean.get_ydata(), CURVES.min(-1).mean(-1)[[1, 2, 0]])
-    with pytest.raises(ValueError, match='needs `mode`, "max" or "min", got None'):
+    with pytest.raises(
+        ValueError, match=r'mode=...\)` must be "max" or "min", got None'
+    ):
         result(loss=CURVES).plot("loss", at="best")
 
 
