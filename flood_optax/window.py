@@ -105,7 +105,7 @@ class Added(NamedTuple):
 
     def closed(self) -> FloodWindow:
         """The window after a step."""
-        zeros = _zeros(self.before._replace(flood_skip_state=()))
+        zeros = _zeros_like(self.before._replace(flood_skip_state=()))
         return zeros._replace(flood_skip_state=self.after.flood_skip_state)
 
     def kept(self) -> FloodWindow:
@@ -353,7 +353,7 @@ def _two_sum(
     return rounded, (t - (r - back)) + (x - back)
 
 
-_zeros = one_dispatch(optax.tree.zeros_like)
+_zeros_like = one_dispatch(optax.tree.zeros_like)
 
 
 def _pick(condition: Any, yes: Any, no: Any) -> Any:

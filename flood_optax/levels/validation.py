@@ -118,8 +118,8 @@ def _exact_sums(score: Any, sign: int, window: int) -> list[jax.Array]:
     """The sums of integers over each window, in digits, highest first."""
     bits = min(16, 31 - window.bit_length())  # so that the sum of digits fits 32
     digits = [score >> shift for shift in range(0, 8 * score.dtype.itemsize, bits)]
-    rest = (1 << bits) - 1
-    digits[:-1] = [digit & rest for digit in digits[:-1]]  # the highest keeps the sign
+    low = (1 << bits) - 1  # the bits of a digit
+    digits[:-1] = [digit & low for digit in digits[:-1]]  # the highest keeps the sign
     sums = []
     for digit in digits:
         # wraps around, and back where two are subtracted
@@ -128,7 +128,7 @@ def _exact_sums(score: Any, sign: int, window: int) -> list[jax.Array]:
         sums.append(sign * (total[window - 1 :] - before))
     for i in range(len(sums) - 1):
         sums[i + 1] += sums[i] >> bits  # what it holds too much, or owes
-        sums[i] &= rest
+        sums[i] &= low
     return sums[::-1]
 
 

@@ -25,7 +25,7 @@ from flood_optax.sweep.inputs import (
 from flood_optax.sweep.result import Result
 from flood_optax.sweep.traced import Traced, fingerprint, settings, trace
 
-Level = np.floating[Any]
+Number = np.floating[Any]
 Rows = dict[str, Array]
 Step = Callable[[Any, Any, jax.Array], tuple[Any, Mapping[str, Any]]]
 Program = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -116,7 +116,7 @@ def forked(
     number = num_steps(batches)
     known = None if callable(levels) else as_levels(levels, "sweep.forked(levels)")
     off = np.dtype(jnp.result_type(float)).type(-np.inf)
-    lowest: Level = off if known is None else known.used.min()
+    lowest: Number = off if known is None else known.used.min()
     batch = jax.eval_shape(lambda batches: _batch(batches, 0), batches)
     level_type = jax.ShapeDtypeStruct((), lowest.dtype)
     with called("sweep.forked(step)", step, "state", "batch", "level"):
@@ -182,7 +182,7 @@ def _trunk(
     state: Any,
     batches: Any,
     *,
-    lowest: Level,
+    lowest: Number,
     others: Array | None,
     advance: Callable[[int], Any],
 ) -> tuple[Rows, dict[int, Any]]:
@@ -211,7 +211,7 @@ def _trunk(
     return rows, origins
 
 
-def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Level) -> Rows:
+def _branch(trunk: Rows, own: Rows, begin: int, fork: int, level: Number) -> Rows:
     """The metrics at a level that leaves the trunk at ``fork``, run from ``begin``."""
     for name, rows in trunk.items():
         # At the fork itself the loss is the trunk's; what it led to is the branch's.
@@ -287,7 +287,7 @@ def _levels_of(
     return Levels(given, used.astype(dtype))  # of the trunk: another is another program
 
 
-def _fork(losses: Array, level: Level, lowest: Level) -> int:
+def _fork(losses: Array, level: Number, lowest: Number) -> int:
     """The first step at which a level leaves the trunk; their number if none."""
     dtype = np.promote_types(losses.dtype, np.float32)  # in which flooding compares
     losses = losses.astype(dtype)
