@@ -62,7 +62,7 @@ def together(
     traced: Traced, runs: Runs, chunk_size: int | None, watched: bool
 ) -> Iterator[tuple[Array, Rows]]:
     """Trains a chunk of runs at once."""
-    program = jax.jit(_nested(traced))
+    program = vmapped(traced)
     for table in tables(runs, chunk_size, watched=watched):
         levels, words = runs.of(table)
         yield _once(table, jax.device_get(program(levels, words[:, 0])))
@@ -105,8 +105,12 @@ def on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
+def vmapped(traced: Traced) -> Any:
+    """The program of levels [keys, levels] and the numbers of keys [keys, words]."""
+    return jax.jit(_nested(traced))
+
+
 def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
-    """Trains at levels [keys, levels] with the numbers of keys [keys, words]."""
     # Levels are batched within keys: what depends on the key alone, such as its batches
     # and where it starts, is computed once for all of them.
     of_key = jax.vmap(traced.call, in_axes=(0, None))
@@ -121,7 +125,7 @@ def _nested(traced: Traced) -> Callable[[Any, Any], Any]:
 
 
 def sharded(traced: Traced, mesh: Mesh) -> Any:
-    """The program of `_nested` on each device, of one run on each if that is a CPU."""
+    """The program of `vmapped` on each device, of one run on each if that is a CPU."""
     arrays = [x for x in traced.jaxpr.consts if isinstance(x, jax.Array)]
     spread = max((len(x.devices()) for x in arrays), default=1)
     rule = "be given a train whose arrays are on one device, as each run is"
