@@ -19,10 +19,15 @@ from flax import nnx
 
 from benchmarks.trainers import page
 
-X = jax.random.normal(jax.random.key(0), (64, 4))
-Y = jnp.sin(X[:, 0]) + 0.3 * X[:, 1]
-VALID = X[::-1] * 0.5, jnp.sin(X[::-1, 0] * 0.5) + 0.15 * X[::-1, 1]
-START = jnp.zeros(4)
+
+def targets(x):
+    return np.sin(x[:, 0]) + np.float32(0.3) * x[:, 1]
+
+
+X = np.asarray(jax.random.normal(jax.random.key(0), (64, 4)))
+EASY = np.float32(0.5) * X[::-1]
+Y, VALID = targets(X), (EASY, targets(EASY))
+START = np.zeros(4, np.float32)
 STEPS = 120
 
 
@@ -359,13 +364,13 @@ def sigmoid_xent(*, logits, labels, reduction=True):
     return jnp.mean(each) if reduction else each
 
 
-ROWS = jnp.array([[1.0, -0.5], [0.3, 1.0], [0.0, 0.7], [-0.6, 0.2]])
-LABELS = (X @ ROWS > 0.0).astype(jnp.float32)
+ROWS = np.float32([[1.0, -0.5], [0.3, 1.0], [0.0, 0.7], [-0.6, 0.2]])
+LABELS = np.float32(X @ ROWS > 0.0)
 
 
 def big_vision(optimizer, loss, steps=200):
     objective = lambda w: (loss(logits=X @ w, labels=LABELS), None)
-    return run(objective, optimizer, start=jnp.zeros((4, 2)), steps=steps)
+    return run(objective, optimizer, start=0 * ROWS, steps=steps)
 
 
 # ---- kauldron 1.4.4: a loss is a sum and a count until it is computed ----

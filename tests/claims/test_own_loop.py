@@ -1,5 +1,6 @@
 """Levels in a loop of your own, by the code of choosing-b.md and distributed.md."""
 
+import functools
 import math
 import os
 import pathlib
@@ -38,19 +39,26 @@ def code(page, definition):
 # ---- stop and flood ----
 
 
-def loop():
-    """The names that the page defines, for a shorter training."""
-    names = {"__name__": "own_loop"}
-    for definition in ("noise_floor(0.2", "fit, valid, test =", *LOOP):
+def defined(names, *definitions):
+    """What blocks of the page define that see these names."""
+    for definition in definitions:
         text = code(STOP_AND_FLOOD, definition)
         exec(compile(text, str(STOP_AND_FLOOD), "exec"), names)
-    names["EPOCHS"] = EPOCHS
-    return types.SimpleNamespace(**names), names
+    names["EPOCHS"] = EPOCHS  # a shorter training
+    return names
 
 
+@functools.cache
+def loop():
+    names = {"__name__": "own_loop"}
+    data = "noise_floor(0.2", "fit, valid, test ="
+    return types.SimpleNamespace(**defined(names, *data, *LOOP))
+
+
+@functools.cache
 def accumulating():
     """The same loop, four batches to a window; an epoch of six leaves one open."""
-    ours, names = loop()
+    ours = loop()
 
     def optimizer(level):
         return flood(optax.adam(0.02), level, every_k=4)
@@ -71,8 +79,9 @@ def accumulating():
         params, _ = ours.start()
         return params, optimizer(-np.inf).init(params)
 
-    names.update(train_step=train_step, start=start)
-    return types.SimpleNamespace(**names), names
+    names = defined({**vars(ours)}, *LOOP)
+    names |= {"train_step": train_step, "start": start}
+    return types.SimpleNamespace(**names)
 
 
 LOOPS = {"loss form": loop, "windows": accumulating}
@@ -80,12 +89,11 @@ LOOPS = {"loss form": loop, "windows": accumulating}
 
 @pytest.fixture(scope="module", params=LOOPS)
 def plain(request, tmp_path_factory):
-    ours, _ = LOOPS[request.param]()
+    ours = LOOPS[request.param]()
     with ocp.CheckpointManager(tmp_path_factory.mktemp("plain")) as manager:
         state, mean, least, scores = ours.plain_run(manager)
-        ours.manager, ours.state = manager, state
-        ours.mean, ours.least, ours.scores = mean, least, scores
-        yield ours
+        seen = {"state": state, "mean": mean, "least": least, "scores": scores}
+        yield types.SimpleNamespace(manager=manager, **{**vars(ours), **seen})
 
 
 def whole(ours, level):
@@ -142,13 +150,13 @@ def test_level_that_no_loss_is_below_is_the_plain_run(plain):
 
 
 def test_fork_is_at_a_nan_loss_and_nowhere_where_flooding_is_off():
-    ours, _ = loop()
+    ours = loop()
     assert ours.fork(np.float32([2.0, np.nan, 0.5]), 1.0) == 1
     assert ours.fork(np.float32([2.0, 1.0, 0.5]), -np.inf) == 3
 
 
 def test_fewer_checkpoints_give_the_same_branch(tmp_path):
-    ours, _ = loop()
+    ours = loop()
     options = ocp.CheckpointManagerOptions(save_interval_steps=4)
     with ocp.CheckpointManager(tmp_path, options=options) as manager:
         _, mean, least, _ = ours.plain_run(manager)

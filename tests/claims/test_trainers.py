@@ -33,7 +33,7 @@ def risk(path, scale=1.0, data=DATA):
 
 def risk_of_labels(path):
     logits = np.einsum("nf,tfk->tnk", DATA[0], np.float64(path))
-    each = np.logaddexp(0, logits) - np.asarray(LABELS) * logits
+    each = np.logaddexp(0, logits) - LABELS * logits
     return each.sum(-1).mean(-1)
 
 
@@ -262,7 +262,7 @@ def test_recipe_run_twice_keeps_a_penalty_that_wraps_the_loss(monkeypatch):
 
 def test_brax_under_pmap_floods_the_mean_over_devices_given_its_axis():
     """Two shards of different losses, .9 and .3 of the level at the end of training."""
-    order = jnp.argsort(Y)
+    order = np.argsort(Y)
     shards = X[order].reshape(2, 32, 4), Y[order].reshape(2, 32)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -319,7 +319,7 @@ def test_maxtext_loss_form_meets_a_sum_over_tokens_where_it_accumulates():
 
 
 def test_tunix_floods_the_window_by_the_recipe_and_micro_batches_without():
-    order = np.argsort(-np.abs(np.asarray(Y))).reshape(4, 16)
+    order = np.argsort(-np.abs(Y)).reshape(4, 16)
     batches = [{"x": X[rows], "y": Y[rows]} for rows in order]
     losses = [float(np.mean(np.square(batch["y"]))) for batch in batches]
     level = float(np.mean(losses)) * 0.999  # the whole batch descends
