@@ -348,16 +348,21 @@ def test_a_warning_stops_the_build(tmp_path):
 # ---- in a browser ----
 
 
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+
+
 @pytest.fixture(scope="module")
 def chromium():
     """A Chromium of this machine, driven by the package that brings axe-core."""
-    driver = pytest.importorskip(
-        "playwright.sync_api", reason="axe-core needs the extra `dev`."
-    )
-    pytest.importorskip("axe_playwright_python")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("There is no Chromium on this machine.")
+    missing = "The pages were not looked at in a browser: it needs the extra `dev`."
+    driver = pytest.importorskip("playwright.sync_api", reason=missing)
+    pytest.importorskip("axe_playwright_python", reason=missing)
+    paths = filter(None, map(shutil.which, BROWSERS))
+    if (path := next(paths, None)) is None:
+        pytest.skip(
+            "The pages were not looked at in a browser: none of "
+            f"{', '.join(BROWSERS)} is on the path."
+        )
     with driver.sync_playwright() as api:
         browser = api.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
