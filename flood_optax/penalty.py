@@ -194,7 +194,7 @@ def pair_displacement(
     gives NaN.
 
     Args:
-      loss_fn, params, *args, has_aux, **kwargs: the raw loss and what it is called
+      loss_fn, params, args, has_aux, kwargs: the raw loss and what it is called
         with, as in `flood_optax.sharpness.gradient_norm`.
       learning_rate: a scalar, at least 0.
 
@@ -246,7 +246,7 @@ def level_set_drift(
     Where g = 0 the drift is 0. NaN gives NaN.
 
     Args:
-      loss_fn, params, *args, has_aux, **kwargs: the raw loss and what it is called
+      loss_fn, params, args, has_aux, kwargs: the raw loss and what it is called
         with, as in `flood_optax.sharpness.gradient_norm`.
 
     Returns:

@@ -87,7 +87,7 @@ def hessian_trace(
     diagonal Hessian. One draw costs about two gradients; one is in memory at a time.
 
     Args:
-      loss_fn, *args, has_aux, **kwargs: as in `gradient_norm`.
+      loss_fn, args, has_aux, kwargs: as in `gradient_norm`.
       params: as there, at least one number.
       key: a random key; the same key gives the same estimate.
       num_samples: number of draws, at least 2; static under jit.
@@ -148,7 +148,7 @@ def top_eigenvalue(
     times the parameters.
 
     Args:
-      loss_fn, *args, has_aux, **kwargs: as in `gradient_norm`.
+      loss_fn, args, has_aux, kwargs: as in `gradient_norm`.
       params: as there, at least one number.
       key: a random key for the start; the same key gives the same result.
       num_iterations: number of Hessian products, at least 1 (10 to 50 are usual, more
