@@ -72,11 +72,6 @@ def check_that(
         raise error(must(call, rule, got, remedy))
 
 
-def with_type(given: Any) -> str:
-    """A value beside its type, where the type is what is wrong."""
-    return f"{given!r} of type {type(given).__name__}"
-
-
 def converted(
     convert: Callable[[Any], Any], call: str, rule: str, given: Any, remedy: str = ""
 ) -> Any:
@@ -103,13 +98,18 @@ def largest() -> float:
     return float(np.finfo(jnp.result_type(float)).max)
 
 
+def check_real(call: str, given: Any, kind: str, real: str) -> None:
+    """Demands real numbers, which have a type and a dtype."""
+    if isinstance(given, bool) or not isinstance(given, NUMBERS):
+        got = f"{given!r} of type {type(given).__name__}"
+        raise TypeError(must(call, kind, got))
+    dtype = converted(jnp.result_type, call, real, given)
+    check_that(is_real(dtype), call, real, f"dtype {dtype}", error=TypeError)
+
+
 def check_number(call: str, given: Any, rule: str) -> None:
     """Demands one real number of which a rule holds."""
-    if isinstance(given, bool) or not isinstance(given, NUMBERS):
-        raise TypeError(must(call, "be a real number", with_type(given)))
-    dtype = converted(jnp.result_type, call, "be a real number", given)
-    got = f"dtype {dtype}"
-    check_that(is_real(dtype), call, "be a real number", got, error=TypeError)
+    check_real(call, given, "be a real number", "be a real number")
     check_scalar(call, given)
     if isinstance(given, Tracer):
         return
@@ -221,10 +221,7 @@ def check_level(level: Any, call: str) -> None:
     if callable(level):
         got = "a schedule: call it with the step and pass the result"
         raise TypeError(must(call, "be a number or an array", got))
-    if isinstance(level, bool) or not isinstance(level, NUMBERS):
-        raise TypeError(must(call, rule, with_type(level)))
-    dtype = converted(jnp.result_type, call, "be real", level)
-    check_that(is_real(dtype), call, "be real", f"dtype {dtype}", error=TypeError)
+    check_real(call, level, rule, "be real")
     known = known_numbers(level)
     if known is not None:
         check_that(not np.isnan(known).any(), call, "not be NaN", level)

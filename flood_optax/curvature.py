@@ -26,10 +26,10 @@ def loss_of_params(
     call: str,
     loss_fn: Callable[..., Any],
     params: optax.Params,
-    *,
     has_aux: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    /,  # kwargs, which are those of loss_fn, may have any name
+    *args: Any,
+    **kwargs: Any,
 ) -> LossOfParams:
     """The function params -> (loss, aux), its other arguments bound and all checked."""
     check_raw(f"{call}(loss_fn)", loss_fn)

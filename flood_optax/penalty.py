@@ -76,9 +76,7 @@ def objective(
 
     @functools.wraps(loss_fn)
     def penalised_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
-        loss_of = loss_of_params(
-            call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-        )
+        loss_of = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         unit = magnitude(gradient)
         parts = jax.tree.map(lambda g: wide(g) / unit, gradient)
@@ -148,9 +146,7 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
-        loss_of = loss_of_params(
-            call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-        )
+        loss_of = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
         if method == "exact":
             (loss, aux), gradient, product = _hessian_times_gradient(loss_of, params)
             penalised = _add(gradient, strength, product)
@@ -212,9 +208,7 @@ def pair_displacement(
     """
     call = "penalty.pair_displacement"
     check_number(f"{call}(learning_rate=...)", learning_rate, NON_NEGATIVE)
-    loss_of = loss_of_params(
-        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-    )
+    loss_of = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
     eta = wide(learning_rate)
     before = gradient_of(loss_of, params)
     after = gradient_of(loss_of, _add(params, -eta, before))
@@ -264,9 +258,7 @@ def level_set_drift(
       a level set; derived and measured in docs/theory.md.
     """
     call = "penalty.level_set_drift"
-    loss_of = loss_of_params(
-        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-    )
+    loss_of = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
     _, gradient, product = _hessian_times_gradient(loss_of, params)
     length = norm(gradient)
     length = jnp.where(length > 0, length, jnp.ones_like(length))

@@ -64,9 +64,7 @@ def gradient_norm(
       5.0
     """
     call = "sharpness.gradient_norm"
-    loss = loss_of_params(
-        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-    )
+    loss = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
     return norm(gradient_of(loss, params))
 
 
@@ -113,9 +111,7 @@ def hessian_trace(
     call = "sharpness.hessian_trace"
     num_samples = as_integer(f"{call}(num_samples=...)", num_samples, least=2)
     check_key(f"{call}(key=...)", key)
-    loss = loss_of_params(
-        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-    )
+    loss = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
     product, start = hessian_products(call, loss, params)
 
     def draw(key: jax.Array) -> jax.Array:
@@ -174,9 +170,7 @@ def top_eigenvalue(
     call = "sharpness.top_eigenvalue"
     num_iterations = as_integer(f"{call}(num_iterations=...)", num_iterations, least=1)
     check_key(f"{call}(key=...)", key)
-    loss = loss_of_params(
-        call, loss_fn, params, has_aux=has_aux, args=args, kwargs=kwargs
-    )
+    loss = loss_of_params(call, loss_fn, params, has_aux, *args, **kwargs)
     product, start = hessian_products(call, loss, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(start))
     basis, tridiagonal = _lanczos(product, start, key, min(num_iterations, size))

@@ -34,6 +34,9 @@ from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
 __all__ = ["FloodWindow", "FloodWrapperState", "flood"]
 
 
+SEARCH = ("value_fn", "grad")  # what a line search is given beside the value
+
+
 class FloodWrapperState(NamedTuple):
     """The state of `flood`.
 
@@ -172,11 +175,10 @@ def flood(
             weight = extra_args.get("weight")
             _check_search(search, before.flood_window, axis_name, weight)
         given = batch_loss("flood(inner)", extra_args, axis_name, updates, params)
-        handed_on = {
-            n: x for n, x in extra_args.items() if n not in ("value", "weight")
-        }
-        if handed_on.get("loss") is None:  # most optimizers do not know it
-            handed_on.pop("loss", None)
+        ours = {"value", "weight"}
+        if extra_args.get("loss") is None:  # most optimizers do not know it
+            ours.add("loss")
+        handed_on = {n: x for n, x in extra_args.items() if n not in ours}
         batch = windows.add(
             before.flood_window,
             updates,
@@ -189,15 +191,12 @@ def flood(
         def step() -> tuple[Any, FloodWrapperState]:
             means, mean_loss = batch.means()
             bent, flood_state = compare(before.flood_state, mean_loss)
-            evaluates = (
-                _flooded_search(search, bent, shape, axis_name) if search else {}
-            )
             stepped, inner_state = inner.update(
                 scaled(means, bent.multiplier, may_be_zero=not never_zero),
                 before.flood_inner_state,
                 params,
                 value=bent.value.astype(mean_loss.dtype),
-                **{**handed_on, **evaluates},
+                **(handed_on | _flooded_search(search, bent, shape, axis_name)),
             )
             if "value_fn" in search:
                 inner_state = _forget_flooded(inner_state, bent)
@@ -243,9 +242,6 @@ def flood(
 
 
 # ---- line searches, which evaluate the loss themselves ----
-
-
-SEARCH = ("value_fn", "grad")  # what most of them are given
 
 
 def _check_search(

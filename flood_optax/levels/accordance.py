@@ -47,8 +47,11 @@ def gradient_accordance(grads_a: Any, grads_b: Any) -> jax.Array:
 
 def _unit(tree: Any) -> list[jax.Array]:
     """The float leaves, float32 at least, divided by the largest entry of all."""
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if _is_float(x)]
-    leaves = [x.astype(np.promote_types(x.dtype, np.float32)) for x in leaves]
+    leaves = [
+        jnp.asarray(x, np.promote_types(jnp.result_type(x), np.float32))
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    ]
     largest = jnp.stack([0, *(abs(x).max(initial=0) for x in leaves)]).max()
     return [x / jnp.where(largest == 0, 1, largest) for x in leaves]
 
@@ -56,7 +59,3 @@ def _unit(tree: Any) -> list[jax.Array]:
 def _inner(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     products = ((jnp.conj(x) * y).real.sum() for x, y in zip(a, b, strict=True))
     return jnp.stack(list(products)).sum()
-
-
-def _is_float(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))

@@ -266,7 +266,7 @@ EAGER = {
     "band": (eagerly(optax.chain(scale_by_flood(0.5, band=0.1), ADAM)), 3),
     "weight": (eagerly(flood(ADAM, 0.5), weight=2.0), 8),
     # four micro-batches, a step of Adam: less than one more
-    "windows": (eagerly(flood(ADAM, 0.5, every_k=4), steps=4), 50),
+    "windows": (eagerly(flood(ADAM, 0.5, every_k=4), steps=4), 15),
 }
 
 
