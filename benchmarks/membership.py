@@ -299,7 +299,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
             for method in METHODS:
                 one = study.kept(
-                    work / f"{name}-{number}-{method}.row",
+                    work / "membership.jsonl",
                     [dataclasses.asdict(c), name, number, method],
                     functools.partial(conduct, c, method, data, keys),
                 )

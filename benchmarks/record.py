@@ -1,6 +1,7 @@
 """Writes what a benchmark found, with the circumstances under which it was found."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -66,6 +67,24 @@ def read(name: str, results: pathlib.Path | None = None) -> dict[str, Any]:
     """The document that `write` wrote."""
     path = (results or RESULTS) / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines(journal: pathlib.Path | None) -> list[dict[str, Any]]:
+    """The rows that a journal holds; a line that a killed process tore is none."""
+    found: list[dict[str, Any]] = []
+    if journal is not None and journal.is_file():
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+    return found
+
+
+def append(journal: pathlib.Path | None, row: dict[str, Any]) -> None:
+    """Adds a row to a journal, if there is one."""
+    if journal is not None:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
 
 
 def check_destination(

@@ -128,18 +128,14 @@ def journal(work: pathlib.Path | None, *words: object) -> pathlib.Path | None:
 
 
 def kept(
-    path: pathlib.Path, header: Any, make: Callable[[], dict[str, Any]]
+    path: pathlib.Path, about: Any, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the file holds, if its header is the same; made and written otherwise."""
-    header = json.loads(json.dumps(header))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["header"] == header:
-            return found["row"]
+    """The row that a journal holds about the same, or a new one, which it keeps."""
+    about = json.loads(json.dumps(about))
+    for line in record.lines(path):
+        if line["about"] == about:
+            return line["row"]
     row = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"header": header, "row": row}), encoding="utf-8")
-    part.replace(path)
-    print(f"{path.stem}", flush=True)
+    record.append(path, {"about": about, "row": row})
+    print(f"{path.stem}: {len(record.lines(path))} rows", flush=True)
     return row

@@ -265,7 +265,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seeds, chosen, work = 2, [SMOKE], args.out / "choosing-smoke"
     rows = [
         study.kept(
-            work / f"noise-{setting.name}.row",
+            work / "noise.jsonl",
             [dataclasses.asdict(setting), dataclasses.asdict(constants), seeds],
             functools.partial(measure_setting, setting, constants, seeds),
         )

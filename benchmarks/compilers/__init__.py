@@ -6,15 +6,13 @@ What comes out is compared with the step without flooding: what it computes, rea
 writes, holds and sends.
 """
 
-import json
+import argparse
 import os
-import pathlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
-from benchmarks import record, report
+from benchmarks import report
 from benchmarks.compilers import environments, summary
 from benchmarks.compilers.targets import TARGETS
 
@@ -84,10 +82,6 @@ def cells(plan: Any) -> Iterator[environments.Cell]:
             }
 
 
-def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("target", "model", "dtype", "fsdp", "form"))
-
-
 def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The tables of docs/evidence/accelerators.md."""
     made = summary.tables(payload["rows"])
@@ -95,77 +89,44 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     return {name: f"{text}\n\n{source}" for name, text in made.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = record.arguments("compilers", __doc__)
-    parser.add_argument(
-        "--envs",
-        type=pathlib.Path,
-        default=environments.default(),
-        help="where the compilers are installed (FLOOD_OPTAX_COMPILERS, or the cache)",
-    )
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--install", action="store_true", help="install the compilers, nothing else"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args(argv)
-    record.check_destination(args.out)
-    reasons: dict[str, str] = {}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The rows of all programs; what has been compiled since a change is kept."""
+    skipped: dict[str, str] = {}
     for compiler in dict.fromkeys(target.compiler for target in TARGETS.values()):
         try:
-            environments.install(compiler, args.envs)
+            environments.install(compiler)
         except RuntimeError as error:
-            reasons[compiler] = str(error)
+            skipped[compiler] = str(error)
             print(f"Skipped: {error}")
     if args.install:
-        return
+        return None
+    plan, sources = SMOKE if args.smoke else PLAN, environments.fingerprint()
+    by_target: dict[str, list[environments.Cell]] = {}
+    for cell in cells(plan):
+        if TARGETS[cell["target"]].compiler not in skipped:
+            by_target.setdefault(cell["target"], []).append(cell)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    journal = args.out / "compilers.jsonl"
-    sources = environments.fingerprint()
-    done = [
-        row
-        for line in (
-            journal.read_text("utf-8").splitlines() if journal.exists() else ()
-        )
-        if (row := json.loads(line)).pop("sources", None) == sources
-    ]
-    known = {identity(row) for row in done}
-    wanted = list(cells(SMOKE if args.smoke else PLAN))
-    writing = threading.Lock()
+    def compile_for(target: str) -> list[dict[str, Any]]:
+        journal = args.out / "compilers" / f"{sources} {target}.jsonl"
+        return environments.compile_cells(target, by_target[target], journal)
 
-    def keep(row: dict[str, Any]) -> None:
-        with writing, journal.open("a", encoding="utf-8") as stream:
-            done.append(row)
-            stream.write(json.dumps({"sources": sources, **row}) + "\n")
-            said = row.get("error") or f"{row['cpu_seconds']} s"
-            print(" ".join(map(str, identity(row))), said, flush=True)
-
-    def compile_for(target: str) -> None:
-        missing = [
-            cell
-            for cell in wanted
-            if cell["target"] == target and identity(cell) not in known
-        ]
-        if missing:
-            environments.compile_cells(target, missing, args.envs, keep)
-
-    targets = dict.fromkeys(cell["target"] for cell in wanted)
-    chosen = [name for name in targets if TARGETS[name].compiler not in reasons]
     with futures.ThreadPoolExecutor(args.workers) as pool:  # each waits for a process
-        list(pool.map(compile_for, chosen))
-    if not done:
+        made = [row for rows in pool.map(compile_for, by_target) for row in rows]
+    if not made:
         raise SystemExit("Nothing was compiled.")
-    order = {identity(cell): number for number, cell in enumerate(wanted)}
-    rows = sorted(
-        (row for row in done if identity(row) in order),
-        key=lambda row: order[identity(row)],
-    )
+    found = {environments.identity(row): row for row in made}
+    order = map(environments.identity, cells(plan))
+    rows = [found[name] for name in order if name in found]
     protocol = {
         "wheels": {name: list(environments.wheels(name)) for name in ("tpu", "cuda")},
-        "skipped": reasons,
+        "skipped": skipped,
         "cpu_seconds": round(sum(row["cpu_seconds"] for row in rows)),
     }
-    payload = {"protocol": protocol, "rows": rows}
-    written = record.write("compilers", payload, args.out)
-    print("\n\n".join(tables(record.read("compilers", args.out)).values()))
-    print(f"\nWrote {written}")
+    return {"protocol": protocol, "rows": rows}

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from benchmarks import programs
-from benchmarks.compilers import hlo
+from benchmarks import programs, record
+from benchmarks.compilers import environments, hlo
 from benchmarks.compilers.targets import TARGETS
 from flood_optax.sweep import placement
 from flood_optax.sweep.traced import trace
@@ -92,19 +92,19 @@ def measured(program: Any, report: str) -> dict[str, Any]:
     }
 
 
-def main(target: str, cells: str, rows: str) -> None:
+def main(target: str, journal: str) -> None:
+    """Appends a row for each cell that stands on the standard input."""
     mesh = Mesh(np.array(cast(Any, TARGETS[target].devices())), ("data",))
-    with pathlib.Path(rows).open("a", encoding="utf-8") as stream:
-        for cell in json.loads(pathlib.Path(cells).read_text(encoding="utf-8")):
-            start = time.process_time()
-            try:
-                row = measured(*compiled(lowered(cell, mesh)))
-            except Exception as error:
-                row = {"error": f"{type(error).__name__}: {error}"[:500]}
-            seconds = time.process_time() - start
-            row = cell | {"cpu_seconds": round(seconds, 2)} | row
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
+    for cell in json.load(sys.stdin):
+        start = time.process_time()
+        try:
+            row = measured(*compiled(lowered(cell, mesh)))
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {error}"[:500]}
+        seconds = round(time.process_time() - start, 2)
+        record.append(pathlib.Path(journal), cell | {"cpu_seconds": seconds} | row)
+        said = row.get("error") or f"{seconds} s"
+        print(*environments.identity(cell), said, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import time
@@ -86,16 +85,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def kept_rows(*paths: pathlib.Path | None) -> dict[tuple[Any, ...], Row]:
+def kept_rows(
+    journal: pathlib.Path | None, recorded: pathlib.Path
+) -> dict[tuple[Any, ...], Row]:
     """The rows of a journal and of a record, by what they are of."""
-    found: list[Row] = []
-    for path in paths:
-        if path is not None and path.is_file():
-            text = path.read_text(encoding="utf-8")
-            if path.suffix == ".json":
-                found += json.loads(text)["rows"]
-            else:
-                found += [json.loads(line) for line in text.splitlines() if line]
+    found = record.lines(journal)
+    if recorded.is_file():
+        found += record.read(recorded.stem, recorded.parent)["rows"]
     return {name_of(row): row for row in found}
 
 
@@ -148,10 +144,7 @@ def runs(
                 row |= entries(method, list(recipes), np.asarray(reached, np.float64))
                 if name == "estimated":
                     row["estimate"] = round(float(facts.rate), 4)
-                if journal is not None:
-                    journal.parent.mkdir(parents=True, exist_ok=True)
-                    with journal.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                record.append(journal, row)
                 yield row
             spent = (time.monotonic() - begun) / 60
             print(f"{spent:6.1f} minutes: {at.name}, {flips:.0%}, {seed}", flush=True)

@@ -5,9 +5,9 @@ made by `uv run --with`. To add one, write
 
 * `TITLE`, how the table names it; `SECTION`, the heading of docs/trainers.md under
   which its recipe stands; `REQUIREMENTS`, what is installed, pinned, the trainer's
-  package first; if needed `PYTHON` ("3.12"), `VARIABLES` of the process, and `ABSENT`,
-  why it cannot be run at all. These are literals: they are read, not imported, because
-  the module imports the trainer;
+  package first; if needed `VARIABLES` of the process, and `ABSENT`, why it cannot be
+  run at all. These are literals: they are read, not imported, because the module
+  imports the trainer;
 * `measure(run)`, which trains by the trainer's own loop and returns a `rows.Row`, by
   `own_loop.measure` if that loop is the user's. The recipe is not repeated but taken
   from the page: `run.recipe(name=object, ...)` executes the code under "Recipes", then
@@ -19,8 +19,7 @@ Then `python -m benchmarks trainers NAME --smoke`. A trainer that fails, or cann
 installed, keeps a row that says why.
 """
 
-import json
-from collections.abc import Sequence
+import argparse
 from typing import Any
 
 from benchmarks import record, report
@@ -34,38 +33,26 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     return {name: f"{text}\n\n{source}" for name, text in made.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(environments.ORDER)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs what is named, or all, but for what has run since anything changed."""
     known = environments.trainers()
-    parser = record.arguments("trainers", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
-    args = parser.parse_args(argv)
     if unknown := set(args.names) - known.keys():
-        parser.error(f"no trainer {sorted(unknown)}; there are: {', '.join(known)}")
-    record.check_destination(args.out)
-    wanted = {name: known[name] for name in args.names or known}
-    args.out.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(f"No trainer {sorted(unknown)}; there are: {', '.join(known)}")
     journal = args.out / "trainers.jsonl"
-    done: dict[str, dict[str, Any]] = {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            done[row["trainer"]] = row
-    for name, trainer in wanted.items():
-        sources = environments.fingerprint(trainer, smoke=args.smoke)
+    done = {row["trainer"]: row for row in record.lines(journal)}
+    for name in args.names or known:
+        sources = environments.fingerprint(known[name], smoke=args.smoke)
         kept = done.get(name, {})
-        if kept.get("sources") == sources and "error" not in kept:
-            continue
-        print(f"{name} ...", flush=True)
-        row = environments.run(trainer, smoke=args.smoke)
-        done[name] = row = {"trainer": name, "sources": sources, **row}
-        with journal.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        print(f"{name}: {row.get('error') or summary.sentence(row)}", flush=True)
-    rows = [
-        {key: value for key, value in done[name].items() if key != "sources"}
-        for name in known
-        if name in done
-    ]
-    written = record.write("trainers", {"rows": rows}, args.out)
-    print("\n\n".join(tables(record.read("trainers", args.out)).values()))
-    print(f"\nWrote {written}")
+        if kept.get("sources") != sources or "error" in kept:
+            print(f"{name} ...", flush=True)
+            row = environments.run(known[name], smoke=args.smoke)
+            done[name] = row = {"trainer": name, "sources": sources, **row}
+            record.append(journal, row)
+            print(f"{name}: {row.get('error') or summary.sentence(row)}", flush=True)
+    rows = [done[name] for name in known if name in done]
+    return {"rows": [{k: v for k, v in row.items() if k != "sources"} for row in rows]}

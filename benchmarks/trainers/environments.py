@@ -2,20 +2,17 @@
 
 import ast
 import datetime
-import hashlib
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import record
+from benchmarks import environments, record
 from benchmarks.trainers import page
 
 HERE = pathlib.Path(__file__).parent
@@ -25,7 +22,8 @@ PROCESS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
 }
-LITERALS = ("TITLE", "SECTION", "REQUIREMENTS", "PYTHON", "VARIABLES", "ABSENT")
+PYTHON = "3.13"
+LITERALS = ("TITLE", "SECTION", "REQUIREMENTS", "VARIABLES", "ABSENT")
 # Those with more downloads from the package index come first, those that it does not
 # rank by how often they are cited.
 ORDER = (
@@ -43,7 +41,6 @@ class Trainer:
     title: str
     section: str
     requirements: tuple[str, ...]
-    python: str
     variables: dict[str, str]
     absent: str
 
@@ -69,7 +66,6 @@ def described(path: pathlib.Path) -> Trainer:
         title=found["TITLE"],
         section=found["SECTION"],
         requirements=tuple(found["REQUIREMENTS"]),
-        python=found.get("PYTHON", "3.13"),
         variables=found.get("VARIABLES", {}),
         absent=found.get("ABSENT", ""),
     )
@@ -82,38 +78,13 @@ def trainers() -> dict[str, Trainer]:
 
 def fingerprint(trainer: Trainer, *, smoke: bool) -> str:
     """What a row depends on: our sources, the module, the recipe, the versions."""
-    digest = hashlib.sha256(repr((trainer, smoke)).encode())
     own = ("rows", "problem", "worker", "own_loop", trainer.name)
-    sources = (record.REPOSITORY / "flood_optax").rglob("*.py")
-    for source in [*sorted(sources), *(HERE / f"{name}.py" for name in own)]:
-        digest.update(source.read_bytes())
-    for block in page.blocks(page.SHARED) + page.blocks(trainer.section):
-        digest.update(block.strip().encode())
-    return digest.hexdigest()[:16]
-
-
-def command(trainer: Trainer) -> list[str]:
-    """What starts Python where the trainer is installed.
-
-    Raises:
-      RuntimeError: if there is no uv.
-    """
-    beside = pathlib.Path(sys.executable).parent  # where pip puts it
-    uv = shutil.which("uv") or shutil.which("uv", path=beside)
-    if not uv:
-        raise RuntimeError("uv is not installed: `pip install uv`.")
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    python = sys.executable if trainer.python == here else trainer.python
-    wanted = (f"--with={requirement}" for requirement in trainer.requirements)
-    return [uv, "run", "--no-project", "--quiet", "--python", python, *wanted, "python"]
-
-
-def why(said: str) -> str:
-    """The first error of an installer and its cause, without what comes before."""
-    lines = [line.strip() for line in said.splitlines()] or ["no output"]
-    errors = (number for number, line in enumerate(lines) if "error" in line.lower())
-    first = next(errors, len(lines) - 1)
-    return " ".join(lines[first : first + 2])
+    sources = sorted((record.REPOSITORY / "flood_optax").rglob("*.py"))
+    recipe = page.blocks(page.SHARED) + page.blocks(trainer.section)
+    return environments.digest(
+        repr((trainer, smoke, [block.strip() for block in recipe])),
+        [*sources, *(HERE / f"{name}.py" for name in own)],
+    )
 
 
 def anonymous(text: str) -> str:
@@ -129,6 +100,7 @@ def run(trainer: Trainer, *, smoke: bool) -> dict[str, Any]:
         return row | {"error": trainer.absent}
     variables = {**os.environ, **PROCESS, **trainer.variables}
     variables["PYTHONPATH"] = str(record.REPOSITORY)
+    python = environments.command(trainer.requirements, PYTHON)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         work = pathlib.Path(name)
@@ -138,7 +110,7 @@ def run(trainer: Trainer, *, smoke: bool) -> dict[str, Any]:
         with log.open("wb") as stream:
             try:
                 subprocess.run(
-                    [*command(trainer), *worker, str(result), str(work / "work")]
+                    [*python, *worker, str(result), str(work / "work")]
                     + ["--smoke"] * smoke,
                     check=False,
                     cwd=record.REPOSITORY,
@@ -153,7 +125,7 @@ def run(trainer: Trainer, *, smoke: bool) -> dict[str, Any]:
         if result.exists():
             row |= json.loads(result.read_text(encoding="utf-8"))
         elif "error" not in row:  # Python did not start, or died
-            row["error"] = why(said)
+            row["error"] = environments.why(said)
         if "error" in row:
             print(said[-3000:])
             row["error"] = anonymous(row["error"])[:300]

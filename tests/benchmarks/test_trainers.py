@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
-from benchmarks import __main__ as benchmarks, report
+from benchmarks import __main__ as benchmarks, environments as uv, report
 from benchmarks.trainers import environments, page, rows, summary
 
 KNOWN = environments.trainers()
@@ -106,21 +106,25 @@ def test_row_of_a_run_that_does_not_show_it_is_refused(change, message):
 @pytest.fixture
 def here(monkeypatch):
     """Trainers that are run by the Python that runs the tests, without uv."""
-    monkeypatch.setattr(environments, "command", lambda _: [sys.executable])
+    monkeypatch.setattr(uv, "command", lambda *_: [sys.executable])
 
 
 def test_trainers_that_cannot_run_keep_rows_that_say_why(here, monkeypatch, tmp_path):
-    def command(trainer):
+    def command(requirements, _):
         """What uv does with a package that is in no registry."""
-        if trainer.name != "absent":
+        if requirements != ("absent==0",):
             return [sys.executable]
         said = "error: No solution found\n  cause: no such release | none\n"
         return [sys.executable, "-c", f"raise SystemExit({said!r})"]
 
-    monkeypatch.setattr(environments, "command", command)
-    one = dataclasses.replace(KNOWN["equinox"], requirements=("equinox==0",))
+    monkeypatch.setattr(uv, "command", command)
     made = {
-        name: dataclasses.replace(one, name=name, absent="A script." * (name == "none"))
+        name: dataclasses.replace(
+            KNOWN["equinox"],
+            name=name,
+            requirements=(f"{name}==0",),
+            absent="A script." * (name == "none"),
+        )
         for name in ("absent", "nowhere", "none")
     }
     monkeypatch.setattr(environments, "trainers", lambda: made)
@@ -138,18 +142,16 @@ def test_trainers_that_cannot_run_keep_rows_that_say_why(here, monkeypatch, tmp_
 
 
 def test_environment_is_what_uv_makes_of_the_requirements(monkeypatch):
-    monkeypatch.setattr(environments.shutil, "which", lambda *_, **__: "uv")
+    monkeypatch.setattr(uv.shutil, "which", lambda *_, **__: "uv")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    trainer = dataclasses.replace(KNOWN["equinox"], python=here)
-    uv, *words = environments.command(trainer)
-    assert uv == "uv"
-    assert {f"--with={each}" for each in trainer.requirements} < set(words)
-    assert words[words.index("--python") + 1] == sys.executable
-    other = environments.command(dataclasses.replace(trainer, python="3.99"))
-    assert other[other.index("--python") + 1] == "3.99"
-    monkeypatch.setattr(environments.shutil, "which", lambda *_, **__: None)
+    for python, wanted in ((here, sys.executable), ("3.99", "3.99")):
+        first, *words = uv.command(("a==1", "b"), python)
+        assert (first, words[-1]) == ("uv", "python")
+        assert {"--with=a==1", "--with=b"} < set(words)
+        assert words[words.index("--python") + 1] == wanted
+    monkeypatch.setattr(uv.shutil, "which", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="uv is not installed: `pip install uv`"):
-        environments.command(trainer)
+        uv.command(())
 
 
 # those that the tests have installed: the one real run of each
@@ -188,16 +190,23 @@ def test_messages_lose_the_paths_of_the_machine():
     assert environments.anonymous("either/or, and/or") == "either/or, and/or"
 
 
-def test_refusal_of_an_installer_is_its_first_error_and_the_cause():
-    pip = "WARNING: slow\nERROR: no such release\nnotice: none\nWARNING: old"
-    assert environments.why(pip) == "ERROR: no such release notice: none"
-    uv = "error: No solution found\n  cause: Because a is not there, b.\n"
-    assert (
-        environments.why(uv)
-        == "error: No solution found cause: Because a is not there, b."
-    )
-    assert environments.why("") == "no output"
-    assert environments.why("one\ntwo") == "two"
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "WARNING: slow\nERROR: no such release\nnotice: none\nWARNING: old",
+            "ERROR: no such release notice: none",
+        ),
+        (
+            "error: Nothing\n  cause: a is not there, b.\n",
+            "error: Nothing cause: a is not there, b.",
+        ),
+        ("", "no output"),
+        ("one\ntwo", "two"),
+    ],
+)
+def test_refusal_of_an_installer_is_its_first_error_and_the_cause(said, expected):
+    assert uv.why(said) == expected
 
 
 def test_rows_become_tables():
