@@ -4,6 +4,7 @@ Which tool is best, and which form of flooding, is chosen on half of the seeds a
 judged on the other half; the rows are judged together, by Holm's steps.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -94,13 +95,13 @@ def compared(
     if not settings:
         return None
     ours, theirs = crossed(settings, forms), crossed(settings, tools)
-    by_data: dict[str, list[np.ndarray]] = {}
-    for (data, _), one, other in zip(settings, ours, theirs, strict=True):
-        by_data.setdefault(data, []).append(one - other)
     return Comparison(
         tools[best(settings, tools)],
         forms[best(settings, forms)],
-        statistics.clustered(by_data),
+        statistics.over_data(
+            (data, one - other)
+            for (data, _), one, other in zip(settings, ours, theirs, strict=True)
+        ),
     )
 
 
@@ -284,65 +285,44 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
 
     losses = choosing(records, lambda s: s["flips"] > 0, "losses")
     sure = compared(losses, UNTUNED | validated | STOPPED, FLOOR | SWEPT | EARLY)
-    return [
-        (
-            "have right labels",
-            compared(
-                choosing(records, lambda s: s["flips"] == 0),
-                UNTUNED | validated | STOPPED,
-                SWEPT | EARLY,
-            ),
+    right = choosing(records, lambda s: s["flips"] == 0)
+    wrong = choosing(records, lambda s: s["flips"] > 0)
+    tools, untold = UNTUNED | validated, "even class"
+    by_kind = functools.partial(other_noise, records)
+    made = {
+        "have right labels": compared(right, tools | STOPPED, SWEPT | EARLY),
+        "have wrong labels and may stop early": compared(
+            wrong, tools | STOPPED, FLOOR | SWEPT | EARLY
         ),
-        (
-            "have wrong labels and may stop early",
-            compared(
-                choosing(records, lambda s: s["flips"] > 0),
-                UNTUNED | validated | STOPPED,
-                FLOOR | SWEPT | EARLY,
-            ),
+        "have wrong labels, train to the end on full batches, know their share": (
+            compared(noisy(full=True), tools, FLOOR)
         ),
-        (
-            "have wrong labels, train to the end on full batches, know their share",
-            compared(noisy(full=True), UNTUNED | validated, FLOOR),
+        "have the same, on mini-batches": compared(noisy(full=False), tools, FLOOR),
+        "do not know the share, on full batches": compared(
+            by_kind(untold, mini=False), OTHER_RIVALS, ESTIMATED
         ),
-        (
-            "have the same, on mini-batches",
-            compared(noisy(full=False), UNTUNED | validated, FLOOR),
+        "do not know the share, on mini-batches": compared(
+            by_kind(untold, mini=True), OTHER_RIVALS, ESTIMATED
         ),
-        (
-            "do not know the share, on full batches",
-            compared(
-                other_noise(records, "even class", mini=False), OTHER_RIVALS, ESTIMATED
-            ),
+        "have labels of a weak annotator, train to the end": compared(
+            by_kind("teacher"), OTHER_RIVALS, KNOWN | ESTIMATED
         ),
-        (
-            "do not know the share, on mini-batches",
-            compared(
-                other_noise(records, "even class", mini=True), OTHER_RIVALS, ESTIMATED
-            ),
+        "may try 20 configurations of every method, wrong labels, to the end": (
+            rivals(known, "all", "end")
         ),
-        (
-            "have labels of a weak annotator, train to the end",
-            compared(other_noise(records, "teacher"), OTHER_RIVALS, KNOWN | ESTIMATED),
+        "may do the same, and stop early": rivals(known, "all", "early"),
+        "tune nothing, have no validation set and do not know the share": (
+            rivals(known, "recipe", "none")
         ),
-        (
-            "may try 20 configurations of every method, wrong labels, to the end",
-            rivals(known, "all", "end"),
+        "want a model to forget examples": unlearning(records),
+        "must hide who was trained on": membership(records),
+        "use the probabilities": (
+            sure and sure._replace(unit="lower test loss", spec="+.3f")
         ),
-        ("may do the same, and stop early", rivals(known, "all", "early")),
-        (
-            "tune nothing, have no validation set and do not know the share",
-            rivals(known, "recipe", "none"),
-        ),
-        ("want a model to forget examples", unlearning(records)),
-        ("must hide who was trained on", membership(records)),
-        (
-            "use the probabilities",
-            sure and sure._replace(unit="lower test loss", spec="+.3f"),
-        ),
-        ("train on text", text(records)),
-        ("train a large model", None),
-    ]
+        "train on text": text(records),
+        "train a large model": None,
+    }
+    return list(made.items())
 
 
 def table(records: Records) -> str:

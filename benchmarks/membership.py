@@ -330,11 +330,14 @@ def difference(
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """By data: what the attack finds of each method, beside plain training."""
     names: list[str] = list(payload["protocol"]["settings"])
-    compared = [(d, m) for d in names for m in METHODS if m != "plain"]
-    said = statistics.verdicts_of(
-        difference(payload, d, m, "canaries") for d, m in compared
+    verdicts = statistics.judged(
+        {
+            (d, m): difference(payload, d, m, "canaries")
+            for d in names
+            for m in METHODS
+            if m != "plain"
+        }
     )
-    verdicts = dict(zip(compared, said, strict=True))
 
     def cell(data: str, column: str) -> report.Cell:
         def write(line: Mapping[str, Any]) -> str:
@@ -383,11 +386,7 @@ def less_table(payload: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         for over in BESIDE
         if {method, over} <= METHODS.keys()
     }
-    said = statistics.verdicts_of(effects.values())
-    cells = {
-        key: statistics.marked(one, verdict, "+.2f")
-        for (key, one), verdict in zip(effects.items(), said, strict=True)
-    }
+    cells = statistics.marked(effects, "+.2f")
     body = report.markdown(
         ["data", "canaries found", *BESIDE.values()],
         [

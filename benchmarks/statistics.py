@@ -146,6 +146,14 @@ def clustered(
     return Effect(mean, scale * float(found.std()), number - 1)
 
 
+def over_data(settings: Iterable[tuple[str, np.ndarray]]) -> Effect:
+    """`clustered`, of pairs: a data set, and a difference for each seed."""
+    sets: dict[str, list[np.ndarray]] = {}
+    for data, differences in settings:
+        sets.setdefault(data, []).append(differences)
+    return clustered(sets)
+
+
 def _resampled(
     settings: Sequence[np.ndarray], draws: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -176,9 +184,18 @@ def verdicts_of(family: Iterable[Effect]) -> list[str]:
     ]
 
 
-def marked(one: Effect, verdict: str, spec: str = "+.1f") -> str:
-    """The difference and its interval, bold where it is not left open."""
-    return f"{one:{spec}}" if verdict == OPEN else f"**{one:{spec}}**"
+def judged(family: Mapping[Any, Effect]) -> dict[Any, str]:
+    """The verdict on each of a family by its name."""
+    return dict(zip(family, verdicts_of(family.values()), strict=True))
+
+
+def marked(family: Mapping[Any, Effect], spec: str = "+.1f") -> dict[Any, str]:
+    """The differences of a family with their intervals, bold where not left open."""
+    verdicts = judged(family)
+    return {
+        name: f"{one:{spec}}" if verdicts[name] == OPEN else f"**{one:{spec}}**"
+        for name, one in family.items()
+    }
 
 
 def cross_fitted(group: Mapping[str, Sequence[float] | np.ndarray]) -> np.ndarray:

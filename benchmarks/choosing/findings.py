@@ -126,10 +126,9 @@ def over_data(settings: Settings, rule: Named, over: Named = "plain") -> Effect:
     def of(setting: Setting, name: Named) -> str:
         return name if isinstance(name, str) else name(setting)
 
-    sets: dict[str, list[np.ndarray]] = {}
-    for s in settings:
-        sets.setdefault(s["data"], []).append(gains(s, of(s, rule), of(s, over)))
-    return statistics.clustered(sets)
+    return statistics.over_data(
+        (s["data"], gains(s, of(s, rule), of(s, over))) for s in settings
+    )
 
 
 def chosen(payload: Mapping[str, Any], group: str) -> Settings:
@@ -201,10 +200,7 @@ def rule_table(payload: Mapping[str, Any]) -> str:
         group: {rule: over_data(chosen(payload, group), rule) for rule in RULES}
         for group in shown
     }
-    said = {
-        group: dict(zip(RULES, statistics.verdicts_of(of.values()), strict=True))
-        for group, of in effects.items()
-    }
+    cells = {group: statistics.marked(of) for group, of in effects.items()}
 
     def cell(group: str) -> report.Cell:
         def write(row: Mapping[str, Any]) -> str:
@@ -215,7 +211,7 @@ def rule_table(payload: Mapping[str, Any]) -> str:
                 and "estimated" not in rule
             ):
                 return "off" if RULES[rule].weights == LAST else "off, averaged"
-            return statistics.marked(effects[group][rule], said[group][rule])
+            return cells[group][rule]
 
         return write
 
@@ -267,13 +263,12 @@ def rule_table(payload: Mapping[str, Any]) -> str:
     return "\n\n".join((body, text, report.provenance(payload)))
 
 
-def weight_effects(payload: Mapping[str, Any]) -> dict[str, tuple[str, Effect]]:
-    """What choosing between last and averaged weights is worth, at the known share."""
+def weight_table(payload: Mapping[str, Any]) -> str:
+    """Full batch: last weights; mini-batches: averaged. Tested with data held out."""
     noisy = chosen(payload, "all")
     found = {
-        f"{group}": (
-            f"averaged less last weights, {GROUPS[group][0]} ({len(part)})",
-            over_data(part, "floor_average", "floor"),
+        f"averaged less last weights, {GROUPS[group][0]} ({len(part)})": (
+            over_data(part, "floor_average", "floor")
         )
         for group in ("full", "mini")
         if (part := chosen(payload, group))
@@ -290,28 +285,12 @@ def weight_effects(payload: Mapping[str, Any]) -> dict[str, tuple[str, Effect]]:
         ("early_accuracy", "early stopping"),
     ):
         if tested:
-            found[f"rule/{over}"] = (
-                f"the rule, chosen on other data sets, less {title} ({len(tested)})",
-                over_data(tested, held_out, over),
-            )
-    return found
-
-
-def weight_table(payload: Mapping[str, Any]) -> str:
-    """Full batch: last weights; mini-batches: averaged. Tested with data held out."""
-    found = weight_effects(payload)
-    said = statistics.verdicts_of(effect for _, effect in found.values())
-    lines = [
-        {"title": title, "points": f"{effect:+.1f}", "verdict": verdict}
-        for (title, effect), verdict in zip(found.values(), said, strict=True)
-    ]
-    return report.table(
-        lines,
-        {
-            "`noise_floor`, share known (settings)": "{title}",
-            "points": "{points}",
-            "the first is": "{verdict}",
-        },
+            name = f"the rule, chosen on other data sets, less {title} ({len(tested)})"
+            found[name] = over_data(tested, held_out, over)
+    said = statistics.judged(found)
+    return report.markdown(
+        ["`noise_floor`, share known (settings)", "points", "the first is"],
+        [[title, f"{one:+.1f}", said[title]] for title, one in found.items()],
     )
 
 

@@ -327,10 +327,7 @@ def gains(row: Mapping[str, Any], rule: str, over: str = "plain") -> np.ndarray:
 
 def over_data(rows: Rows, rule: str, over: str = "plain") -> statistics.Effect:
     """The mean gain over the settings, data sets being the unit."""
-    sets: dict[str, list[np.ndarray]] = {}
-    for row in rows:
-        sets.setdefault(row["data"], []).append(gains(row, rule, over))
-    return statistics.clustered(sets)
+    return statistics.over_data((row["data"], gains(row, rule, over)) for row in rows)
 
 
 def of_kind(rows: Rows, group: str) -> Rows:
@@ -342,31 +339,18 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     rows = payload["noise"]
     source = report.provenance(payload)
     chosen = {group: found for group in GROUPS if (found := of_kind(rows, group))}
-    effects = {
-        (rule, group): over_data(found, rule)
-        for rule in NAMES
-        for group, found in chosen.items()
-    }
-    said: dict[tuple[str, str], str] = {}
-    for group in chosen:  # a column is a family
-        column = [(rule, group) for rule in NAMES]
-        verdicts = statistics.verdicts_of(effects[cell] for cell in column)
-        said |= dict(zip(column, verdicts, strict=True))
-    lines = [
-        {
-            "rule": title,
-            **{
-                group: statistics.marked(effects[rule, group], said[rule, group])
-                for group in chosen
-            },
-        }
-        for rule, title in NAMES.items()
+    columns = [  # each is a family
+        statistics.marked({rule: over_data(found, rule) for rule in NAMES})
+        for found in chosen.values()
     ]
-    heads = {
-        f"{GROUPS[group][0]} ({len(found)} settings)": f"{{{group}}}"
-        for group, found in chosen.items()
-    }
-    means = report.table(lines, {"rule": "{rule}", **heads})
+    heads = (f"{GROUPS[g][0]} ({len(found)} settings)" for g, found in chosen.items())
+    means = report.markdown(
+        ["rule", *heads],
+        [
+            [title, *(column[rule] for column in columns)]
+            for rule, title in NAMES.items()
+        ],
+    )
 
     def wrong(row: Mapping[str, Any]) -> str:
         return f"{np.mean(row['wrong']):.0f} ({np.mean(row['estimated']):.0f})"

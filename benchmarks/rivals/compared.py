@@ -137,14 +137,11 @@ Difference = Callable[[Setting], np.ndarray | None]
 
 def effect(settings: Iterable[Setting], difference: Difference) -> statistics.Effect:
     """The mean of a difference over the settings, data sets being the unit."""
-    found: dict[str, list[np.ndarray]] = {}
-    for setting in settings:
-        one = difference(setting)
-        if one is not None:
-            found.setdefault(setting.data, []).append(one)
+    every = ((s.data, difference(s)) for s in settings)
+    found = [(data, one) for data, one in every if one is not None]
     if not found:
         return statistics.Effect(float("nan"), float("inf"), 0)
-    return statistics.clustered(found)
+    return statistics.over_data(found)
 
 
 def mean(settings: Iterable[Setting], difference: Difference) -> float:

@@ -25,12 +25,11 @@ from benchmarks.rivals.settings import BUDGETS, SIZES, TITLES, TRIES
 def judged(family: Mapping[Any, statistics.Effect]) -> dict[Any, str]:
     """Differences with their intervals, and what Holm's correction lets one say."""
     known = {name: one for name, one in family.items() if np.isfinite(one.mean)}
-    verdicts = statistics.verdicts_of(known.values())
-    found = {
-        name: f"{one:+.1f}" + (f", **{verdict}**" if verdict != statistics.OPEN else "")
-        for (name, one), verdict in zip(known.items(), verdicts, strict=True)
-    }
-    return {name: found.get(name, "-") for name in family}
+    cells = dict.fromkeys(family, "-")
+    for name, verdict in statistics.judged(known).items():
+        said = "" if verdict == statistics.OPEN else f", **{verdict}**"
+        cells[name] = f"{known[name]:+.1f}{said}"
+    return cells
 
 
 def flat(nested: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Any]:

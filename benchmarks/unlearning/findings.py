@@ -138,77 +138,75 @@ def verdict_table(payload: Payload) -> str:
     """The form named before beside each rival, by setting."""
     settings = [s for s in settings_of(payload) if BEST[s.name] in s.methods]
     every = [m for m in ("before", *UNTUNED) if any(m in rivals(s) for s in settings)]
-    lines: list[dict[str, str]] = []
-    for rival in every:
-        title = settings[0].title_of(rival) if settings else rival
-        line = {"rival": title}
-        for s in settings:
-            line[s.name] = words(s.differences(BEST[s.name], rival))
-        lines.append(line)
-    heads = {f"{s.title}: {s.titles[BEST[s.name]]}": f"{{{s.name}}}" for s in settings}
-    return report.table(lines, {"beside": "{rival}"} | heads)
+    return report.markdown(
+        ["beside", *(f"{s.title}: {s.titles[BEST[s.name]]}" for s in settings)],
+        [
+            [
+                settings[0].title_of(rival),
+                *(words(s.differences(BEST[s.name], rival)) for s in settings),
+            ]
+            for rival in every
+        ],
+    )
 
 
 def pairs_table(payload: Payload) -> str:
     """Our forms beside each other, by setting."""
-    settings = settings_of(payload)
-    lines: list[dict[str, str]] = []
-    for one, other in PAIRS:
-        found = {s.name: words(s.differences(one, other)) for s in settings}
-        if any(text != "-" for text in found.values()):
-            titles = payload["titles"]
-            lines.append({"one": titles[one], "other": titles[other]} | found)
-    return report.table(
-        lines,
-        {"form": "{one}", "beside": "{other}"}
-        | {s.title: f"{{{s.name}}}" for s in settings},
+    settings, titles = settings_of(payload), payload["titles"]
+    lines = [
+        [titles[a], titles[b], *(words(s.differences(a, b)) for s in settings)]
+        for a, b in PAIRS
+    ]
+    return report.markdown(
+        ["form", "beside", *(s.title for s in settings)],
+        [line for line in lines if set(line[2:]) != {"-"}],
     )
 
 
 def gap_table(setting: Setting) -> str:
     """The gap of every method at every rate and horizon."""
-    lines: list[dict[str, str]] = []
-    for method in [*MODELS, *setting.methods]:
-        line = {"method": setting.title_of(method)}
-        for i, (rate, steps) in enumerate(setting.cells):
-            shown = i == 0 or method in setting.methods
-            found = f"{setting.interval(method, rate, steps):.1f}" if shown else ""
-            line[f"cell{i}"] = found
-        lines.append(line)
-    heads = {
-        f"rate {rate:g}, {steps} steps": f"{{cell{i}}}"
-        for i, (rate, steps) in enumerate(setting.cells)
-    }
-    return report.table(lines, {"method": "{method}"} | heads)
+    return report.markdown(
+        ["method", *(f"rate {rate:g}, {steps} steps" for rate, steps in setting.cells)],
+        [
+            [
+                setting.title_of(method),
+                *(
+                    f"{setting.interval(method, rate, steps):.1f}"
+                    if i == 0 or method in setting.methods
+                    else ""
+                    for i, (rate, steps) in enumerate(setting.cells)
+                ),
+            ]
+            for method in [*MODELS, *setting.methods]
+        ],
+    )
 
 
 def measures_table(setting: Setting) -> str:
     """Everything at the middle rate and horizon, beside the golds."""
-    rate, steps = setting.middle, setting.measured
     plain = setting.flops.get("retain")
-    columns = {
-        column: title
-        for column, (title, _, _) in MEASURES.items()
+    columns = [
+        column
+        for column in MEASURES
         if not np.isnan(setting.by_seed("gold", 0, 0, column)).all()
-    }
-    lines: list[dict[str, str]] = []
-    for method in [*MODELS, *setting.methods]:
-        line = {"method": setting.title_of(method)}
-        for column in columns:
-            _, scale, digits = MEASURES[column]
-            seen = scale * setting.by_seed(method, rate, steps, column)
-            line[column] = (
-                f"{np.nanmean(seen):.{digits}f}" if np.isfinite(seen).any() else "-"
-            )
-        line["cost"] = "-"
-        if plain and method in setting.flops:
-            line["cost"] = f"{setting.flops[method] / plain:.2f}"
-        lines.append(line)
-    return report.table(
-        lines,
-        {"method": "{method}"}
-        | {title: f"{{{column}}}" for column, title in columns.items()}
-        | {"FLOPs of a step": "{cost}"},
+    ]
+
+    def cell(method: str, column: str) -> str:
+        _, scale, digits = MEASURES[column]
+        seen = setting.by_seed(method, setting.middle, setting.measured, column)
+        found = np.isfinite(seen).any()
+        return f"{np.nanmean(scale * seen):.{digits}f}" if found else "-"
+
+    def cost(method: str) -> str:
+        known = plain and method in setting.flops
+        return f"{setting.flops[method] / plain:.2f}" if known else "-"
+
+    return report.markdown(
+        ["method", *(MEASURES[column][0] for column in columns), "FLOPs of a step"],
+        [
+            [setting.title_of(m), *(cell(m, column) for column in columns), cost(m)]
+            for m in [*MODELS, *setting.methods]
+        ],
     )
 
 
@@ -221,47 +219,45 @@ def over_rates(setting: Setting, method: str, at: int | str) -> Interval:
 
 def stops_table(payload: Payload) -> str:
     """What runs away: at the end, stopped as soon as it is at tau, and by an oracle."""
-    settings = settings_of(payload)
-    lines: list[dict[str, str]] = []
-    for method in (*RUNAWAY, "clamp_batch", "best"):
-        for s in settings:
-            name = BEST[s.name] if method == "best" else method
-            if name in s.methods:
-                ends = (s.horizons[-1], "stopped", "oracle")
-                gaps = [f"{over_rates(s, name, end):.1f}" for end in ends]
-                line = dict(zip(("end", "stopped", "oracle"), gaps, strict=True))
-                lines.append({"method": s.titles[name], "setting": s.title} | line)
-    return report.table(
-        lines,
-        {
-            "method": "{method}",
-            "setting": "{setting}",
-            "gap at the last horizon": "{end}",
-            "stopped at tau": "{stopped}",
-            "at the oracle's step": "{oracle}",
-        },
+    named = [
+        (s, BEST[s.name] if method == "best" else method)
+        for method in (*RUNAWAY, "clamp_batch", "best")
+        for s in settings_of(payload)
+    ]
+    heads = ["gap at the last horizon", "stopped at tau", "at the oracle's step"]
+    return report.markdown(
+        ["method", "setting", *heads],
+        [
+            [
+                s.titles[name],
+                s.title,
+                *(
+                    f"{over_rates(s, name, end):.1f}"
+                    for end in (s.horizons[-1], "stopped", "oracle")
+                ),
+            ]
+            for s, name in named
+            if name in s.methods
+        ],
     )
 
 
 def levels_table(payload: Payload) -> str:
     """Our forms at other levels, at the middle rate, over the horizons."""
-    factors = [1.0, *payload["protocol"]["factors"]]
-    lines: list[dict[str, str]] = []
-    for s in settings_of(payload):
-        for method in (m for m in s.methods if (m, s.middle, factors[-1]) in s.runs):
-            line = {"setting": s.title, "method": s.titles[method]}
-            for factor in sorted(factors):
-                gaps = [
-                    s.by_seed(method, s.middle, steps, factor=factor)
-                    for steps in s.horizons
-                ]
-                gap = statistics.interval(np.mean(gaps, 0))
-                line[f"factor {factor * 100:.0f}"] = f"{gap:.1f}"
-            lines.append(line)
-    return report.table(
-        lines,
-        {"setting": "{setting}", "method": "{method}"}
-        | {f"level x {f:g}": f"{{factor {f * 100:.0f}}}" for f in sorted(factors)},
+    factors = sorted([1.0, *payload["protocol"]["factors"]])
+
+    def gap(s: Setting, method: str, factor: float) -> Interval:
+        gaps = [s.by_seed(method, s.middle, n, factor=factor) for n in s.horizons]
+        return statistics.interval(np.mean(gaps, 0))
+
+    return report.markdown(
+        ["setting", "method", *(f"level x {factor:g}" for factor in factors)],
+        [
+            [s.title, s.titles[m], *(f"{gap(s, m, factor):.1f}" for factor in factors)]
+            for s in settings_of(payload)
+            for m in s.methods
+            if all((m, s.middle, factor) in s.runs for factor in factors)
+        ],
     )
 
 
