@@ -9,7 +9,6 @@ wrong, so nothing but memory gives them.
 import argparse
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -175,7 +174,6 @@ def train(c: Constants, method: str, data: Data, keys: jax.Array) -> Found:
         parts = [scale_by_flood(c.level, band=band), *parts]
     optimizer: Any = optax.chain(*parts)
     size = c.candidates // 2
-    each = size // c.batch
     steps = round(c.steps * c.early) if how.early else c.steps
 
     def logits(params: Any, x: jax.Array) -> Any:
@@ -186,9 +184,7 @@ def train(c: Constants, method: str, data: Data, keys: jax.Array) -> Found:
         x, y = data.x[members], data.y[members]
         start, order = jax.random.split(key)
         params: Any = net.init(start, x)
-        epochs = jax.random.split(order, math.ceil(c.steps / each))
-        batches = jax.vmap(lambda k: training.batches(k, size, c.batch))(epochs)
-        batches = batches.reshape(-1, c.batch)[:steps]
+        batches = training.order(order, size, c.batch, c.steps)[:steps]
 
         def step(carry: Any, given: Any) -> Any:
             (params, state, average, targets), (at, number) = carry, given
@@ -197,7 +193,9 @@ def train(c: Constants, method: str, data: Data, keys: jax.Array) -> Found:
             targets = targets.at[at].set(new)
 
             def loss_fn(params: Any) -> Any:
-                batch = Batch(logits(params, x[at]), y[at], number // each, new)
+                batch = Batch(
+                    logits(params, x[at]), y[at], number // (size // c.batch), new
+                )
                 return how.objective(c, batch), plain(c, batch)
 
             grads, raw = grad(loss_fn, has_aux=True)(params)

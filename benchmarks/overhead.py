@@ -1,9 +1,10 @@
 """Measures what a flooded training step costs beside the plain one and its rivals."""
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,17 @@ import optax
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import by_hand, networks, record, report, steps, timing, torch_rivals
-from benchmarks.steps import LEVEL, RHO
-from flood_optax import penalty
+from benchmarks import by_hand, networks, programs, record, report, timing, torch_rivals
+from benchmarks.programs import DTYPES, LEVEL, RHO, WINDOW, Batch, Form
+from benchmarks.training import cross_entropy
 
-ACCUMULATION, BAND = 4, 0.06
+BAND = 0.06
 OPTIMIZERS = {"sgd": lambda: optax.sgd(0.1), "adam": lambda: optax.adam(1e-3)}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STEPS, WINDOWS = f"MultiSteps({WINDOW})", f"wrapper, every_k={WINDOW}"
+BY_SUMS = f"window of {WINDOW} by hand"
 REFERENCE_OF = {  # the others: the plain step, all in one interleaved run
-    f"wrapper, every_k={ACCUMULATION}": f"MultiSteps({ACCUMULATION})",
-    f"window of {ACCUMULATION} by hand": f"MultiSteps({ACCUMULATION})",
+    WINDOWS: STEPS,
+    BY_SUMS: STEPS,
     "PyTorch": "plain",
     "PyTorch, one-liner": "PyTorch",
 }
@@ -33,64 +35,72 @@ EAGER: dict[str, Any] = {  # what is not compiled says nothing of these
 }
 
 
+class Problem(NamedTuple):
+    """A batch of random images and labels, a network's losses on it, parameters."""
+
+    losses: Callable[[Any, Batch], jax.Array]
+    params: Any
+    batch: Batch
+
+
+def problem(model: str, dtype: Any = jnp.float32) -> Problem:
+    net, size = networks.TIMED[model]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (size, 28, 28, 1), dtype)
+    y = jax.random.randint(keys[1], (size,), 0, 10)
+
+    def losses(params: Any, batch: Batch) -> jax.Array:
+        return cross_entropy(net.apply(params, batch.x), batch.y)
+
+    params = optax.tree.cast(net.init(keys[2], x), dtype)
+    return Problem(losses, params, Batch(x, y, None))
+
+
 def variants(
-    loss_fn: Callable[..., Any], inner: optax.GradientTransformation, *, rivals: bool
-) -> dict[str, steps.Variant]:
-    """For each variant its objective's value_and_grad, and its optimizer."""
+    losses: Callable[[Any, Batch], jax.Array],
+    inner: optax.GradientTransformation,
+    *,
+    rivals: bool,
+) -> dict[str, Form]:
+    """The forms of a step, and what people write instead."""
+    made = programs.forms(losses, inner)
+    raw, plain, *_ = made["plain"]
 
-    def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return loss_fn(params, x, y).mean()
+    def mean_loss(params: Any, batch: Batch) -> jax.Array:
+        return losses(params, batch).mean()
 
-    def per_example(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return flood_optax.flood_mean(loss_fn(params, x, y), LEVEL, over="example")
+    def behind(first: optax.GradientTransformation) -> Form:
+        return Form(raw, optax.chain(first, inner))
 
-    raw = jax.value_and_grad(mean_loss)
-    plain = optax.with_extra_args_support(inner)
-    loss_form = jax.value_and_grad(flood_optax.flooded(mean_loss, LEVEL))
-    found: dict[str, steps.Variant] = {
-        "plain": (raw, plain),
-        "plain, again": (raw, plain),
-        "loss form": (loss_form, plain),
-        "optax form": (raw, optax.chain(flood_optax.scale_by_flood(LEVEL), inner)),
-        "wrapper": (raw, flood_optax.flood(inner, LEVEL)),
-        "per example": (jax.value_and_grad(per_example), plain),
-        "jnp.abs one-liner": (
-            jax.value_and_grad(by_hand.one_liner(mean_loss, LEVEL)),
-            plain,
-        ),
-        "sign one-liner": (raw, optax.chain(by_hand.sign(LEVEL), inner)),
-        "optax form, band": (
-            raw,
-            optax.chain(flood_optax.scale_by_flood(LEVEL, band=BAND), inner),
-        ),
-        "band by hand": (raw, optax.chain(by_hand.band(LEVEL, BAND), inner)),
-        f"MultiSteps({ACCUMULATION})": (raw, optax.MultiSteps(inner, ACCUMULATION)),
-        f"wrapper, every_k={ACCUMULATION}": (
-            raw,
-            flood_optax.flood(inner, LEVEL, every_k=ACCUMULATION),
-        ),
+    one_liner = jax.value_and_grad(by_hand.one_liner(mean_loss, LEVEL))
+    found = {"plain": made["plain"], "plain, again": made["plain"]}
+    forms = ("loss form", "optax form", "wrapper", "per example")
+    found |= {name: made[name] for name in forms}
+    found |= {
+        "jnp.abs one-liner": Form(one_liner, plain),
+        "sign one-liner": behind(by_hand.sign(LEVEL)),
+        "optax form, band": behind(flood_optax.scale_by_flood(LEVEL, band=BAND)),
+        "band by hand": behind(by_hand.band(LEVEL, BAND)),
+        STEPS: made[STEPS],
+        WINDOWS: made[WINDOWS],
     }
     if rivals:
         # in bfloat16 Adam gives its moments another dtype, which this cond refuses
-        by_sums = by_hand.window(inner, LEVEL, ACCUMULATION)
-        found[f"window of {ACCUMULATION} by hand"] = raw, by_sums
-        found["exact penalty"] = (penalty.value_and_grad(mean_loss, 0.01), plain)
-        found["SAM"] = (raw, steps.sam(inner))
+        found[BY_SUMS] = Form(raw, by_hand.window(inner, LEVEL, WINDOW))
+        found |= {name: made[name] for name in ("exact penalty", "SAM")}
     return found
 
 
-def eagerly(
-    tried: Mapping[str, steps.Variant], at: steps.Problem
-) -> dict[str, Callable[[], Any]]:
+def eagerly(tried: Mapping[str, Form], at: Problem) -> dict[str, Callable[[], Any]]:
     """A window of updates of each optimizer alone, operation by operation."""
-    value, grads = tried["plain"][0](at.params, at.x, at.y)
+    value, grads = tried["plain"].value_and_grad(at.params, at.batch)
 
     def updates_of(optimizer: Any) -> Callable[[], Any]:
         start = optimizer.init(at.params)
 
         def run() -> Any:
             updates, state = None, start
-            for _ in range(ACCUMULATION):
+            for _ in range(WINDOW):
                 updates, state = optimizer.update(grads, state, at.params, value=value)
             return updates, state
 
@@ -98,34 +108,35 @@ def eagerly(
 
     # no `window by hand`: its cond would compile at every update
     names = ["plain", "sign one-liner", "optax form", "optax form, band", "wrapper"]
-    names += [f"MultiSteps({ACCUMULATION})", f"wrapper, every_k={ACCUMULATION}"]
-    return {f"{name}, eagerly": updates_of(tried[name][1]) for name in names}
+    names += [STEPS, WINDOWS]
+    return {f"{name}, eagerly": updates_of(tried[name].optimizer) for name in names}
 
 
 def setting(
     model: str, optimizer: str, dtype: str, *, rounds: int, rivals: bool
 ) -> list[dict[str, Any]]:
     """All variants of one setting, interleaved."""
-    at = steps.problem(model, DTYPES[dtype])
+    at = problem(model, DTYPES[dtype])
     tried = variants(at.losses, OPTIMIZERS[optimizer](), rivals=rivals)
-    compiled = steps.compiled(tried, at)
-    costs = {name: one.cost for name, one in compiled.items()}
-    compiles = {name: one.traces() for name, one in compiled.items()}
-    calls: dict[str, Callable[[], Any]] = {k: one.call for k, one in compiled.items()}
+    costs: dict[str, dict[str, Any]] = {}
+    traces: dict[str, int] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, form in tried.items():
+        step = programs.step_of(form)
+        given = (at.params, form.optimizer.init(at.params), at.batch)
+        costs[name] = timing.compiled_cost(step, *given, donate=(0, 1))
+        calls[name] = functools.partial(cast(Callable[..., Any], jax.jit(step)), *given)
+        later = (*calls[name]()[:2], at.batch)
+        traces[name] = timing.traces(step, given, later, later)
     timings = timing.compare(calls, rounds=rounds, calls=3)
-    if rivals and record.version("torch") is not None:
-        images, labels = np.asarray(at.x), np.asarray(at.y)
-        eager = torch_rivals.steps(model, optimizer, images, labels, level=LEVEL)
-        calls |= eager
-        costs |= dict.fromkeys(eager, EAGER)
-        compiles |= dict.fromkeys(eager, 0)
     references = dict(REFERENCE_OF)
+    if rivals and record.version("torch") is not None:
+        images, labels = np.asarray(at.batch.x), np.asarray(at.batch.y)
+        calls |= torch_rivals.steps(model, optimizer, images, labels, level=LEVEL)
     if rivals:
         one_by_one = eagerly(tried, at)
         timings |= timing.compare(one_by_one, rounds=rounds)
         references |= dict.fromkeys(one_by_one, "plain, eagerly")
-        costs |= dict.fromkeys(one_by_one, EAGER)
-        compiles |= dict.fromkeys(one_by_one, 0)
     for name, reference in REFERENCE_OF.items():
         if name in calls:  # another reference, or other threads: a run of their own
             pair = {key: calls[key] for key in (reference, name)}
@@ -133,7 +144,7 @@ def setting(
     rows: list[dict[str, Any]] = []
     for name, seen in timings.items():
         reference = references.get(name, "plain")
-        own, base = costs[name], costs[reference]
+        own, base = costs.get(name, EAGER), costs.get(reference, EAGER)
         rows.append(
             {
                 "model": model,
@@ -149,7 +160,7 @@ def setting(
                 "temp_bytes": own["temp_bytes"],
                 "kernels": own["kernels"],
                 "compile_seconds": own["compile_seconds"],
-                "compiles": compiles[name],
+                "compiles": traces.get(name, 0),
             }
         )
     return rows

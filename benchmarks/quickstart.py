@@ -13,7 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import flood_optax
-from benchmarks import data, report, statistics, study
+from benchmarks import data, report, statistics
 from benchmarks.pictures import BLUE, GREEN, INCHES, INK, RED, panels, say
 from benchmarks.training import cross_entropy, loss_and_accuracy, value_and_grad
 
@@ -200,7 +200,7 @@ def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     # The two forms compile to two programs, which round apart in the last bit, and the
     # ups and downs at the level amplify that: float64 keeps the runs together.
-    with study.double_precision():
+    with jax.enable_x64(True):
         if args.smoke:
             return compared(5, SEEDS[:1], LEVELS[:1])
         return compared(EPOCHS, SEEDS, LEVELS)

@@ -65,11 +65,6 @@ def verdicts(gains: Iterable[Interval]) -> tuple[int, int]:
     return sum(one.above for one in seen), sum(one.below for one in seen)
 
 
-def summary(name: str, values: np.ndarray) -> dict[str, float]:
-    """Two columns of a row: the mean and the standard deviation."""
-    return {f"{name}_mean": float(values.mean()), f"{name}_sd": sd(values)}
-
-
 class Effect(NamedTuple):
     """A mean difference, its standard error, and the degrees of freedom of that."""
 

@@ -14,19 +14,14 @@ as the study is.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks import record, report, training
-from flood_optax import sweep
+from benchmarks import record, report
 
 
 def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
@@ -75,56 +70,10 @@ def work_option(parser: argparse.ArgumentParser, work: pathlib.Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def double_precision() -> Generator[None]:
-    """64-bit types within, and what was before afterwards."""
-    before = jnp.zeros([]).dtype == jnp.float64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
-def one_thread_per_run(workers: int) -> None:
-    """Makes each core a device: two runs side by side beat one run on two threads.
-
-    It must come before JAX looks for devices; afterwards it changes nothing.
-    """
-    os.environ["XLA_FLAGS"] = " ".join(
-        (
-            os.environ.get("XLA_FLAGS", ""),
-            f"--xla_force_host_platform_device_count={workers}",
-            "--xla_cpu_multi_thread_eigen=false",
-        )
-    ).strip()
-
-
-def run(
-    train: training.Train,
-    grid: Iterable[float],
-    keys: jax.Array,
-    *,
-    journal: pathlib.Path | None = None,
-    progress: bool = True,
-) -> sweep.Result:
-    """A run for each number of the grid and each key; those in `journal` are kept."""
-    if journal is not None:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-    return sweep.run(
-        train,
-        tuple(grid),
-        keys,
-        strategy="shard",
-        chunk_size=1,
-        progress=progress,
-        path=journal,
-    )
-
-
-def journal(work: pathlib.Path | None, *words: object) -> pathlib.Path | None:
-    """The file of one sweep, a line for each finished run; None if none are kept."""
-    return None if work is None else work / f"{'-'.join(map(str, words))}.jsonl"
+def xla_flags(*words: str) -> None:
+    """Adds flags, which must come before JAX looks for devices."""
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([before, *words]).strip()
 
 
 def kept(

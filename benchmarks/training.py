@@ -28,21 +28,14 @@ def loss_and_accuracy(logits: Any, labels: jax.Array) -> jax.Array:
     return jnp.stack([cross_entropy(logits, labels).mean(), right])
 
 
-def expected_calibration_error(
-    logits: jax.Array, labels: jax.Array, bins: int
-) -> jax.Array:
-    """Sum over bins of confidence of |accuracy - confidence|, weighted by their size.
-
-    The bins are (i/m, (i+1)/m]. Guo et al., On Calibration of Modern Neural Networks,
-    ICML 2017, equation 3.
-    """
-    confidence = jax.nn.softmax(logits).max(-1)
-    index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = (logits.argmax(-1) == labels) - confidence
-    return jnp.abs(jax.ops.segment_sum(gap, index, bins)).sum() / len(labels)
-
-
 def batches(key: jax.Array, size: int, batch: int) -> jax.Array:
     """One epoch of indices below `size`, [steps, batch]; a rest is left out."""
     order = jax.random.permutation(key, size)
     return order[: size - size % batch].reshape(-1, batch)
+
+
+def order(key: jax.Array, size: int, batch: int, steps: int) -> jax.Array:
+    """The batches of as many epochs as the steps need, [steps, batch]."""
+    keys = jax.random.split(key, -(-steps // (size // batch)))
+    made = jax.vmap(lambda k: batches(k, size, batch))(keys)
+    return made.reshape(-1, batch)[:steps]

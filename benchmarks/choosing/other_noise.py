@@ -135,9 +135,8 @@ class Trainer:
             optax.add_decayed_weights(recipe.decay),
             optax.adam(c.adam),
         )
-        epochs = jax.random.split(order_key, math.ceil(c.steps / (size // batch)))
-        orders = jax.vmap(lambda k: training.batches(k, size, batch))(epochs)
-        orders = orders.reshape(-1, batch)[: c.steps].reshape(-1, EVERY, batch)
+        orders = training.order(order_key, size, batch, c.steps)
+        orders = orders.reshape(-1, EVERY, batch)
 
         def logits(params: Any, x: jax.Array) -> Any:
             return net.apply(params, x)

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,9 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     The seeds come outermost, so that a piece which is stopped is whole for fewer seeds.
     """
-    os.environ["XLA_FLAGS"] = " ".join(  # a piece for each core
-        [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen=false"]
-    ).strip()
+    study.xla_flags("--xla_cpu_multi_thread_eigen=false")  # a piece for each core
     constants, size = Constants(), SIZES[args.piece]
     chosen = args.methods
     if args.smoke:

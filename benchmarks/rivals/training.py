@@ -111,9 +111,8 @@ def run_of(
         )
         return (run, best, jnp.maximum(scores, new), fit.followed(rules, now)), None
 
-    order = jax.vmap(lambda k: training.batches(k, size.train, size.batch))(
-        jax.random.split(keys[2], -(-size.steps // (size.train // size.batch)))
-    ).reshape(-1, size.batch)[: every * constants.checks]
+    order = training.order(keys[2], size.train, size.batch, size.steps)
+    order = order[: every * constants.checks]
     count = len(order)
     steps = Now(order, jax.random.split(keys[3], count), jnp.arange(count) / count)
     steps = jax.tree.map(

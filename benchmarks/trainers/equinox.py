@@ -24,8 +24,8 @@ def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
     return eqx.tree_deserialise_leaves(folder / "half.eqx", other)
 
 
-def predict(model: Any, x: Any) -> Any:
-    return jax.vmap(model)(x)
+def predict(carry: Any, x: Any) -> Any:
+    return jax.vmap(carry[0])(x)
 
 
 def measure(run: rows.Run) -> rows.Row:

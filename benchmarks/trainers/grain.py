@@ -1,6 +1,6 @@
 """Grain: shuffled micro-batches, and a checkpoint of the iterator with the rest."""
 
-import pickle
+import pathlib
 from typing import Any
 
 import grain
@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.trainers import problem, rows
-from benchmarks.trainers.problem import LEVEL, VALID_X, VALID_Y, X, Y
-from flood_optax import scale_by_flood
+from benchmarks.trainers import own_loop, rows
+from benchmarks.trainers.problem import LEVEL, X, Y
 
 TITLE = "Grain, in a loop of your own"
 SECTION = "Grain"
@@ -19,72 +18,50 @@ START = np.zeros(4, np.float32)
 PARTS = 4  # micro-batches of an epoch, so that a window is an epoch
 
 
+def epoch(train_step: Any, carry: Any, *_: Any) -> Any:
+    """The raw loss of its window is in the state."""
+    params, state, batches = carry
+    for _ in range(PARTS):
+        batch = next(batches)
+        params, state, _ = train_step(params, state, *batch.values())
+    return (params, state, batches), optax.tree.get(state, "flood_value")
+
+
+def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
+    *kept, batches = carry
+    stored = own_loop.pickled([*kept, batches.get_state()], other, folder)
+    params, state, place = stored
+    other[-1].set_state(place)
+    return params, state, other[-1]
+
+
 def measure(run: rows.Run) -> rows.Row:
-    recipe = run.recipe(
-        grain=grain,
-        data=[{"x": x, "y": y} for x, y in zip(X, Y, strict=True)],
+    data = [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]
+    recipe = run.recipe(grain=grain, data=data)
+
+    def start(tx: Any, _: int) -> Any:
+        return START, tx.init(START), iter(recipe["batches"].to_iter_dataset())
+
+    framework = own_loop.Framework(
+        start,
+        lambda carry, x: x @ carry[0],
+        lambda function: function,  # an iterator is no argument of `jax.jit`
+        through_store,
+        lambda carry: carry[:2],
+        epoch,
     )
-    evaluate = jax.jit(lambda w: jax.numpy.mean((VALID_X @ w - VALID_Y) ** 2))
-
-    def iterator() -> Any:
-        return iter(recipe["batches"].to_iter_dataset())
-
-    def step(carry: Any) -> Any:
-        """An epoch, and the raw loss of its window, which the state keeps."""
-        params, state, batches = carry
-        for _ in range(PARTS):
-            batch = next(batches)
-            params, state, _ = recipe["train_step"](params, state, *batch.values())
-        return (params, state, batches), optax.tree.get(state, "flood_value")
-
-    def trained(carry: Any, steps: int) -> Any:
-        return rows.follow(
-            step,
-            carry,
-            steps,
-            lambda carry: evaluate(carry[0]),
-            lambda carry: problem.mse(VALID_X @ np.asarray(carry[0]), VALID_Y),
-        )
-
-    def started() -> Any:
-        return START, recipe["tx"].init(START), iterator()
-
-    steps = run.steps(200)
-    unbroken, path = trained(started(), steps)
-    (*half, batches), _ = trained(started(), steps // 2)
-    stored = pickle.dumps((jax.device_get(half), batches.get_state()))
-    half, place = pickle.loads(stored)
-    batches = iterator()
-    batches.set_state(place)
-    resumed, _ = trained((*half, batches), steps - steps // 2)
-
     # an epoch in windows, and as one batch
-    (window, *_), _ = trained(started(), 1)
+    (window, *_), _ = epoch(recipe["train_step"], start(recipe["tx"], 0))
     grads = jax.grad(lambda w: jax.numpy.mean((X @ w - Y) ** 2))(START)
     adam = optax.adam(0.05)
     due = optax.apply_updates(START, adam.update(grads, adam.init(START), START)[0])
-
-    # without windows every batch of 16 is flooded by itself
-    each = optax.chain(scale_by_flood(LEVEL), optax.adam(0.05))
-    recipe["tx"] = each  # which the step reads
-    w, state, batches = START, each.init(START), iterator()
-    epochs: list[float] = []
-    for _ in range(steps):
-        for _ in range(PARTS):
-            batch = next(batches)
-            w, state, _ = recipe["train_step"](w, state, *batch.values())
-        epochs.append(problem.mse(X @ np.asarray(w), Y))
     return rows.Row(
         form="`flood`, windows of an epoch's batches",
         line="`flood(optimizer, b, every_k=4)`",
         logs='`optax.tree.get(state, "flood_value")`, the raw loss of the window',
         level=LEVEL,
-        losses=path.losses,
         value="you call `update`",
-        evaluation=path.evaluation,
-        evaluation_raw=path.evaluation_raw,
+        **own_loop.followed(run, framework, recipe, run.steps(200)),
         accumulates="the window, by `every_k`",
         accumulation=rows.distance(window, due),
-        resume=rows.distance(unbroken[:2], resumed[:2]),
-        notes={"each_batch": float(np.mean(epochs[-rows.LAST :]))},
     )

@@ -43,14 +43,14 @@ def measure(run: rows.Run) -> rows.Row:
     def moved(tx: Any) -> Any:
         model, optimizer = framework.start(tx, 0)
         recipe["train_step"](model, optimizer, X, Y)
-        return framework.params(model)
+        return framework.params([model])
 
     # below its level, so that one step goes up
     level, parts, kinds = 2.0, recipe["parts"], recipe["kinds"]
     due = moved(optax.chain(scale_by_flood(level), optax.partition(parts, kinds)))
     inside = parts | {"muon": optax.chain(scale_by_flood(level), contrib.muon(0.02))}
     one = moved(optax.partition(inside, kinds))
-    start = framework.params(Network(nnx.Rngs(0)))
+    start = framework.params([Network(nnx.Rngs(0))])
     row.wrong.append(
         rows.Wrong(
             '`scale_by_flood(b)` in the part `"muon"` alone',

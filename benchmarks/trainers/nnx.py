@@ -17,8 +17,9 @@ SECTION = "Flax NNX"
 REQUIREMENTS = ("flax==0.12.12", "jax==0.12.0.1", "optax==0.2.8")
 
 
-def params(model: nnx.Module) -> Any:
-    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+def params(carry: Any) -> Any:
+    state = nnx.state(carry[0], nnx.Param)
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(state))
 
 
 def through_store(carry: Any, other: Any, folder: pathlib.Path) -> Any:
@@ -38,7 +39,7 @@ def framework(network: Any) -> own_loop.Framework:
 
     return own_loop.Framework(
         start,
-        lambda m, x: m(x)[:, 0],
+        lambda carry, x: carry[0](x)[:, 0],
         nnx.jit,
         through_store,
         params,

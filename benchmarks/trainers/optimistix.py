@@ -102,5 +102,4 @@ def measure(run: rows.Run) -> rows.Row:
                 {"least": raw(kept.value)},
             ),
         ],
-        notes={"solution": raw(whole.value)},
     )

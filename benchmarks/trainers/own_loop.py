@@ -1,6 +1,7 @@
 """A loop of the user's own, as the examples of a framework of models write it."""
 
 import pathlib
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +31,11 @@ class Framework(NamedTuple):
 
     Attributes:
       start: (optimizer, seed) -> what the step takes before its batch, the model first.
-      predict: (model, inputs) -> outputs.
+      predict: (carry, inputs) -> outputs.
       jit: the framework's `jax.jit`.
       through_store: (carry, carry of another seed, folder) -> the carry, as its store
         gives it back.
-      params: model -> a tree of its parameters.
+      params: carry -> a tree of its parameters.
       step: how the recipe's `train_step` is called.
     """
 
@@ -42,7 +43,7 @@ class Framework(NamedTuple):
     predict: Callable[[Any, Any], Any]
     jit: Callable[..., Any]
     through_store: Callable[[Carry, Carry, pathlib.Path], Carry]
-    params: Callable[[Any], Any] = lambda model: model
+    params: Callable[[Carry], Any] = lambda carry: carry[0]
     step: Callable[..., tuple[Carry, Any]] = returned
 
 
@@ -60,48 +61,55 @@ def measure(
       recipe: () -> what the page's code defines.
       **said: further fields of the row.
     """
-    own, steps = recipe(), run.steps(200)
+    fields: dict[str, Any] = {
+        "form": "optax form, or the loss form",
+        "level": problem.LEVEL,
+        "value": "you call `update`",
+        "logs": "what the step returns, the raw loss",
+        **followed(run, framework, recipe(), run.steps(200)),
+        **windows(framework, recipe),
+        **said,
+    }
+    return rows.Row(**fields)
+
+
+def followed(
+    run: rows.Run, framework: Framework, own: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """Losses and evaluations of a run, and how far off it is where it was resumed."""
     tx = own["tx"]
 
     @framework.jit
-    def evaluate(model: Any) -> Any:
-        return jax.numpy.mean((framework.predict(model, VALID_X) - VALID_Y) ** 2)
+    def evaluate(carry: Carry) -> Any:
+        return jax.numpy.mean((framework.predict(carry, VALID_X) - VALID_Y) ** 2)
 
     def trained(carry: Carry, steps: int) -> tuple[Carry, rows.Path]:
         return rows.follow(
             lambda carry: framework.step(own["train_step"], carry, X, Y),
             carry,
             steps,
-            lambda carry: evaluate(carry[0]),
-            lambda carry: problem.mse(framework.predict(carry[0], VALID_X), VALID_Y),
+            evaluate,
+            lambda carry: problem.mse(framework.predict(carry, VALID_X), VALID_Y),
         )
 
     unbroken, path = trained(framework.start(tx, 0), steps)
     half, _ = trained(framework.start(tx, 0), steps // 2)
     again = framework.through_store(half, framework.start(tx, 1), run.work)
     resumed, _ = trained(again, steps - steps // 2)
-    fields: dict[str, Any] = {
-        "form": "optax form, or the loss form",
-        "level": problem.LEVEL,
-        "value": "you call `update`",
-        "logs": "what the step returns, the raw loss",
-        **windows(framework, recipe),
-        **said,
-    }
-    return rows.Row(
-        losses=path.losses,
-        evaluation=path.evaluation,
-        evaluation_raw=path.evaluation_raw,
-        resume=rows.distance(
-            *(framework.params(end[0]) for end in (unbroken, resumed))
-        ),
-        **fields,
-    )
+    ends = map(framework.params, (unbroken, resumed))
+    return {**path._asdict(), "resume": rows.distance(*ends)}
+
+
+def pickled(carry: Carry, other: Carry, folder: pathlib.Path) -> Carry:
+    """The carry as pickle gives it back: nothing of the other one is needed."""
+    del other
+    (folder / "half.pkl").write_bytes(pickle.dumps(jax.device_get(carry)))
+    return pickle.loads((folder / "half.pkl").read_bytes())
 
 
 def windows(framework: Framework, recipe: Callable[[], Any]) -> dict[str, Any]:
     """A window of micro-batches, at a level just below the loss of the whole batch."""
-    start = framework.start(optax.identity(), 0)[0]
+    start = framework.start(optax.identity(), 0)
     outputs = framework.predict(start, X)
     level = problem.mse(outputs, Y) * 0.999
     sgd = optax.chain(scale_by_flood(level), optax.sgd(0.01))
@@ -113,7 +121,7 @@ def windows(framework: Framework, recipe: Callable[[], Any]) -> dict[str, Any]:
         carry = framework.start(tx, 0)
         for x, y in batches:
             carry, _ = framework.step(own["train_step"], carry, x, y)
-        return framework.params(carry[0])
+        return framework.params(carry)
 
     whole = window(sgd, [(X, Y)])
     by_flood = window(flood(optax.sgd(0.01), level, every_k=4), parts)

@@ -184,3 +184,10 @@ def refusal(attempt: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
     raise AssertionError("It should have been refused, and was not.")
+
+
+def no_loss(code: str, attempt: Any) -> Wrong:
+    """A form whose optimizer is handed no loss, and says so."""
+    said = refusal(attempt)
+    assert "needs the current loss" in said, said
+    return Wrong(code, "refused: no loss", {})

@@ -1,6 +1,5 @@
 """`optax.contrib.schedule_free`: gradients at one point, evaluation at another."""
 
-import pickle
 from typing import Any
 
 import jax
@@ -8,8 +7,8 @@ import numpy as np
 import optax
 from optax import contrib
 
-from benchmarks.trainers import problem, rows
-from benchmarks.trainers.problem import LEVEL, VALID_X, VALID_Y, X, Y
+from benchmarks.trainers import own_loop, rows
+from benchmarks.trainers.problem import LEVEL
 from flood_optax import flood
 
 TITLE = "`contrib.schedule_free`"
@@ -18,32 +17,21 @@ REQUIREMENTS = ("optax==0.2.8", "jax==0.12.0.1")
 START = np.ones(4, np.float32)
 
 
+def averages(carry: Any) -> Any:
+    params, state = carry
+    return contrib.schedule_free_eval_params(state, params)
+
+
 def measure(run: rows.Run) -> rows.Row:
-    recipe, steps = run.recipe(), 200  # fewer do not come to the level
-    loss_fn, tx = recipe["loss_fn"], recipe["tx"]
-
-    def step(carry: Any) -> Any:
-        *carry, loss = recipe["train_step"](*carry, X, Y)
-        return carry, loss
-
-    def averages(carry: Any) -> Any:
-        params, state = carry
-        return contrib.schedule_free_eval_params(state, params)
-
-    def trained(carry: Any, steps: int) -> Any:
-        return rows.follow(
-            step,
-            carry,
-            steps,
-            lambda carry: loss_fn(averages(carry), VALID_X, VALID_Y),
-            lambda carry: problem.mse(VALID_X @ np.asarray(averages(carry)), VALID_Y),
-        )
-
-    start = START, tx.init(START)
-    unbroken, path = trained(start, steps)
-    half, _ = trained(start, steps // 2)
-    stored = pickle.dumps(jax.device_get(half))
-    resumed, _ = trained(pickle.loads(stored), steps - steps // 2)
+    framework = own_loop.Framework(
+        lambda tx, _: (START, tx.init(START)),
+        lambda carry, x: x @ averages(carry),
+        jax.jit,
+        own_loop.pickled,
+        lambda carry: carry,
+    )
+    # fewer steps than 200 do not come to the level
+    followed = own_loop.followed(run, framework, run.recipe(), 200)
     around = flood(contrib.schedule_free(optax.sgd(0.05), 0.05), LEVEL).init(START)
     hidden = rows.refusal(lambda: averages((START, around)))
     averages((START, around.flood_inner_state))
@@ -52,12 +40,8 @@ def measure(run: rows.Run) -> rows.Row:
         line="`contrib.schedule_free(optax.chain(scale_by_flood(b), optax.sgd(r)), r)`",
         logs="what the step returns, the raw loss at the training parameters",
         level=LEVEL,
-        losses=path.losses,
         value="you call `update`",
-        evaluation=path.evaluation,
-        evaluation_raw=path.evaluation_raw,
-        resume=rows.distance(unbroken, resumed),
-        notes={"averages": problem.mse(X @ np.asarray(averages(unbroken)), Y)},
+        **followed,
         wrong=[
             rows.Wrong(
                 "`flood(contrib.schedule_free(...), b)`, then "

@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,93 +24,89 @@ from benchmarks.unlearning.training import (
     step_flops,
     unlearner,
 )
+from flood_optax import sweep
 
 __all__ = ["figures", "measure", "options", "tables"]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, help="at most; 10, or 6 of text")
-    parser.add_argument(
-        "--minutes", type=float, help="begin no method later; keep what is complete"
-    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     study.work_option(parser, pathlib.Path("out", "unlearning"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    constants, sizes, chosen = Constants(), SETTINGS, args.methods
-    names, work = args.settings, args.work
+    constants, sizes, chosen, work = Constants(), SETTINGS, list(METHODS), args.work
     if args.smoke:
         constants, sizes, work = settings.SMOKE, settings.SMALL, None
-        names, chosen = list(sizes), ["retain", "npo", "reflect_ranked", "clamp_each"]
-    study.one_thread_per_run(args.workers)
-    begun = time.monotonic()
-    found: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
-    for name in names:
-        setting = sizes[name]
-        number = min(args.seeds or setting.seeds, setting.seeds)
-        keys = seeds_of(number)
-        problem = problems.problem(name, setting, constants)
-        kept = study.journal(work, name, f"{number}seeds", "models")
-        before = study.run(
-            preparer(problem, constants), [0.0], keys, journal=kept, progress=False
-        ).metrics
-        start = {one: np.asarray(metric)[0] for one, metric in before.items()}
-        prepared = Prepared(*(start[field] for field in Prepared._fields))
-        rows = models(start)
-        golds = start["readings"][:, 1:].mean(1)
-        flops: dict[str, float] = {}
-        for key in chosen:
-            method = METHODS[key]
-            if name == "text" and not method.text:
-                continue
-            if args.minutes and time.monotonic() - begun > 60 * args.minutes:
-                missing.setdefault(name, "out of time")
-                break
-            given = recipes(method, constants)
-            reached = study.run(
-                unlearner(
-                    problem, method, given, constants, prepared=prepared, keys=keys
-                ),
-                range(number),
-                jax.random.key(0)[None],
-                journal=study.journal(work, name, f"{number}seeds", key),
-                progress=False,
-            ).metrics
-            flops[key] = step_flops(problem, method, constants)
-            by_seed = {one: np.asarray(m)[:, 0] for one, m in reached.items()}
-            for i, recipe in enumerate(given):
-                of_recipe = {one: metric[:, i] for one, metric in by_seed.items()}
-                rows.append(
-                    {"method": key, **recipe._asdict()}
-                    | run_row(of_recipe, golds, constants)
-                )
-            spent = (time.monotonic() - begun) / 60
-            print(f"{spent:6.1f} minutes: {name}, {method.title}", flush=True)
-        found.append(
-            {
-                "setting": name,
-                **setting._asdict(),
-                "seeds": number,
-                "tau": numbers_of(start["tau"]),
-                "flops": flops,
-                "rows": rows,
-            }
-        )
+        chosen = ["retain", "npo", "reflect_ranked", "clamp_each"]
+    study.xla_flags(  # two runs side by side beat one run on two threads
+        f"--xla_force_host_platform_device_count={args.workers}",
+        "--xla_cpu_multi_thread_eigen=false",
+    )
     return {
         "protocol": {
             **dataclasses.asdict(constants),
             "passage": problems.LENGTH,
             "labels": "flipped alike in every set",
-            "missing": missing,
+            "missing": {},
         },
         "titles": {key: method.title for key, method in METHODS.items()},
-        "settings": found,
+        "settings": [
+            measured(name, setting, constants, chosen, work)
+            for name, setting in sizes.items()
+        ],
+    }
+
+
+def measured(
+    name: str,
+    setting: settings.Setting,
+    constants: Constants,
+    chosen: Sequence[str],
+    work: pathlib.Path | None,
+) -> dict[str, Any]:
+    """What the models, then the methods, reach in a setting."""
+    keys = seeds_of(setting.seeds)
+    problem = problems.problem(name, setting, constants)
+
+    def run(what: str, train: Any, grid: Iterable[float], keys: jax.Array) -> Any:
+        """The metrics; finished runs are kept in a file of this name."""
+        path = None
+        if work is not None:
+            work.mkdir(parents=True, exist_ok=True)
+            path = work / f"{name}-{setting.seeds}seeds-{what}.jsonl"
+        options: Any = {"strategy": "shard", "chunk_size": 1, "progress": False}
+        result = sweep.run(train, tuple(grid), keys, path=path, **options)
+        return {k: np.asarray(metric) for k, metric in result.metrics.items()}
+
+    before = run("models", preparer(problem, constants), [0.0], keys)
+    start = {one: metric[0] for one, metric in before.items()}
+    prepared = Prepared(*(start[field] for field in Prepared._fields))
+    rows = models(start)
+    golds = start["readings"][:, 1:].mean(1)
+    flops: dict[str, float] = {}
+    for key in chosen:
+        method = METHODS[key]
+        if name == "text" and not method.text:
+            continue
+        given = recipes(method, constants)
+        train = unlearner(
+            problem, method, given, constants, prepared=prepared, keys=keys
+        )
+        reached = run(key, train, range(setting.seeds), jax.random.key(0)[None])
+        flops[key] = step_flops(problem, method, constants)
+        for i, recipe in enumerate(given):
+            of_recipe = {one: metric[:, 0, i] for one, metric in reached.items()}
+            row = run_row(of_recipe, golds, constants)
+            rows.append({"method": key, **recipe._asdict()} | row)
+        print(f"{name}, {method.title}", flush=True)
+    return {
+        "setting": name,
+        **setting._asdict(),
+        "seeds": setting.seeds,
+        "tau": numbers_of(start["tau"]),
+        "flops": flops,
+        "rows": rows,
     }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import characters, data, networks, pixels, pools, training
-from benchmarks.training import cross_entropy, scan
+from benchmarks.training import cross_entropy, order, scan
 from benchmarks.unlearning.settings import Constants, Setting
 
 LENGTH = 32  # characters of a passage
@@ -56,14 +56,6 @@ def fit(problem: Problem, rate: float, params: Any, data: Set, order: jax.Array)
         return (optax.apply_updates(params, updates), state), None
 
     return scan(step, (params, optimizer.init(params)), order)[0][0]
-
-
-def order(key: jax.Array, size: int, batch: int, steps: int) -> jax.Array:
-    """The batches of as many epochs as the steps need, [steps, batch]."""
-    epochs = -(-steps // (size // batch))
-    keys = jax.random.split(key, epochs)
-    made = jax.vmap(lambda k: training.batches(k, size, batch))(keys)
-    return made.reshape(-1, batch)[:steps]
 
 
 def images(setting: Setting, name: str = "mnist-5k") -> Problem:

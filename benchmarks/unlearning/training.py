@@ -10,11 +10,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from benchmarks import timing, training
-from benchmarks.training import cross_entropy, scan, value_and_grad
+from benchmarks.training import cross_entropy, order, scan, value_and_grad
 from benchmarks.unlearning import measures
 from benchmarks.unlearning.measures import Lira
 from benchmarks.unlearning.methods import Known, Method, Recipe, Seen
-from benchmarks.unlearning.problems import Data, Problem, Set, fit, order, per_example
+from benchmarks.unlearning.problems import Data, Problem, Set, fit, per_example
 from benchmarks.unlearning.settings import Constants
 
 MODELS = ("before", "gold", "other gold")

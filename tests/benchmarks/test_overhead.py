@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import by_hand, overhead, steps
+from benchmarks import by_hand, overhead
 from flood_optax import flood, scale_by_flood
 
 ENVIRONMENT = dict.fromkeys(
@@ -99,7 +99,7 @@ def test_rival_by_hand_takes_the_steps_of_what_it_is_compared_with(name):
 
 
 def test_eager_rows_are_of_every_form_and_a_window_long():
-    at = steps.problem("mlp")
+    at = overhead.problem("mlp")
     tried = overhead.variants(at.losses, SGD, rivals=False)
     calls = overhead.eagerly(tried, at)
     assert next(iter(calls)) == "plain, eagerly"

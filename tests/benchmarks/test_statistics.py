@@ -57,10 +57,6 @@ def test_interval_prints_a_sign_for_its_mean_alone(interval, spec, expected):
 def test_standard_deviation_is_the_sample_one_and_zero_for_one_value():
     assert statistics.sd(np.array([1.0, 2.0, 6.0])) == pytest.approx(7**0.5)
     assert statistics.sd(np.array([5.0])) == 0.0
-    assert statistics.summary("loss", np.array([1.0, 2.0, 6.0])) == {
-        "loss_mean": 3.0,
-        "loss_sd": pytest.approx(7**0.5),
-    }
 
 
 def test_overlapping_draws_widen_the_error_by_what_they_share():
