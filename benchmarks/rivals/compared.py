@@ -80,8 +80,10 @@ class Setting:
         return (one.of or method) in self.rows and not (one.of and when == "early")
 
     @functools.cache  # noqa: B019 - as long as the findings
-    def tried(self, method: str, k: int, when: str) -> np.ndarray:
+    def tried(self, method: str, k: int, when: str) -> np.ndarray | None:
         """The expected accuracy [seeds] of the best of k tries by validation."""
+        if not self.has(method, when):
+            return None
         one = METHODS[method]
         stop = one.stop if one.of else WHEN[when]
         validation, accuracy = (
@@ -92,8 +94,10 @@ class Setting:
         )
         return statistics.expected_best(k, validation, accuracy)
 
-    def fixed(self, method: str, schedule: str, readout: str) -> np.ndarray:
+    def fixed(self, method: str, schedule: str, readout: str) -> np.ndarray | None:
         """The accuracy [seeds] of the defaults, where nothing is validated."""
+        if not self.has(method, "none"):
+            return None
         one = METHODS[method]
         name = f"{schedule}/{one.stop}/{readout}"
         rows = self.rows[one.of or method]
@@ -102,15 +106,16 @@ class Setting:
     def group(self, methods: Group, column: str) -> dict[str, np.ndarray]:
         """What each of a group reaches, by the selection of a column."""
         when = column.rpartition("/")[2]
-        there = [m for m in methods if self.has(m, when)]
         if when != "none":
-            return {m: self.tried(m, TRIES, when) for m in there}
-        ours = all(METHODS[m].ours for m in methods)
-        return {
-            f"{m}/{readout}": self.fixed(m, "constant", readout)
-            for m in there
-            for readout in (READOUTS if not ours else RECIPE[2:])
-        }
+            found = {m: self.tried(m, TRIES, when) for m in methods}
+        else:
+            ours = all(METHODS[m].ours for m in methods)
+            found = {
+                f"{m}/{readout}": self.fixed(m, "constant", readout)
+                for m in methods
+                for readout in (RECIPE[2:] if ours else READOUTS)
+            }
+        return {name: one for name, one in found.items() if one is not None}
 
 
 def numbers_in(line: str) -> np.ndarray:
@@ -149,6 +154,11 @@ def mean(settings: Iterable[Setting], difference: Difference) -> float:
     return float(np.mean(seen)) if seen else float("nan")
 
 
+def less(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """The difference, where both were run."""
+    return None if one is None or other is None else one - other
+
+
 class Findings:
     """All that the tables and figures are made from."""
 
@@ -159,26 +169,16 @@ class Findings:
         self.clean = [s for s in self.settings if s.flips == 0]
         self.methods = [m for m in METHODS if any(s.has(m) for s in self.settings)]
 
-    def gain_of_tries(self, method: str, k: int, when: str, *, noisy: bool) -> float:
+    def gain_of_tries(self, method: str, k: int, when: str) -> float:
         """Over plain training's defaults, with its last weights, at the end."""
         return mean(
-            self.noisy if noisy else self.clean,
-            lambda s: (
-                s.tried(method, k, when) - s.fixed(*PLAIN)
-                if s.has(method, when)
-                else None
-            ),
+            self.noisy, lambda s: less(s.tried(method, k, when), s.fixed(*PLAIN))
         )
 
     def spread_of_tries(self, method: str, when: str) -> statistics.Interval:
         """The interval of the gain by all tries."""
         return effect(
-            self.noisy,
-            lambda s: (
-                s.tried(method, TRIES, when) - s.fixed(*PLAIN)
-                if s.has(method, when)
-                else None
-            ),
+            self.noisy, lambda s: less(s.tried(method, TRIES, when), s.fixed(*PLAIN))
         ).interval
 
     def gain_of_fixed(
@@ -186,24 +186,19 @@ class Findings:
     ) -> float:
         return mean(
             self.noisy if noisy else self.clean,
-            lambda s: (
-                s.fixed(method, schedule, readout) - s.fixed(*PLAIN)
-                if s.has(method, "none")
-                else None
-            ),
+            lambda s: less(s.fixed(method, schedule, readout), s.fixed(*PLAIN)),
+        )
+
+    def beside(self, one: str, other: str, when: str) -> statistics.Effect:
+        """Two methods, both the best of all their tries."""
+        return effect(
+            self.noisy,
+            lambda s: less(s.tried(one, TRIES, when), s.tried(other, TRIES, when)),
         )
 
     def over_plain(self, when: str) -> dict[str, statistics.Effect]:
-        """Each method beside plain training, both the best of all their tries."""
         return {
-            method: effect(
-                self.noisy,
-                lambda s, m=method: (
-                    s.tried(m, TRIES, when) - s.tried("plain", TRIES, when)
-                    if s.has(m, when)
-                    else None
-                ),
-            )
+            method: self.beside(method, "plain", when)
             for method in self.methods
             if method != "plain" and any(s.has(method, when) for s in self.noisy)
         }
@@ -211,18 +206,14 @@ class Findings:
     def beside_recipe(self) -> dict[str, statistics.Effect]:
         """The recommended recipe less each method's better readout, none validated."""
         return {
-            f"{method}/{readout}": effect(
+            f"{m}/{r}": effect(
                 self.noisy,
-                lambda s, m=method, r=readout: (
-                    s.fixed(*RECIPE) - s.fixed(m, "constant", r)
-                    if s.has(m, "none") and s.has(RECIPE[0], "none")
-                    else None
-                ),
+                lambda s, m=m, r=r: less(s.fixed(*RECIPE), s.fixed(m, "constant", r)),
             )
-            for method in self.methods
-            if METHODS[method].defaults is not None
-            for readout in READOUTS
-            if (method, "constant", readout) != RECIPE
+            for m in self.methods
+            if METHODS[m].defaults is not None
+            for r in READOUTS
+            if (m, "constant", r) != RECIPE
         }
 
     def standings(self) -> dict[str, dict[str, statistics.Effect]]:
@@ -233,8 +224,7 @@ class Findings:
             groups = s.group(ours, column), s.group(rivals, column)
             if not all(groups):
                 return None
-            one, other = (statistics.cross_fitted(group) for group in groups)
-            return one - other
+            return less(*(statistics.cross_fitted(group) for group in groups))
 
         return {
             name: {
@@ -250,17 +240,7 @@ class Findings:
     def added(self) -> dict[str, dict[str, statistics.Effect]]:
         """What a band adds to a method, by when the runs are read off."""
         return {
-            partner: {
-                when: effect(
-                    self.noisy,
-                    lambda s, a=both, b=partner, w=when: (
-                        s.tried(a, TRIES, w) - s.tried(b, TRIES, w)
-                        if s.has(a) and s.has(b)
-                        else None
-                    ),
-                )
-                for when in WHEN
-            }
+            partner: {when: self.beside(both, partner, when) for when in WHEN}
             for partner, both in PARTNERS.items()
             if both in self.methods
         }

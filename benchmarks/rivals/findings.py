@@ -83,7 +83,7 @@ def tries_table(found: Findings) -> str:
             [
                 title_of(m),
                 *(
-                    shown(found.gain_of_tries(m, k, when, noisy=True))
+                    shown(found.gain_of_tries(m, k, when))
                     for when in WHEN
                     for k in BUDGETS
                 ),
@@ -142,9 +142,8 @@ def summary_table(found: Findings) -> str:
             for i in (1, 2)
         )
         effects[s.title] = statistics.corrected(ours - rivals, s.ratio)
-        recipe = s.fixed(*RECIPE).mean() if s.has(RECIPE[0], "none") else float("nan")
-        means = [s.fixed(*PLAIN).mean(), recipe, rivals.mean(), ours.mean()]
-        cells = ["-" if np.isnan(one) else f"{one:.1f}" for one in means]
+        reached = (s.fixed(*PLAIN), s.fixed(*RECIPE), rivals, ours)
+        cells = ["-" if one is None else f"{one.mean():.1f}" for one in reached]
         rows.append([s.title, str(len(s.seeds)), *cells])
     cells = judged(effects)
     return report.markdown(
@@ -281,7 +280,7 @@ def figures(payload: Payload) -> dict[str, Any]:
         ends: list[tuple[float, str, Any]] = []
         for m, (name, style) in DRAWN.items():
             if m in found.methods:
-                gains = [found.gain_of_tries(m, k, when, noisy=True) for k in BUDGETS]
+                gains = [found.gain_of_tries(m, k, when) for k in BUDGETS]
                 axis.plot(BUDGETS, gains, marker="o", ms=3, **style)
                 ends.append((gains[-1], name, style["color"]))
                 mean, half = found.spread_of_tries(m, when)
