@@ -18,8 +18,9 @@ START = np.zeros(4, np.float32)
 PARTS = 4  # micro-batches of an epoch, so that a window is an epoch
 
 
-def epoch(train_step: Any, carry: Any, *_: Any) -> Any:
-    """The raw loss of its window is in the state."""
+def epoch(train_step: Any, carry: Any, *whole: Any) -> Any:
+    """In its batches, not the whole one; the raw loss of its window is in the state."""
+    del whole
     params, state, batches = carry
     for _ in range(PARTS):
         batch = next(batches)

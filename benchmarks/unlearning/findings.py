@@ -198,8 +198,9 @@ def measures_table(setting: Setting) -> str:
         return f"{np.nanmean(scale * seen):.{digits}f}" if found else "-"
 
     def cost(method: str) -> str:
-        known = plain and method in setting.flops
-        return f"{setting.flops[method] / plain:.2f}" if known else "-"
+        if plain is None or method not in setting.flops:
+            return "-"
+        return f"{setting.flops[method] / plain:.2f}"
 
     return report.markdown(
         ["method", *(MEASURES[column][0] for column in columns), "FLOPs of a step"],
