@@ -60,7 +60,7 @@ def course(optimizer, **each):
         optimizer: Any form.
         each: What `update` is given: value, weight, flush, with a row for every step.
     """
-    one = jnp.ones([])
+    one = jnp.ones([], jnp.float32)
 
     def step(state, row):
         update, state = optimizer.update(one, state, one, **row)

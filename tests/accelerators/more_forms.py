@@ -30,36 +30,34 @@ def by_tokens(value, *, batch, **_):
 
 def forms(losses, inner):
     """By name; `PLANTED` are the ones that must be found out."""
+    plain = optax.with_extra_args_support(inner)
+    key = jax.random.key(0)
 
     def mean(params, batch):
         return losses(params, batch).mean()
 
-    def grad_of(function):
-        return jax.value_and_grad(function)
+    def loss(function):
+        """The gradient of a function of the losses and the batch."""
+        return Form(
+            jax.value_and_grad(lambda params, b: function(losses(params, b), b)), plain
+        )
 
-    def measured(function):
+    def measure(function, **given):
         """A step that only measures: no gradient."""
 
         def value_and_grad(params, batch):
-            return function(params, batch), jax.tree.map(jnp.zeros_like, params)
+            value = function(mean, params, batch, **given)
+            value = value[0] if isinstance(value, tuple) else value
+            return value, jax.tree.map(jnp.zeros_like, params)
 
-        return value_and_grad
+        return Form(value_and_grad, plain)
 
-    def wavebound(params, batch):
-        bound = levels.wavebound(losses(params, batch), 0.01)
-        return flood_optax.flood_mean(losses(params, batch), bound, over="example")
-
-    def adaflood(params, batch):
-        bound = levels.adaflood(jax.lax.stop_gradient(losses(params, batch)), 0.5)
-        return flood_optax.flood_mean(losses(params, batch), bound, over="example")
-
-    def masked(params, batch):
-        return flood_optax.flood_mean(
-            losses(params, batch), LEVEL, where=batch.groups < 5
+    def per_example(level_of):
+        return lambda each, batch: flood_optax.flood_mean(
+            each, level_of(each), over="example"
         )
 
-    def relaxed(params, batch):
-        each = losses(params, batch)
+    def relaxed(each, batch):
         logits = jnp.stack([jnp.zeros_like(each), each], 1)
         labels = jnp.zeros(len(each), jnp.int32)
         return objective.relax_loss(logits, labels, LEVEL, epoch=1)
@@ -69,54 +67,42 @@ def forms(losses, inner):
         (_, info), grads = jax.value_and_grad(bent, has_aux=True)(params, batch)
         return info.loss, grads
 
-    key = jax.random.key(0)
-    raw = grad_of(mean)
-    plain = optax.with_extra_args_support(inner)
+    raw = jax.value_and_grad(mean)
 
     def chained(level=LEVEL, **more):
         return optax.chain(flood_optax.scale_by_flood(level, **more), inner)
 
     window = flood_optax.flood(inner, LEVEL, every_k=programs.WINDOW)
+    search = flood_optax.flood(optax.lbfgs(), LEVEL)
     warm = levels.warmup(LEVEL, 10)
+    by_differences = {
+        f"penalty, {method}": Form(
+            penalty.value_and_grad(mean, 0.01, method=method), plain
+        )
+        for method in ("forward", "backward")
+    }
     return {
         **{f"optax form, {n}": Form(raw, chained(shape=s)) for n, s in SHAPES.items()},
         "optax form, warm-up": Form(raw, chained(warm)),
         "wrapper, warm-up": Form(raw, flood_optax.flood(inner, warm)),
         "wrapper, weights and flush": Form(raw, window, extra=by_tokens),
-        "wrapper, L-BFGS": Form(
-            raw, flood_optax.flood(optax.lbfgs(), LEVEL), extra=by_search
-        ),
+        "wrapper, L-BFGS": Form(raw, search, extra=by_search),
         "loss form, info": Form(with_info, plain),
-        "masked mean": Form(grad_of(masked), plain),
-        "WaveBound": Form(grad_of(wavebound), plain),
-        "AdaFlood": Form(grad_of(adaflood), plain),
-        "RelaxLoss": Form(grad_of(relaxed), plain),
-        "penalty, objective": Form(grad_of(penalty.objective(mean, 0.01)), plain),
-        "penalty, forward": Form(
-            penalty.value_and_grad(mean, 0.01, method="forward"), plain
+        "masked mean": loss(
+            lambda each, b: flood_optax.flood_mean(each, LEVEL, where=b.groups < 5)
         ),
-        "penalty, backward": Form(
-            penalty.value_and_grad(mean, 0.01, method="backward"), plain
+        "WaveBound": loss(per_example(lambda each: levels.wavebound(each, 0.01))),
+        "AdaFlood": loss(
+            per_example(lambda each: levels.adaflood(jax.lax.stop_gradient(each), 0.5))
         ),
-        "gradient norm": Form(
-            measured(lambda p, b: sharpness.gradient_norm(mean, p, b)), plain
+        "RelaxLoss": loss(relaxed),
+        "penalty, objective": Form(
+            jax.value_and_grad(penalty.objective(mean, 0.01)), plain
         ),
-        "Hessian trace": Form(
-            measured(
-                lambda p, b: sharpness.hessian_trace(
-                    mean, p, b, key=key, num_samples=2
-                )[0]
-            ),
-            plain,
-        ),
-        "top eigenvalue": Form(
-            measured(
-                lambda p, b: sharpness.top_eigenvalue(
-                    mean, p, b, key=key, num_iterations=2
-                )[0]
-            ),
-            plain,
-        ),
+        **by_differences,
+        "gradient norm": measure(sharpness.gradient_norm),
+        "Hessian trace": measure(sharpness.hessian_trace, key=key, num_samples=2),
+        "top eigenvalue": measure(sharpness.top_eigenvalue, key=key, num_iterations=2),
         **planted(raw, plain, chained()),
     }
 

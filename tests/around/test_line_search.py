@@ -42,22 +42,27 @@ some_searches = pytest.mark.parametrize(
 )
 
 
+def step_of(optimizer, params, state, value_and_grad=None, objective=objective):
+    """One step of a search: parameters, state, and the value that it began with."""
+    value_and_grad = value_and_grad or jax.value_and_grad(objective)
+    value, grad = value_and_grad(params)
+    given = {"value": value, "grad": grad, "value_fn": objective}
+    updates, state = optimizer.update(grad, state, params, **given)
+    return optax.apply_updates(params, updates), state, value
+
+
+from_state = optax.value_and_grad_from_state(objective)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def searched(optimizer, from_state):
+def searched(optimizer, kept):
     """Params and state after each step, and the value that each step began with."""
-    value_and_grad = jax.value_and_grad(objective)
-    if from_state:
-        value_and_grad = optax.value_and_grad_from_state(objective)
 
     def step(carry, _):
-        params, state = carry
-        kept = {"state": state} if from_state else {}
-        value, grad = value_and_grad(params, **kept)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=objective
-        )
-        params = optax.apply_updates(params, updates)
-        return (params, state), (value, params)
+        state = carry[1]
+        read = functools.partial(from_state, state=state) if kept else None
+        *carry, value = step_of(optimizer, *carry, read)
+        return tuple(carry), (value, carry[0])
 
     carry = START, optimizer.init(START)
     (params, state), (values, path) = jax.lax.scan(step, carry, length=STEPS)
@@ -68,7 +73,7 @@ def searched(optimizer, from_state):
 @some_searches
 def test_value_and_grad_from_state_is_the_raw_one_for_every_shape(search, shape):
     optimizer = flood(SEARCHES[search](), 2.0, shape=SHAPES[shape])
-    got, wanted = (searched(optimizer, from_state) for from_state in (True, False))
+    got, wanted = (searched(optimizer, kept) for kept in (True, False))
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
     _, state, values, path = got
     raw = np.array([objective(w) for w in (START, *path[:-1])])
@@ -83,15 +88,10 @@ def test_value_and_grad_from_state_is_the_raw_one_for_every_shape(search, shape)
 @pytest.mark.parametrize("search", SEARCHES)
 def test_value_and_grad_from_state_in_a_while_loop(search):
     optimizer = flood(SEARCHES[search](), 2.0)
-    value_and_grad = optax.value_and_grad_from_state(objective)
 
     def step(carry):
-        params, state = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state
+        read = functools.partial(from_state, state=carry[1])
+        return step_of(optimizer, *carry, read)[:2]
 
     def goes_on(carry):
         return optax.tree.get(carry[1], "flood_step") < STEPS
@@ -110,22 +110,12 @@ def test_line_search_sees_value_gradient_and_function_at_one_end_of_a_band(searc
     level, band = 2.0, 0.5
     banded, bare = flood(SEARCHES[search](), level, band=band), SEARCHES[search]()
 
-    @jax.jit
-    def step(w, state):
-        value, grad = jax.value_and_grad(objective)(w)
-        updates, state = banded.update(
-            grad, state, w, value=value, grad=grad, value_fn=objective
-        )
-        return optax.apply_updates(w, updates), state, value
+    step = jax.jit(functools.partial(step_of, banded))
 
     @jax.jit
     def bare_step(w, state, end):
         bent = flooded(objective, end)
-        value, grad = jax.value_and_grad(bent)(w)
-        updates, state = bare.update(
-            grad, state, w, value=value, grad=grad, value_fn=bent
-        )
-        return optax.apply_updates(w, updates), state, objective(w)
+        return *step_of(bare, w, state, objective=bent)[:2], objective(w)
 
     w, state, other, other_state = START, banded.init(START), START, bare.init(START)
     rises, ends = False, []
@@ -143,9 +133,7 @@ def test_line_search_sees_value_gradient_and_function_at_one_end_of_a_band(searc
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def stepped(optimizer, params, loss_fn):
     """The state after one step."""
-    value, grad = jax.value_and_grad(loss_fn)(params)
-    given = {"value": value, "grad": grad, "value_fn": loss_fn}
-    return optimizer.update(grad, optimizer.init(params), params, **given)[1]
+    return step_of(optimizer, params, optimizer.init(params), objective=loss_fn)[1]
 
 
 def test_flood_that_is_off_keeps_the_value_and_gradient_of_the_search():

@@ -34,8 +34,11 @@ def late_losses(optimizer, arguments, steps=200, loss_fn=objective, at=None):
         params = optax.apply_updates(params, updates)
         return (params, state), objective(at(state, params) if at else params)
 
-    start = (START, optimizer.init(START))
-    return np.asarray(jax.lax.scan(step, start, length=steps)[1][-20:])
+    def run():
+        start = START, optimizer.init(START)
+        return jax.lax.scan(step, start, length=steps)[1][-20:]
+
+    return np.asarray(jax.jit(run)())
 
 
 def reading(value, grad):
@@ -45,72 +48,6 @@ def reading(value, grad):
 
 def searching(value, grad):
     return {"value": value, "grad": grad, "value_fn": objective}
-
-
-SETTLING = {
-    # name: (optimizer, its arguments, half width of the band around the level)
-    "lbfgs": (lambda: flood(optax.lbfgs(), B), searching, 0.01),
-    "sgd_backtracking": (
-        lambda: flood(
-            optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)),
-            B,
-        ),
-        searching,
-        0.01,
-    ),
-    "polyak_sgd": (lambda: flood(optax.polyak_sgd(f_min=B), B), reading, 1e-4),
-    "momo": (lambda: flood(contrib.momo(lower_bound=B), B), reading, 1e-4),
-    "momo_adam": (
-        lambda: flood(contrib.momo_adam(0.1, lower_bound=B), B),
-        reading,
-        1e-4,
-    ),
-    "reduce_on_plateau_behind": (
-        lambda: optax.chain(
-            scale_by_flood(B),
-            optax.sgd(0.1),
-            contrib.reduce_on_plateau(factor=0.5, patience=5),
-        ),
-        reading,
-        0.01,
-    ),
-    "reduce_on_plateau_inside": (
-        lambda: flood(
-            optax.chain(
-                optax.sgd(0.1), contrib.reduce_on_plateau(factor=0.5, patience=5)
-            ),
-            B,
-        ),
-        reading,
-        0.01,
-    ),
-    "sophia": (
-        lambda: optax.chain(scale_by_flood(B), contrib.sophia(0.02)),
-        lambda value, grad: {"value": value, "obj_fn": objective},
-        0.15,
-    ),
-    "sam_transparent": (
-        # one step in two is the adversarial excursion, of length .05
-        lambda: optax.chain(
-            scale_by_flood(B), optax.GradientTransformation(*sam(opaque_mode=False))
-        ),
-        reading,
-        0.3,
-    ),
-    "sam_opaque": (
-        lambda: optax.chain(scale_by_flood(B), taking_grad_fn(sam(opaque_mode=True))),
-        lambda value, grad: {
-            "value": value,
-            "grad_fn": lambda params, _: jax.grad(BENT)(params),
-        },
-        0.15,
-    ),
-    "muon": (
-        lambda: optax.chain(scale_by_flood(B), contrib.muon(0.02)),
-        reading,
-        0.1,
-    ),
-}
 
 
 def sam(**options):
@@ -128,6 +65,59 @@ def taking_grad_fn(inner):
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def plateau():
+    return contrib.reduce_on_plateau(factor=0.5, patience=5)
+
+
+def behind(inner):
+    return optax.chain(scale_by_flood(B), inner)
+
+
+READERS = {
+    # optimizers that read the value: how, and half the width around the level
+    "lbfgs": (optax.lbfgs, searching, 0.01),
+    "sgd_backtracking": (
+        lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)),
+        *(searching, 0.01),
+    ),
+    "polyak_sgd": (lambda: optax.polyak_sgd(f_min=B), reading, 1e-4),
+    "momo": (lambda: contrib.momo(lower_bound=B), reading, 1e-4),
+    "momo_adam": (lambda: contrib.momo_adam(0.1, lower_bound=B), reading, 1e-4),
+    "reduce_on_plateau_inside": (
+        lambda: optax.chain(optax.sgd(0.1), plateau()),
+        *(reading, 0.01),
+    ),
+}
+SETTLING = {
+    name: (lambda make=make: flood(make(), B), arguments, band)
+    for name, (make, arguments, band) in READERS.items()
+} | {
+    "reduce_on_plateau_behind": (
+        lambda: optax.chain(scale_by_flood(B), optax.sgd(0.1), plateau()),
+        *(reading, 0.01),
+    ),
+    "sophia": (
+        lambda: behind(contrib.sophia(0.02)),
+        lambda value, grad: {"value": value, "obj_fn": objective},
+        0.15,
+    ),
+    # one step in two is the adversarial excursion, of length .05
+    "sam_transparent": (
+        lambda: behind(optax.GradientTransformation(*sam(opaque_mode=False))),
+        *(reading, 0.3),
+    ),
+    "sam_opaque": (
+        lambda: behind(taking_grad_fn(sam(opaque_mode=True))),
+        lambda value, grad: {
+            "value": value,
+            "grad_fn": lambda params, _: jax.grad(BENT)(params),
+        },
+        0.15,
+    ),
+    "muon": (lambda: behind(contrib.muon(0.02)), reading, 0.1),
+}
+
+
 @pytest.mark.parametrize("name", SETTLING)
 def test_optimizer_settles_at_the_level(name):
     make, arguments, band = SETTLING[name]
@@ -136,42 +126,39 @@ def test_optimizer_settles_at_the_level(name):
     np.testing.assert_allclose(losses, B, atol=band)
 
 
-@pytest.mark.parametrize(
-    "wrap", ["inside", "in_front"], ids=["schedule_free(flood)", "flood, schedule_free"]
-)
-def test_schedule_free_settles_at_the_level_in_its_averaged_parameters(wrap):
-    if wrap == "inside":
-        inner = optax.chain(scale_by_flood(B), optax.sgd(0.1))
-        optimizer = contrib.schedule_free(inner, 0.1)
-        averaged = contrib.schedule_free_eval_params
-    else:
-        optimizer = optax.chain(scale_by_flood(B), contrib.schedule_free_sgd(0.1))
+def averaged(state, params):
+    return contrib.schedule_free_eval_params(state, params)
 
-        def averaged(state, params):
-            return contrib.schedule_free_eval_params(state[1], params)
 
-    losses = late_losses(optimizer, reading, steps=400, at=averaged)
+AVERAGED = {
+    "schedule_free(flood)": (
+        contrib.schedule_free(behind(optax.sgd(0.1)), 0.1),
+        averaged,
+    ),
+    "flood, schedule_free": (
+        behind(contrib.schedule_free_sgd(0.1)),
+        lambda state, params: averaged(state[1], params),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_schedule_free_settles_at_the_level_in_its_averaged_parameters(name):
+    optimizer, at = AVERAGED[name]
+    losses = late_losses(optimizer, reading, steps=400, at=at)
     np.testing.assert_allclose(losses, B, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "polyak_sgd", "momo", "sgd_backtracking"])
 def test_flood_around_an_optimizer_that_reads_the_loss_equals_the_loss_form(name):
-    make, arguments, _ = SETTLING[name]
-    inner = {
-        "lbfgs": optax.lbfgs,
-        "polyak_sgd": lambda: optax.polyak_sgd(f_min=B),
-        "momo": lambda: contrib.momo(lower_bound=B),
-        "sgd_backtracking": lambda: optax.chain(
-            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)
-        ),
-    }[name]()
+    make, arguments, _ = READERS[name]
 
     def flooded_arguments(value, grad):
         given = arguments(value, grad)
         return given | ({"value_fn": BENT} if "value_fn" in given else {})
 
-    wrapped = late_losses(make(), arguments, steps=20)
-    by_loss = late_losses(inner, flooded_arguments, steps=20, loss_fn=BENT)
+    wrapped = late_losses(flood(make(), B), arguments, steps=20)
+    by_loss = late_losses(make(), flooded_arguments, steps=20, loss_fn=BENT)
     np.testing.assert_allclose(wrapped, by_loss, rtol=1e-5)
 
 
@@ -181,13 +168,12 @@ def test_flood_around_an_optimizer_that_reads_the_loss_equals_the_loss_form(name
 
 def test_momo_behind_a_flood_in_the_chain_is_stuck_below_the_level():
     # it reads the raw loss, below its lower bound, and takes steps of length zero
-    chained = optax.chain(scale_by_flood(B), contrib.momo(lower_bound=B))
-    losses = late_losses(chained, reading)
+    losses = late_losses(behind(contrib.momo(lower_bound=B)), reading)
     np.testing.assert_allclose(losses, objective(START), rtol=1e-6)
 
 
 def test_polyak_sgd_with_minimum_zero_oscillates_and_differs_from_the_loss_form():
-    chained = optax.chain(scale_by_flood(B), optax.polyak_sgd(f_min=0.0))
+    chained = behind(optax.polyak_sgd(f_min=0.0))
     wrapped = flood(optax.polyak_sgd(f_min=0.0), B)
     by_chain, by_wrapper = (late_losses(o, reading) for o in (chained, wrapped))
     by_loss = late_losses(optax.polyak_sgd(f_min=0.0), reading, loss_fn=BENT)
@@ -197,14 +183,13 @@ def test_polyak_sgd_with_minimum_zero_oscillates_and_differs_from_the_loss_form(
 
 
 def test_line_search_behind_a_flood_in_the_chain_is_refused():
-    chained = optax.chain(scale_by_flood(B), optax.lbfgs())
     with pytest.raises(ValueError, match="it would search on the raw loss"):
-        late_losses(chained, searching)
+        late_losses(behind(optax.lbfgs()), searching)
 
 
 def test_opaque_sam_with_a_raw_grad_fn_does_not_flood():
     # its steps come from grad_fn, not from the flooded updates
-    optimizer = optax.chain(scale_by_flood(B), taking_grad_fn(sam(opaque_mode=True)))
+    optimizer = behind(taking_grad_fn(sam(opaque_mode=True)))
 
     def raw(value, grad):
         del grad

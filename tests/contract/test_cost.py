@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import by_hand
 from flood_optax import average_params, flood, flooded, scale_by_flood
 
 SIZES = (64, 256, 256, 10)
@@ -35,21 +36,13 @@ def problem(sizes=SIZES):
     return loss_fn, params
 
 
-def sign_one_liner(level):
-    def update(updates, state, params=None, *, value, **extra_args):
-        sign = jnp.where(value < level, -1.0, 1.0)
-        return jax.tree.map(lambda g: sign * g, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
 def step_of(form, sizes=SIZES):
     loss_fn, params = problem(sizes)
     inner = optax.adam(1e-3)
     optimizer = {
         "optax form": optax.chain(scale_by_flood(0.3), inner),
         "wrapper": flood(inner, 0.3),
-        "sign one-liner": optax.chain(sign_one_liner(0.3), inner),
+        "sign one-liner": optax.chain(by_hand.sign(0.3), inner),
         "band": optax.chain(scale_by_flood(0.3, band=0.06), inner),
         "wrapper with band": flood(inner, 0.3, band=0.06),
     }.get(form, optax.with_extra_args_support(inner))
@@ -77,8 +70,8 @@ def test_flooded_step_costs_what_the_plain_step_costs(form):
     # one multiplication of each gradient, as the sign one-liner's, and some scalars
     assert flops[1] < flops[0] <= 1.0034 * flops[1]
     if form != "loss form":  # one multiplication of each gradient, and some scalars
-        by_hand = compiled("sign one-liner").cost_analysis()["flops"]
-        assert 0 < flops[0] - by_hand <= 200
+        one_liner = compiled("sign one-liner").cost_analysis()["flops"]
+        assert 0 < flops[0] - one_liner <= 200
     memory = [c.memory_analysis().temp_size_in_bytes for c in (flooding, plain)]
     assert memory[0] <= 1.002 * memory[1]
 
@@ -106,38 +99,6 @@ def test_flooding_adds_few_equations_whatever_the_model(form, scalars, per_leaf)
     assert 0 < few - per_leaf * leaves <= scalars
 
 
-def hand_written_window(inner, level, k):
-    """Sums and one cond, as a user would write it: no weights, no NaN, no bfloat16."""
-
-    def init(params):
-        return (
-            jnp.int32(0),
-            jnp.zeros([]),
-            jax.tree.map(jnp.zeros_like, params),
-            (inner.init(params)),
-        )
-
-    def update(grads, state, params=None, *, value):
-        step, loss, sums, inner_state = state
-
-        def added():
-            return jax.tree.map(jnp.add, sums, grads)
-
-        def emit():
-            sign = jnp.where((loss + value) / k < level, -1.0, 1.0)
-            means = jax.tree.map(lambda x: sign * (x / k), added())
-            updates, after = inner.update(means, inner_state, params)
-            return updates, (*jax.tree.map(jnp.zeros_like, state[:3]), after)
-
-        def wait():
-            zeros = jax.tree.map(jnp.zeros_like, grads)
-            return zeros, (step + 1, loss + value, added(), inner_state)
-
-        return jax.lax.cond(step == k - 1, emit, wait)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 @pytest.mark.parametrize("given", [{}, {"weight": 2.0}], ids=["unweighted", "weighted"])
 def test_window_holds_and_moves_no_more_than_one_written_by_hand(given):
     loss_fn, params = problem()
@@ -161,10 +122,10 @@ def test_window_holds_and_moves_no_more_than_one_written_by_hand(given):
 
     inner = optax.adam(1e-3)
     ours = measured(flood(inner, 0.3, every_k=4), **given)
-    by_hand = measured(hand_written_window(inner, 0.3, 4))
+    hand = measured(by_hand.window(inner, 0.3, 4))
     multi_steps = optax.MultiSteps(inner, 4).gradient_transformation()
     stock = measured(optax.with_extra_args_support(multi_steps))
-    assert (ours <= by_hand + 2048).all(), (ours, by_hand)  # some scalars
+    assert (ours <= hand + 2048).all(), (ours, hand)  # some scalars
     assert (ours < 0.9 * stock).all()
 
 
@@ -205,12 +166,12 @@ def test_average_reads_and_writes_itself_and_reads_the_new_parameters(name):
 
     plain = measured(make())
     more = (measured(make(average_params(0.99))) - plain) / size(params)
-    by_hand = (measured(make(), params) - plain) / size(params)
+    recipe = (measured(make(), params) - plain) / size(params)
     # In windows it reads the parameters and their updates in a branch of its own, and
     # the branch that waits hands the average on: what is counted is the sum of both.
     reads = 6 if name == "windows" else 3
     np.testing.assert_allclose(more[0], reads, atol=0.01)
-    np.testing.assert_allclose(by_hand[0], 3, atol=0.01)
+    np.testing.assert_allclose(recipe[0], 3, atol=0.01)
     largest = max(leaf.nbytes for leaf in params[1]) / size(params)
     assert more[1] <= (largest + 1e-3 if name == "windows" else 0)
     np.testing.assert_allclose(more[2:], 1, atol=1e-3)  # kept in place
@@ -273,8 +234,8 @@ EAGER = {
 @pytest.mark.parametrize("form", EAGER)
 def test_flooding_runs_few_programs_more_eagerly(form, tmp_path):
     plain = executions(eagerly(ADAM), tmp_path / "plain")
-    by_hand = optax.chain(sign_one_liner(0.3), ADAM)
-    sign = executions(eagerly(by_hand), tmp_path / "sign")
+    chain = optax.chain(by_hand.sign(0.3), ADAM)
+    sign = executions(eagerly(chain), tmp_path / "sign")
     assert 60 < plain < sign  # there are such events
     run, more = EAGER[form]
     found = executions(run, tmp_path / "flooding")

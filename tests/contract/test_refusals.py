@@ -55,6 +55,7 @@ GRADS, LOSSES = jnp.array([1.0, 2.0]), jnp.array([0.1, 0.4, 0.2])
 PAIR, TREE = jnp.array([0.1, 0.4]), {"w": jnp.ones(3), "n": jnp.arange(3)}
 EIGHT, NAMES = np.dtype(ml_dtypes.float8_e4m3fn), np.array(["cat", "dog"])
 KEY, LEVELS = jax.random.key(0), (0.0, 0.2, -np.inf, 0.7)
+nan, inf = np.nan, np.inf  # as messages spell them
 KEYS = jax.random.split(KEY, 3)
 X = np.random.default_rng(0).normal(size=(24, 4))
 Y = np.arange(24) % 3
