@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 def code(page, definition):
     """The block of the page that has the definition."""
     (block,) = [text for text in blocks(page.read_text()) if definition in text]
-    return block.partition("\nwith ")[0]  # without the page's own run
+    return re.split(r"\n(?:with|scores =) ", block)[0]  # without the page's own run
 
 
 # ---- stop and flood ----
