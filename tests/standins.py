@@ -244,31 +244,19 @@ class Levanter:
 # ---- maxtext 0.2.5: `loss=` if it skips spikes; sums over tokens by micro-batch ----
 
 
-def skip_step_on_spikes(inner, limit=1e3):
-    """Keeps `loss` and `grad_norm` for itself; without a loss it does nothing."""
+def skip_step_on_spikes(inner):
+    """Keeps `loss` and `grad_norm` for itself."""
 
-    def init(params):
-        return {"inner_state": inner.init(params), "is_skipped": jnp.array(False)}
+    def update(updates, state, params=None, *, loss=None, grad_norm=None, **extra_args):
+        return inner.update(updates, state, params, **extra_args)
 
-    def update(updates, state, params=None, **extra_args):
-        loss = extra_args.pop("loss", None)
-        extra_args.pop("grad_norm", None)
-        step = lambda: inner.update(updates, state["inner_state"], params, **extra_args)
-        if loss is None:
-            new, inner_state = step()
-            return new, {"inner_state": inner_state, "is_skipped": jnp.array(False)}
-        skip = lambda: (jax.tree.map(jnp.zeros_like, updates), state["inner_state"])
-        new, inner_state = jax.lax.cond(loss < limit, step, skip)
-        return new, {"inner_state": inner_state, "is_skipped": loss >= limit}
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def token_loss(w, x, y, parts, *, is_train=True):
-    """The mean, and the sum where it accumulates; aux holds the sum and the count."""
+    """The mean, and the sum where it accumulates; aux holds the sum."""
     total = len(y) * scaled(1.0, w, x, y)
-    aux = {"xent_sum": total, "total_weights": len(y)}
-    return (total if parts > 1 else total / len(y)), aux
+    return (total if parts > 1 else total / len(y)), {"xent_sum": total}
 
 
 def maxtext(optimizer, loss_fn=token_loss, *, skips=False, parts=1, steps=STEPS):
