@@ -326,28 +326,31 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
 
 
 def table(records: Records) -> str:
-    """The rows that were measured with their intervals, and those that were not."""
+    """The rows that were measured with their intervals, and those that were not.
+
+    The verdict comes first: on a phone the other columns are right of the screen.
+    """
     made = rows(records)
     said = iter(statistics.verdicts_of(c.effect for _, c in made if c is not None))
     lines = [
-        [user, MISSING, MISSING, "", ""]
+        [user, MISSING, "", "", ""]
         if found is None
         else [
             user,
+            next(said),
+            f"{found.effect:{found.spec}} {found.unit}",
             found.tool,
             found.form,
-            f"{found.effect:{found.spec}} {found.unit}",
-            next(said),
         ]
         for user, found in made
     ]
     return report.markdown(
         [
             "you",
+            "flooding is",
+            "difference",
             "the best tool",
             "flooding's best form",
-            "difference",
-            "flooding is",
         ],
         lines,
     )

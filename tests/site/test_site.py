@@ -195,6 +195,15 @@ def test_figures_of_every_page_are_there(site):
     assert shown == drawn
 
 
+def test_a_number_and_its_interval_are_on_one_line_in_every_table(site):
+    shown = (site.root / "evidence" / "levels.html").read_text(encoding="utf-8")
+    cells = re.findall(r"<td.*?</td>", shown, re.DOTALL)
+    assert any(
+        re.search(r"\d\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}\d", one) for one in cells
+    )
+    assert not [one for one in cells if re.search(r"\d (±|to) \d", one)]
+
+
 def test_every_page_of_a_public_name_has_its_signature_and_examples(site):
     pages = [address for address in site if address.startswith(GENERATED)]
     assert len(pages) > 30
