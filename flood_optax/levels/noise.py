@@ -106,13 +106,9 @@ def noise_floor(
         if label_frequencies is None:
             return floors
         return (_true_frequencies(matrix, label_frequencies) * floors).sum()
-    if label_frequencies is not None:
-        raise ValueError(
-            "`noise_floor(label_frequencies=...)` needs a transition matrix as `noise`:"
-            " with a rate the floor is the same whatever the class."
-        )
-    if num_classes is None:
-        raise ValueError("`noise_floor(noise)` with a rate needs `num_classes`.")
+    call, got = "noise_floor(label_frequencies=...)", "some with a rate"
+    without = label_frequencies is None
+    check_that(without, call, "come with a transition matrix as `noise`", got)
     c = as_integer("noise_floor(num_classes=...)", num_classes, least=2)
     check_number("noise_floor(noise=...)", noise, "in [0, 1]")
     rate = jax.lax.stop_gradient(wide(noise))
