@@ -358,9 +358,8 @@ def as_segments(
     segment_ids: ArrayLike | None, num_segments: object, shape: tuple[int, ...]
 ) -> tuple[jax.Array, int]:
     """The segment ids and number of `flood_mean`."""
+    what = "`segment_ids`" if segment_ids is None else "`num_segments`, a static int"
     if segment_ids is None or num_segments is None:
-        what = "`num_segments`, a static int" if num_segments is None else ""
-        what = "`segment_ids`" if segment_ids is None else what
         raise ValueError(f'`flood_mean(over="segment")` needs {what}, got None.')
     count = as_integer("flood_mean(num_segments=...)", num_segments, least=1)
     ids = as_integers("flood_mean(segment_ids=...)", segment_ids, below=count)

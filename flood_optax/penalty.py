@@ -141,8 +141,8 @@ def value_and_grad(
     check_one_of(f"{call}(method=...)", method, ("exact", "forward", "backward"))
     if radius is not None:
         check_number(f"{call}(radius=...)", radius, "positive and finite")
-        rule = 'be None for method="exact"'
-        check_that(method != "exact", f"{call}(radius=...)", rule, f"{radius}: no step")
+        rule, got = 'be None for method="exact"', f"{radius}: it takes no step"
+        check_that(method != "exact", f"{call}(radius=...)", rule, got)
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(params: optax.Params, *args: Any, **kwargs: Any) -> Any:

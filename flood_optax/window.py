@@ -12,7 +12,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.checks import as_integer, is_of_bits, must
+from flood_optax.checks import as_integer, check_that, is_of_bits, must
 from flood_optax.dispatch import one_dispatch
 from flood_optax.transform import BatchLoss
 
@@ -136,8 +136,10 @@ class Windows(NamedTuple):
         """The first window, for params."""
         if self.of_one:
             return ()
-        zeros = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
-        _, skip_state = self._verdict(*zeros, params, jnp.zeros([]))
+        skip_state = ()
+        if self.should_skip is not None:
+            zeros = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
+            _, skip_state = _verdict(self.should_skip, *zeros, params, jnp.zeros([]))
         return FloodWindow(
             flood_mini_step=jnp.zeros([], jnp.int32),
             flood_grad_mean=jax.tree.map(self._accumulator, params),
@@ -170,7 +172,8 @@ class Windows(NamedTuple):
         weighs = np.True_ if batch.counts is None else batch.counts
         skip, skip_state = np.False_, ()
         if self.should_skip is not None:
-            skip, skip_state = self._verdict(grads, number, params, batch.loss)
+            given = grads, number, params, batch.loss
+            skip, skip_state = _verdict(self.should_skip, *given)
             # A micro-batch of weight 0 is not skipped: it takes its place in the
             # window, as the rows of padding that it stands for in a large batch.
             skip &= weighs
@@ -187,22 +190,6 @@ class Windows(NamedTuple):
         )
         after = after._replace(flood_skip_state=skip_state)
         return Added(emits, window, after, counts, share, grads, batch.loss)
-
-    def _verdict(
-        self, grads: Any, number: jax.Array, params: Any, loss: jax.Array
-    ) -> tuple[Any, Any]:
-        """Whether to skip this micro-batch, and what the rule wants to keep."""
-        if self.should_skip is None:
-            return np.False_, ()
-        skip, skip_state = self.should_skip(grads, number, params)
-        dtype, shape = jnp.result_type(skip), jnp.shape(skip)
-        if (dtype, shape) != (jnp.bool_, ()):
-            call = "flood(should_skip_update_fn=...)"
-            got = f"shape {shape} of dtype {dtype}"
-            raise ValueError(must(call, "return a boolean scalar first", got))
-        if self.should_skip is optax.skip_not_finite:
-            skip = skip | ~jnp.isfinite(loss)
-        return jnp.asarray(skip), skip_state
 
     def _accumulator(self, param: Any) -> Any:
         """Zeros, in float32 at least unless told; none of a leaf without gradient."""
@@ -232,12 +219,26 @@ def accumulation(
     return Windows(every_k, should_skip, accumulator_dtype, of_one)
 
 
+def _verdict(
+    rule: ShouldSkip, grads: Any, number: jax.Array, params: Any, loss: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Whether to skip this micro-batch, and what the rule wants to keep."""
+    skip, skip_state = rule(grads, number, params)
+    dtype, shape = jnp.result_type(skip), jnp.shape(skip)
+    call, got = "flood(should_skip_update_fn=...)", f"shape {shape} of dtype {dtype}"
+    is_bool = (dtype, shape) == (jnp.bool_, ())
+    check_that(is_bool, call, "return a boolean scalar first", got)
+    if rule is optax.skip_not_finite:
+        skip = skip | ~jnp.isfinite(loss)
+    return jnp.asarray(skip), skip_state
+
+
 def _size(schedule: Callable[[jax.Array], ArrayLike], number: jax.Array) -> jax.Array:
     """How many micro-batches the window of this number takes."""
     k = jnp.asarray(schedule(number))
-    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.integer):
-        call, got = "flood(every_k=schedule)", f"shape {k.shape} of dtype {k.dtype}"
-        raise TypeError(must(call, "return an integer scalar", got))
+    fits = k.shape == () and jnp.issubdtype(k.dtype, jnp.integer)
+    call, got = "flood(every_k=schedule)", f"shape {k.shape} of dtype {k.dtype}"
+    check_that(fits, call, "return an integer scalar", got, error=TypeError)
     return k.astype(jnp.int32)
 
 

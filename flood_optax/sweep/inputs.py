@@ -211,10 +211,8 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
         check_that(pair, STEP, "return (state, metrics)", got, error=TypeError)
         after, metrics = result
         metrics = as_metrics(metrics, STEP)
-        rule, got = (
-            "return the raw loss as the metric 'loss'",
-            ", ".join(map(repr, metrics)),
-        )
+        rule = "return the raw loss as the metric 'loss'"
+        got = ", ".join(map(repr, metrics))
         check_that("loss" in metrics, STEP, rule, got, error=TypeError)
         remedy = "Return the loss that is compared with the level."
         as_scalar_loss(metrics["loss"], f"{STEP}'s loss", remedy)
