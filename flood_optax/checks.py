@@ -88,9 +88,9 @@ def is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def is_of_bits(bits: int, dtype: Any) -> bool:
-    """Whether it is one of real floats of so many bits at least."""
-    return jnp.issubdtype(dtype, jnp.floating) and 8 * dtype.itemsize >= bits
+def is_float(dtype: Any) -> bool:
+    """Whether it is one of real floats of 16 bits at least."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
 
 def largest() -> float:

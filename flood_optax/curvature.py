@@ -13,7 +13,7 @@ from flood_optax.checks import (
     as_scalar_loss,
     check_raw,
     check_that,
-    is_of_bits,
+    is_float,
     loss_and_aux,
 )
 from flood_optax.devices import split_like
@@ -38,7 +38,7 @@ def loss_of_params(
         rule = "hold real floats only, of 16 bits at least"
         place = f"dtype {dtype} at params{jax.tree_util.keystr(path)}"
         got = f"{place}: close over what is not trained"
-        fits = is_of_bits(16, dtype)
+        fits = is_float(dtype)
         check_that(fits, f"{call}(params)", rule, got, error=TypeError)
 
     def loss(params: optax.Params) -> tuple[jax.Array, Any]:

@@ -12,7 +12,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
-from flood_optax.checks import as_integer, check_that, is_of_bits, must
+from flood_optax.checks import as_integer, check_that, is_float, must
 from flood_optax.dispatch import one_dispatch
 from flood_optax.transform import BatchLoss
 
@@ -261,7 +261,7 @@ def _check_no_window(window: Any) -> None:
 def _check_dtype(given: DTypeLike) -> None:
     fits = False
     with contextlib.suppress(TypeError):  # of what is no dtype at all
-        fits = is_of_bits(16, jnp.dtype(given))
+        fits = is_float(jnp.dtype(given))
     if not fits:
         rule = "be a real float dtype of 16 bits at least, or None for float32 at least"
         raise TypeError(must("flood(accumulator_dtype=...)", rule, repr(given)))
