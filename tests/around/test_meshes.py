@@ -89,39 +89,52 @@ def over_segments(x, k, level=0.9, **options):
     )
 
 
+def relax_rows(epoch, level):
+    def call(z, k, m, **axis):
+        return objective.relax_loss(z, k, level, epoch=epoch, where=m, **axis)
+
+    return call
+
+
+# both parities of an epoch, above the level and below
+RELAX = {
+    f"relax_loss, epoch {epoch}, {level}": relax_rows(epoch, level)
+    for epoch in (0, 1)
+    for level in (0.3, 9.0)
+}
+SHAPES = {
+    "soft": shapes.soft(0.4),
+    "pause": shapes.pause(),
+    "asymmetric": shapes.asymmetric(0.5, 0.1),
+}
+mean = functools.partial(flood_mean, level=0.9)
 MEANS = {
     "flood_loss": Row(lambda x: flood_loss(x, 0.9), "losses", lambda x: flood(x, 0.9)),
     "flood_loss, own levels": Row(flood_loss, "losses own", flood),
     **{
         f"flood_loss, {name}": Row(
-            lambda x, shape=shape: flood_loss(x, 0.9, shape=shape), "losses"
+            functools.partial(flood_loss, level=0.9, shape=shape), "losses"
         )
-        for name, shape in {
-            "soft": shapes.soft(0.4),
-            "pause": shapes.pause(),
-            "asymmetric": shapes.asymmetric(0.5, 0.1),
-        }.items()
+        for name, shape in SHAPES.items()
     },
-    "batch": Row(
-        lambda x: flood_mean(x, 0.9), "losses", lambda x: flood(x.mean(), 0.9)
-    ),
+    "batch": Row(mean, "losses", lambda x: flood(x.mean(), 0.9)),
     "batch, weights": Row(
-        lambda x, w: flood_mean(x, 0.9, weights=w),
+        lambda x, w: mean(x, weights=w),
         "losses weights",
         lambda x, w: flood((w * x).sum() / w.sum(), 0.9),
     ),
-    "batch, mask": Row(lambda x, m: flood_mean(x, 0.9, where=m), "losses mask"),
+    "batch, mask": Row(lambda x, m: mean(x, where=m), "losses mask"),
     "example": Row(
         lambda x, b: flood_mean(x, b, over="example"),
         "losses own",
         lambda x, b: flood(x, b).mean(),
     ),
     "example, both": Row(
-        lambda x, w, m: flood_mean(x, 0.9, over="example", where=m, weights=w),
+        lambda x, w, m: mean(x, over="example", where=m, weights=w),
         "losses weights mask",
     ),
     "sequence": Row(
-        lambda x: flood_mean(x, 0.9, over="sequence"),
+        lambda x: mean(x, over="sequence"),
         "tokens",
         lambda x: flood(x.mean(1), 0.9).mean(),
     ),
@@ -138,16 +151,7 @@ MEANS = {
         "losses",
         lambda x: flood((x**2).mean(), 0.9),
     ),
-    **{
-        f"relax_loss, epoch {epoch}, {level}": Row(
-            lambda z, k, m, epoch=epoch, level=level: objective.relax_loss(
-                z, k, level, epoch=epoch, where=m
-            ),
-            "logits ids mask",
-        )
-        for epoch in (0, 1)
-        for level in (0.3, 9.0)
-    },
+    **{name: Row(call, "logits ids mask") for name, call in RELAX.items()},
 }
 
 
@@ -293,24 +297,21 @@ def relax_loss_of_split_classes_equals_one_device():
 
 FACTOR = np.float32(0.8)
 OVER_AXIS = {
-    "batch": lambda a, axis: flood_mean(a["losses"], 0.9, axis_name=axis),
+    "batch": lambda a, axis: mean(a["losses"], axis_name=axis),
     "example": lambda a, axis: flood_mean(
         a["losses"], a["own"], over="example", axis_name=axis
     ),
     "segment": lambda a, axis: over_segments(
         a["losses"], a["ids"], a["per_class"], axis_name=axis
     ),
-    "sequence": lambda a, axis: flood_mean(
-        a["tokens"], 0.9, over="sequence", where=a["real"], axis_name=axis
+    "sequence": lambda a, axis: mean(
+        a["tokens"], over="sequence", where=a["real"], axis_name=axis
     ),
     **{
-        f"relax_loss, epoch {epoch}, {level}": lambda a, axis, e=epoch, b=level: (
-            objective.relax_loss(
-                a["logits"], a["ids"], b, epoch=e, where=a["mask"], axis_name=axis
-            )
+        name: lambda a, axis, call=call: call(
+            a["logits"], a["ids"], a["mask"], axis_name=axis
         )
-        for epoch in (0, 1)
-        for level in (0.3, 9.0)
+        for name, call in RELAX.items()
     },
 }
 
@@ -359,7 +360,7 @@ def uneven_and_padded_shards_equal_the_unpadded_batch_in_numpy():
         ("batch", "example", "segment"), ("where", "weights"), (0.9, 1.1)
     ):
         count = mask if by == "where" else np.float32(weights)
-        mean = FACTOR * np.average(losses, weights=count)
+        average = FACTOR * np.average(losses, weights=count)
         groups, level = (
             {"batch": None, "example": np.arange(N)}.get(over, CLASSES),
             part,
@@ -370,7 +371,7 @@ def uneven_and_padded_shards_equal_the_unpadded_batch_in_numpy():
                 [part * of_class(0), 1.0, (2 - part) * of_class(2), 1.0]
             )
         else:
-            level = part * mean
+            level = part * average
         name = f"{over}, {by}, {part}"
         calls[name] = functools.partial(
             uneven, over=over, by=by, level=np.float32(level)
