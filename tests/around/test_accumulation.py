@@ -298,23 +298,32 @@ def microbatch(objective, *arguments):
     return jax.jit(averaged_over)(*arguments)
 
 
-@pytest.mark.skipif(
+needs_microbatch = pytest.mark.skipif(
     not hasattr(optax, "microbatch"), reason="optax.microbatch came with optax 0.2.7."
 )
-@pytest.mark.parametrize("form", [0.5, 6.0, "loss"], ids=["above", "below", "loss"])
-def test_microbatch_of_the_raw_loss_equals_the_large_batch_and_a_flooded_one_not(form):
+
+
+def large_batch():
     x, y = micro_batches(8, 8)
-    rows, params = (x.reshape(-1, problems.FEATURES), y.ravel()), problems.parameters()
-    if form != "loss":
-        ((loss, expected),) = numpy_training(x, y, [8], form)
-        assert (loss < form) == (form == 6.0)
-        optimizer = optax.chain(scale_by_flood(form), optax.sgd(RATE))
-        value, grads = microbatch(loss_fn, params, *rows)
-        state = optimizer.init(params)
-        updates, _ = optimizer.update(grads, state, params, value=value)
-        found = jax.device_get(optax.apply_updates(params, updates))
-        chex.assert_trees_all_close(found, expected, rtol=1e-5)
-        return
+    return x.reshape(-1, problems.FEATURES), y.ravel()
+
+
+@needs_microbatch
+@pytest.mark.parametrize("level", [0.5, 6.0], ids=["above", "below"])
+def test_microbatch_of_the_raw_loss_and_one_flood_equal_the_large_batch(level):
+    ((loss, expected),) = numpy_training(*large_batch(), [8], level)
+    assert (loss < level) == (level == 6.0)
+    optimizer = optax.chain(scale_by_flood(level), optax.sgd(RATE))
+    params = problems.parameters()
+    value, grads = microbatch(loss_fn, params, *large_batch())
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=value)
+    found = jax.device_get(optax.apply_updates(params, updates))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+
+
+@needs_microbatch
+def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
+    params, rows = problems.parameters(), large_batch()
     each = np.array([loss_fn(params, *(a[i::8] for a in rows)) for i in range(8)])
     level = float(np.median(each))
     value, _ = microbatch(flooded(loss_fn, level), params, *rows)
