@@ -228,7 +228,7 @@ OURS = {  # of the methods of the rivals' study
 def text(records: Records) -> Comparison | None:
     """The rivals' study on text, by the best of all configurations at the end.
 
-    It is one corpus, whose seeds overlap: they are the unit, as it has no other.
+    It is one corpus: its seeds are the unit, as it has no other, and overlap.
     """
     for piece in records.get("rivals", {}).get("pieces", ()):
         if piece["piece"] != "text":
@@ -242,12 +242,13 @@ def text(records: Records) -> Comparison | None:
                 )
                 at = reached.setdefault((row["flips"], row["method"]), {})
                 at[row["seed"]] = float(accuracy[validation.argmax()])
-        return of_text(reached)
+        test = piece["protocol"]["test"]
+        return of_text(reached, test / (piece["pool"] - test))
     return None
 
 
 def of_text(
-    reached: Mapping[tuple[float, str], Mapping[int, float]],
+    reached: Mapping[tuple[float, str], Mapping[int, float]], ratio: float
 ) -> Comparison | None:
     """All shares of flips together; a method counts that was run at each of them."""
     flips = sorted({share for share, _ in reached})
@@ -263,13 +264,14 @@ def of_text(
         for f in flips
     ]
     forms = {n: OURS[n] for n in names if n in OURS}
-    tools = {n: n.replace("_", " ") for n in names if n not in OURS}
+    titles = importlib.import_module("benchmarks.rivals.methods").METHODS
+    tools = {n: titles[n].title for n in names if n not in OURS}
     found = compared(settings, tools, forms)
     if found is None:
         return None
     ours, theirs = crossed(settings, forms), crossed(settings, tools)
     by_seed = np.mean(np.subtract(ours, theirs), axis=0)
-    return found._replace(effect=statistics.corrected(by_seed, 0.0))
+    return found._replace(effect=statistics.corrected(by_seed, ratio))
 
 
 def is_full(setting: Payload) -> bool:

@@ -95,9 +95,10 @@ def test_text_takes_the_configuration_of_the_best_validation():
         if (m, flips) != ("elr", 0.0)
     ]
     piece = {"piece": "text", "methods_tried": ["plain", "band", "elr"], "rows": rows}
+    piece |= {"protocol": {"test": 20}, "pool": 120}
     found = for_whom.text({"rivals": {"pieces": [piece]}})
-    assert (found.tool, found.form) == ("plain", "in a band")
-    assert found.effect == statistics.corrected([-2.0, -1.0, 0.0, 1.0], 0.0)
+    assert (found.tool, found.form) == ("plain training", "in a band")
+    assert found.effect == statistics.corrected([-2.0, -1.0, 0.0, 1.0], 20 / 100)
 
 
 def test_rows_of_the_recorded_study_are_recomputed_by_hand():
