@@ -89,6 +89,13 @@ def test_at_best_compares_a_list_of_large_integers():
     assert levels.at_best(losses, [jnp.int32(3), 5, jnp.int32(4)], mode="max") == 0.5
 
 
+@pytest.mark.parametrize(("dtype", "large"), [("float16", 2048), ("bfloat16", 256)])
+def test_at_best_adds_a_metric_of_16_bits_in_float32(dtype, large):
+    metric = jnp.asarray([large, 0.5, large, 1.0], dtype)  # added in 16 bits all equal
+    level = levels.at_best([2.0, 1.5, 0.75, 0.5], metric, mode="max", window=2)
+    assert level == 0.75
+
+
 def test_at_best_at_the_last_step_keeps_the_dtype():
     losses = jnp.array([0.75, 0.5, 0.25, 0.125], jnp.bfloat16)
     level = levels.at_best(losses, [0, 0, 0, 7], mode="max")
