@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from flood_optax import levels
+from flood_optax.levels.blocks import assigned
 
 vmap_or_not = pytest.mark.parametrize("vmap", [False, True])
 KEY = jax.random.key(3)
@@ -52,10 +53,15 @@ def regression(n=12, d=3):
 
 
 def least_squares(x, y):
-    def fit(indices, key):
-        del key
+    @jax.jit
+    def solved(indices):
         return jnp.linalg.solve(x[indices].T @ x[indices], x[indices].T @ y[indices])
 
+    def fit(indices, key):
+        del key
+        return solved(indices)
+
+    @jax.jit
     def evaluate(w, indices):
         return (y[indices] - x[indices] @ w) ** 2
 
@@ -222,6 +228,15 @@ def test_folds_are_those_of_the_key(n, given):
     assert first != other
 
 
+def folds_of(n, number, seed=0, **given):
+    """The blocks of a random order of the examples, each of which is in one."""
+    order = np.random.default_rng(seed).permutation(n)
+    given = {"groups": None, "stratify": None} | given
+    blocks = assigned("held_out", order=order, num_folds=number, **given)
+    np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), np.arange(n))
+    return [np.asarray(block) for block in blocks]
+
+
 def torn(blocks, groups):
     return sum(len({*groups[block]}) for block in blocks) - len({*groups})
 
@@ -236,7 +251,7 @@ def imbalance(blocks, y):
 def test_stratified_folds_differ_by_one_example_in_all_and_in_every_class(seed):
     rng = np.random.default_rng(seed)
     y = rng.choice(5, 103 + seed, p=[0.5, 0.3, 0.1, 0.06, 0.04])
-    blocks = blocks_of(len(y), 4, stratify=y, key=jax.random.key(seed))
+    blocks = folds_of(len(y), 4, seed, stratify=y)
     sizes, off = imbalance(blocks, y)
     assert np.ptp(sizes) <= 1
     assert off < 1
@@ -253,8 +268,7 @@ def test_groups_stay_whole_and_classes_as_even_as_those_of_scikit_learn(kind):
             groups = np.minimum(rng.geometric(0.05, n), number)
         classes = rng.choice(c, number + 1, p=[0.4, 0.3, 0.2, 0.1])
         y = rng.choice(c, n) if kind == "mixed" else classes[groups]
-        key = jax.random.key(seed)
-        blocks = blocks_of(n, folds, groups=groups, stratify=y, key=key)
+        blocks = folds_of(n, folds, seed, groups=groups, stratify=y)
         assert torn(blocks, groups) == 0
         largest = np.bincount(groups).max()
         sizes, off = imbalance(blocks, y)
@@ -278,7 +292,7 @@ def test_groups_stay_whole_and_classes_as_even_as_those_of_scikit_learn(kind):
 def test_groups_alone_make_folds_as_even_as_they_fit(sizes, folds):
     n, groups = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     order = np.random.default_rng(0).permutation(n)
-    blocks = blocks_of(n, len(folds), groups=groups[order])
+    blocks = folds_of(n, len(folds), groups=groups[order])
     assert sorted(len(block) for block in blocks) == folds
     assert torn(blocks, groups[order]) == 0
 
@@ -294,7 +308,7 @@ def test_groups_alone_make_folds_as_even_as_they_fit(sizes, folds):
     ids=["hashable", "words", "jax", "tuple"],
 )
 def test_groups_are_of_any_kind(groups):
-    blocks = blocks_of(20, 5, groups=groups)
+    blocks = folds_of(20, 5, groups=groups)
     assert [sorted(block % 5) for block in blocks] == [[b[0] % 5] * 4 for b in blocks]
 
 
