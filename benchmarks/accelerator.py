@@ -299,69 +299,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def tables(payload: dict[str, Any]) -> dict[str, str]:
-    """Step times, memory, agreement and the sweep."""
-    first = {row["form"]: row["bytes"] for row in payload["memory"]}
-    memory = [
-        {
-            **row,
-            "against": STEPS if row["form"] in (STEPS, WINDOWS) else "plain",
-            "ratio": "-",
-        }
-        for row in payload["memory"]
-    ]
-    for row in memory:
-        if row["bytes"] is not None:
-            row["ratio"] = f"{row['bytes'] / first[row['against']]:.4f}"
-    made = {
-        "accelerator": report.table(
-            payload["steps"],
-            {
-                "model": "{model}",
-                "dtype": "{dtype}",
-                "form": "{form}",
-                "against": "{against}",
-                "milliseconds": lambda row: f"{1e3 * row['seconds_median']:.3f}",
-                "time (IQR)": "{time_ratio_median:.4f} "
-                "({time_ratio_iqr[0]:.4f} to {time_ratio_iqr[1]:.4f})",
-                "buffers taken over": "{donated} of {arrays}",
-            },
-        ),
-        "accelerator-agreement": report.table(
-            payload["agreement"],
-            {
-                "model": "{model}",
-                "dtype": "{dtype}",
-                "form": "{form}",
-                "difference": "{difference:.1e}",
-                "steps below the level": lambda row: (
-                    "-" if row["below"] is None else str(row["below"])
-                ),
-            },
-        ),
-        "accelerator-memory": report.table(
-            memory,
-            {
-                "model": "{model}",
-                "dtype": "{dtype}",
-                "form": "{form}",
-                "against": "{against}",
-                "most memory": "{ratio}",
-            },
-        ),
-        "accelerator-sweep": report.table(
-            payload["sweeps"],
-            {
-                "rival": "{rival}",
-                "seconds": "{seconds:.1f}",
-                "times faster": "{times_faster:.1f}",
-                "than with the level an argument": "{times_faster_than_argument:.1f}",
-                "difference of the first losses": "{difference:.1e}",
-            },
-        ),
-    }
+    """Step times, memory, agreement and the sweep: what each row says."""
+    source = report.provenance(payload)
     device = payload["environment"]["device"]
-    source = f"{report.provenance(payload)} Device: {device}."
-    return {name: f"{text}\n\n{source}" for name, text in made.items()}
+
+    def cell(value: Any) -> str:
+        if isinstance(value, list):
+            return " to ".join(map(cell, value))
+        return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+    return {
+        f"accelerator-{part}": "\n\n".join(
+            (
+                report.markdown(
+                    [*rows[0]], [[*map(cell, row.values())] for row in rows]
+                ),
+                f"{source} Device: {device}.",
+            )
+        )
+        for part, rows in payload.items()
+        if part in ("steps", "memory", "agreement", "sweeps")
+    }
 
 
 if __name__ == "__main__":

@@ -325,6 +325,14 @@ def difference(
     return statistics.corrected(np.subtract(one[column], other[column]), one["overlap"])
 
 
+COLUMNS = {
+    "accuracy": "test accuracy, %",
+    "canaries": "canaries found",
+    "all": "of all found",
+    "threshold_auc": "AUC of the loss alone",
+}
+
+
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """By data: what the attack finds of each method, beside plain training."""
     names: list[str] = list(payload["protocol"]["settings"])
@@ -337,32 +345,24 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
         }
     )
 
-    def cell(data: str, column: str) -> report.Cell:
-        def write(line: Mapping[str, Any]) -> str:
-            row = row_of(payload, data, line["method"])
-            one = statistics.corrected(row[column], row["overlap"])
-            text = f"{one:.1f}" if column == "accuracy" else f"{one:.2f}"
-            verdict = verdicts.get((data, line["method"]), statistics.OPEN)
-            bold = column == "canaries" and verdict != statistics.OPEN
-            return f"**{text}**" if bold else text
-
-        return write
+    def cell(data: str, method: str, column: str) -> str:
+        row = row_of(payload, data, method)
+        one = statistics.corrected(row[column], row["overlap"])
+        text = f"{one:.1f}" if column == "accuracy" else f"{one:.2f}"
+        left_open = verdicts.get((data, method), statistics.OPEN) == statistics.OPEN
+        return text if column != "canaries" or left_open else f"**{text}**"
 
     titles = {name: pixels.TITLES.get(name, name) for name in names}
-    body = report.table(
-        [{"method": method, "title": METHODS[method].title} for method in METHODS],
+    columns = {
+        (name, column): f"{titles[name]}: {head}"
+        for name in names
+        for column, head in COLUMNS.items()
+    }
+    body = report.markdown(
+        ["method", *columns.values()],
         [
-            ("method", "{title}"),
-            *(
-                (f"{titles[name]}: {head}", cell(name, column))
-                for name in names
-                for column, head in (
-                    ("accuracy", "test accuracy, %"),
-                    ("canaries", "canaries found"),
-                    ("all", "of all found"),
-                    ("threshold_auc", "AUC of the loss alone"),
-                )
-            ),
+            [how.title, *(cell(name, method, column) for name, column in columns)]
+            for method, how in METHODS.items()
         ],
     )
     text = (

@@ -201,55 +201,38 @@ def rule_table(payload: Mapping[str, Any]) -> str:
         for group in shown
     }
     cells = {group: statistics.marked(of) for group, of in effects.items()}
-
-    def cell(group: str) -> report.Cell:
-        def write(row: Mapping[str, Any]) -> str:
-            rule = row["rule"]
-            if (
-                group == "clean"
-                and rule.startswith("floor")
-                and "estimated" not in rule
-            ):
-                return "off" if RULES[rule].weights == LAST else "off, averaged"
-            return cells[group][rule]
-
-        return write
-
     settings = payload["settings"]
-    means = effects[shown[0]]
-    order = sorted(RULES, key=lambda rule: -means[rule].mean)
     noisy = [s for s in settings if is_noisy(s)]
+
+    def cell(group: str, rule: str) -> str:
+        known = rule.startswith("floor") and "estimated" not in rule
+        if group == "clean" and known:
+            return "off" if RULES[rule].weights == LAST else "off, averaged"
+        return cells[group][rule]
 
     def of_seeds(rule: str, column: str) -> float:
         return float(np.mean([np.mean(s["rules"][rule][column]) for s in noisy]))
 
-    lines = [
-        {
-            "rule": rule,
-            "title": RULES[rule].title,
-            "weights": RULES[rule].weights,
-            "cost": cost(settings, rule),
-            "share": share(noisy, rule) if noisy else math.nan,
-            "loss": of_seeds(rule, "losses"),
-            "ece": 100 * of_seeds(rule, "ece"),
-        }
-        for rule in order
-    ]
-    heads = [
-        (f"{GROUPS[group][0]} ({len(chosen(payload, group))})", cell(group))
-        for group in shown
-    ]
-    body = report.table(
-        lines,
+    first, *others = shown
+    heads = {g: f"{GROUPS[g][0]} ({len(chosen(payload, g))})" for g in shown}
+    body = report.markdown(
         [
-            ("rule", "{title}"),
-            ("weights", "{weights}"),
-            ("plain runs", "{cost:.2f}"),
-            heads[0],
-            ("of the grid's", "{share:.0%}"),
-            *heads[1:],
-            ("test loss", "{loss:.2f}"),
-            ("calibration error", "{ece:.0f} %"),
+            *("rule", "weights", "plain runs", heads[first], "of the grid's"),
+            *(heads[group] for group in others),
+            *("test loss", "calibration error"),
+        ],
+        [
+            [
+                RULES[rule].title,
+                RULES[rule].weights,
+                f"{cost(settings, rule):.2f}",
+                cell(first, rule),
+                f"{share(noisy, rule) if noisy else math.nan:.0%}",
+                *(cell(group, rule) for group in others),
+                f"{of_seeds(rule, 'losses'):.2f}",
+                f"{100 * of_seeds(rule, 'ece'):.0f} %",
+            ]
+            for rule in sorted(RULES, key=lambda rule: -effects[first][rule].mean)
         ],
     )
     text = (

@@ -156,6 +156,7 @@ def measure(run: rows.Run) -> rows.Row:
     optimizers.skip_step_on_spikes = SKIP
 
     raw = with_loss("raw", flooded(PLAIN, LEVEL, has_aux=True, raw_value=True))
+    assert abs(mean(raw["learning/lm_loss"]) - LEVEL) < 0.2 * LEVEL
     both = with_loss("both", flooded(PLAIN, LEVEL, has_aux=True))
     floor = min(both["evaluation/loss"])
     assert floor >= LEVEL > min(raw["evaluation/loss"])
@@ -179,7 +180,6 @@ def measure(run: rows.Run) -> rows.Row:
             (parameters(resumed), resumed["optimizer"]),
             (parameters(state), state["optimizer"]),
         ),
-        notes={"loss_form": mean(raw["learning/lm_loss"])},
         wrong=[
             without,
             within,

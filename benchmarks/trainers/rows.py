@@ -67,7 +67,6 @@ class Row:
       resume: greatest difference of a parameter between a run that was resumed from a
         checkpoint and the run that was not interrupted; None if it has none.
       wrong: what wrong forms give.
-      notes: further numbers that the run gave.
       tolerance: how far from the level the last raw losses may be on average.
     """
 
@@ -84,7 +83,6 @@ class Row:
     accumulation: float | None = None
     resume: float | None = None
     wrong: list[Wrong] = field(default_factory=list[Wrong])
-    notes: dict[str, float] = field(default_factory=dict[str, float])
     tolerance: float = 0.2
 
     def checked(self) -> dict[str, Any]:
