@@ -3,6 +3,7 @@
 Finished: its record names the commit that holds its code, and the command.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,53 +43,59 @@ def accuracy(row: Mapping[str, Any]) -> statistics.Interval:
     return statistics.interval(row["accuracies"])
 
 
-def tables(payload: Mapping[str, Any]) -> dict[str, str]:
-    """Every method at the last epoch, and with early stopping."""
-    found = {
+Rows = Mapping[tuple[float, str, bool], Mapping[str, Any]]
+
+
+def rows_of(payload: Mapping[str, Any]) -> Rows:
+    """By noise, method, and whether it was stopped early."""
+    return {
         (row["noise"], row["method"], row["early_stopping"]): row
         for row in payload["rows"]
     }
 
-    def line(noise: float, name: str) -> dict[str, Any]:
-        last, best = (found[noise, name, stopped] for stopped in (False, True))
-        title, number = METHODS[name]
-        picked = f"{number} {np.median(last['picked']):g}"
-        return {
-            "noise": noise,
-            "title": title,
-            "picked": "-" if number == "-" else picked,
-            "last": last,
-            "last_accuracy": accuracy(last),
-            "last_gain": statistics.gain(last, found[noise, "plain", False]),
-            "best_accuracy": accuracy(best),
-            "best_gain": statistics.gain(best, found[noise, "plain", True]),
-        }
 
-    def gain(column: str) -> report.Cell:
-        def cell(row: Mapping[str, Any]) -> str:
-            is_plain = row["last"]["method"] == "plain"
-            return "" if is_plain else f"{row[column]:+.2f}"
+def gain_of(found: Rows, noise: float, name: str, stopped: bool) -> statistics.Interval:
+    return statistics.gain(found[noise, name, stopped], found[noise, "plain", stopped])
 
-        return cell
 
-    lines = [line(noise, name) for noise, name, stopped in found if not stopped]
-    body = report.table(
-        lines,
-        (
-            ("flips", "{noise:.0%}"),
-            ("method", "{title}"),
-            ("picked (median)", "{picked}"),
-            ("test accuracy, %", "{last_accuracy:.2f}"),
-            ("gain over plain", gain("last_gain")),
-            ("test loss", "{last[test_loss_mean]:.3f}"),
-            ("train loss", "{last[train_loss_mean]:.3f}"),
-            ("with early stopping, %", "{best_accuracy:.2f}"),
-            ("gain over plain", gain("best_gain")),
-        ),
+def tables(payload: Mapping[str, Any]) -> dict[str, str]:
+    """Every method at the last epoch, and with early stopping."""
+    found = rows_of(payload)
+    gain = functools.partial(gain_of, found)
+
+    def cells(noise: float, name: str, stopped: bool) -> list[str]:
+        """The accuracy, and what it is more than plain training's."""
+        reached = f"{accuracy(found[noise, name, stopped]):.2f}"
+        more = gain(noise, name, stopped)
+        return [reached, "" if name == "plain" else f"{more:+.2f}"]
+
+    def picked(noise: float, name: str) -> str:
+        number, values = METHODS[name][1], found[noise, name, False]["picked"]
+        return "-" if number == "-" else f"{number} {np.median(values):g}"
+
+    shown = [(noise, name) for noise, name, stopped in found if not stopped]
+    body = report.markdown(
+        [
+            *("flips", "method", "picked (median)"),
+            *("test accuracy, %", "gain over plain", "test loss", "train loss"),
+            *("with early stopping, %", "gain over plain"),
+        ],
+        [
+            [
+                *(f"{noise:.0%}", METHODS[name][0], picked(noise, name)),
+                *cells(noise, name, stopped=False),
+                f"{found[noise, name, False]['test_loss_mean']:.3f}",
+                f"{found[noise, name, False]['train_loss_mean']:.3f}",
+                *cells(noise, name, stopped=True),
+            ]
+            for noise, name in shown
+        ],
     )
-    compared = len(lines) - len(payload["protocol"]["noises"])
-    ahead, behind = statistics.verdicts(row["last_gain"] for row in lines)
-    ahead_best, behind_best = statistics.verdicts(row["best_gain"] for row in lines)
+    compared = len(shown) - len(payload["protocol"]["noises"])
+    (ahead, behind), (ahead_best, behind_best) = (
+        statistics.verdicts(gain(*one, stopped) for one in shown)
+        for stopped in (False, True)
+    )
     summary = (
         f"Means over {payload['protocol']['seeds']} seeds with 95% intervals, gains "
         f"paired by seed. At the last epoch {ahead} of {compared} are ahead of "
@@ -106,16 +113,8 @@ EDGES = -4.0, 10.0  # points; a gain beyond is a number at the edge
 def figures(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Paired gains by method, sorted: at the last epoch and with early stopping."""
     noises = payload["protocol"]["noises"]
-    found = {
-        (row["noise"], row["method"], row["early_stopping"]): row
-        for row in payload["rows"]
-    }
-
-    def gain(noise: float, name: str, stopped: bool) -> statistics.Interval:
-        return statistics.gain(
-            found[noise, name, stopped], found[noise, "plain", stopped]
-        )
-
+    found = rows_of(payload)
+    gain = functools.partial(gain_of, found)
     names = list(dict.fromkeys(name for _, name, _ in found if name != "plain"))
     names.sort(key=lambda name: gain(noises[-1], name, False).mean)
     fig, axes = panels(

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks import report, statistics
 
-SETS = ("train", "validation", "test")
 TITLES = {"plain": "plain", "iflood": "iFlood", "softad": "SoftAD"}
 
 
@@ -32,22 +31,14 @@ PUBLISHED = {
 }
 
 
-def their_row(name: str, theirs: Published) -> dict[str, Any]:
+def their_row(name: str, theirs: Published) -> list[str]:
     """A published run as a line of the table."""
-    return {
-        "title": TITLES[name],
-        "runs": "theirs",
-        "epochs": 500,
-        "level": "-" if name == "plain" else f"{theirs.level:g}",
-        "train_loss": f"{theirs.train_loss:.4f}",
-        "test_loss": f"{theirs.test_loss:.4f}",
-        "train_accuracy": f"{theirs.train_accuracy:.4f}",
-        "test_accuracy": f"{theirs.test_accuracy:.4f}",
-        "norm": f"{theirs.norm:.1f}",
-    }
+    level = "-" if name == "plain" else f"{theirs.level:g}"
+    measures = (f"{value:.4f}" for value in theirs[1:5])
+    return [TITLES[name], "theirs", "500", level, *measures, f"{theirs.norm:.1f}"]
 
 
-def our_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def our_row(row: Mapping[str, Any]) -> list[str]:
     """A run of ours as a line of the table, with its spread over several seeds."""
 
     def spread(measure: str, digits: int) -> str:
@@ -60,40 +51,25 @@ def our_row(row: Mapping[str, Any]) -> dict[str, Any]:
         seen = np.array(row["levels"])
         apart = statistics.sd(seen)
         level = f"{seen.mean():.3g}" + (f" ({apart:.2f})" if apart else "")
-    losses_and_accuracies = {
-        f"{which}_{measure}": spread(f"{which}_{measure}", 4)
-        for which in SETS
-        for measure in ("loss", "accuracy")
-    }
-    return {
-        "title": TITLES[row["method"]],
-        "runs": f"ours, {row['selection']}",
-        "epochs": row["epochs"],
-        "level": level,
-        "norm": spread("norm", 1),
-        **losses_and_accuracies,
-    }
+    measures = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    return [
+        *(TITLES[row["method"]], f"ours, {row['selection']}", str(row["epochs"])),
+        *(level, *(spread(measure, 4) for measure in measures), spread("norm", 1)),
+    ]
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """Theirs and ours, every level, and the losses on the way."""
-    lines: list[dict[str, Any]] = []
+    lines: list[list[str]] = []
     for name, theirs in PUBLISHED.items():
         lines.append(their_row(name, theirs))
         lines += [our_row(row) for row in payload["rows"] if row["method"] == name]
-    beside = report.table(
+    beside = report.markdown(
+        [
+            *("method", "runs", "epochs", "level", "train loss", "test loss"),
+            *("train accuracy", "test accuracy", "norm"),
+        ],
         lines,
-        {
-            "method": "{title}",
-            "runs": "{runs}",
-            "epochs": "{epochs}",
-            "level": "{level}",
-            "train loss": "{train_loss}",
-            "test loss": "{test_loss}",
-            "train accuracy": "{train_accuracy}",
-            "test accuracy": "{test_accuracy}",
-            "norm": "{norm}",
-        },
     )
     by_level = report.table(
         payload["by_level"],
@@ -106,24 +82,14 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
             "test acc.": "{test_accuracy:.4f}",
         },
     )
-    on_the_way = report.table(
+    epochs = payload["curves"][0]["epochs"]
+    on_the_way = report.markdown(
+        ["method", "loss", *(f"epoch {epoch}" for epoch in epochs)],
         [
-            {
-                "title": TITLES[seen["method"]],
-                "part": part,
-                "loss": seen[f"{part}_loss"],
-            }
+            [TITLES[seen["method"]], part, *(f"{x:.3f}" for x in seen[f"{part}_loss"])]
             for seen in payload["curves"]
             for part in ("train", "test")
         ],
-        {
-            "method": "{title}",
-            "loss": "{part}",
-            **{
-                f"epoch {epoch}": f"{{loss[{i}]:.3f}}"
-                for i, epoch in enumerate(payload["curves"][0]["epochs"])
-            },
-        },
     )
     return {
         "fashion": f"{beside}\n\n{report.provenance(payload)}",

@@ -18,53 +18,30 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
     """The drift by rule and the cost."""
     drift, rates = payload["drift"], payload["protocol"]["learning_rates"]
 
-    def ratio_at(rate: float) -> report.Cell:
-        def cell(line: Mapping[str, Any]) -> str:
-            seen = line["at"][rate]
-            error = seen["standard_error"]
-            return f"{seen['ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    def ratio(row: Mapping[str, Any]) -> str:
+        error = row["standard_error"]
+        return f"{row['ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
-        return cell
-
-    def angle(line: Mapping[str, Any]) -> str:
-        cosine = line["last"]["cosine"]
-        return "no motion" if cosine is None else f"{cosine:.3f}"
-
-    def holds(line: Mapping[str, Any]) -> str:
-        ratio, cosine = line["last"]["ratio"], line["last"]["cosine"]
-        agrees = cosine is not None and abs(ratio - 1) < 0.02 and cosine > 0.999
-        return "yes" if agrees else "no"
-
-    lines: list[dict[str, Any]] = []
+    lines: list[list[str]] = []
     for rule in dict.fromkeys(row["rule"] for row in drift):
         seen = {row["learning_rate"]: row for row in drift if row["rule"] == rule}
-        lines.append({"rule": rule, "at": seen, "last": seen[rates[-1]]})
-    shown = report.table(
-        lines,
-        {
-            "rule": "{rule}",
-            **{f"ratio, η = {rate:g}": ratio_at(rate) for rate in rates},
-            "cosine": angle,
-            "alternating": "{last[alternating]:.2f}",
-            "equals the penalty's drift": holds,
-        },
-    )
+        last, cosine = seen[rates[-1]], seen[rates[-1]]["cosine"]
+        moves = cosine is not None
+        agrees = moves and abs(last["ratio"] - 1) < 0.02 and cosine > 0.999
+        lines.append([rule, *(ratio(seen[rate]) for rate in rates)])
+        lines[-1] += [f"{cosine:.3f}" if moves else "no motion"]
+        lines[-1] += [f"{last['alternating']:.2f}", "yes" if agrees else "no"]
+    heads = (f"ratio, η = {rate:g}" for rate in rates)
+    tail = ("cosine", "alternating", "equals the penalty's drift")
+    shown = report.markdown(["rule", *heads, *tail], lines)
     batch = payload["pairs_of_batches"]
-    independent, same = batch["independent_ratio"], batch["same_batch_ratio"]
-    pairs = report.table(
+    noise = f"{batch['independent_noise']:.0f}"
+    pairs = report.markdown(
+        ["pair of steps on", "mean, ratio to -η² H g", "noise / mean"],
         [
-            {
-                "pair": "independent mini-batches",
-                "ratio": independent,
-                "noise": f"{batch['independent_noise']:.0f}",
-            },
-            {"pair": "one mini-batch twice", "ratio": same, "noise": ""},
+            ["independent mini-batches", f"{batch['independent_ratio']:.3f}", noise],
+            ["one mini-batch twice", f"{batch['same_batch_ratio']:.3f}", ""],
         ],
-        {
-            "pair of steps on": "{pair}",
-            "mean, ratio to -η² H g": "{ratio:.3f}",
-            "noise / mean": "{noise}",
-        },
     )
     costs = report.table(
         payload["cost"],

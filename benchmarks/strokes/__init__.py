@@ -56,42 +56,24 @@ def _drift(rows: list[dict[str, Any]]) -> str:
     def shown(number: float) -> str:
         return f"{number:.{0 if abs(number) >= 100 else 2}f}"
 
-    def cell(crossing: int) -> report.Cell:
-        def write(line: Mapping[str, Any]) -> str:
-            row = line["at"][crossing]
-            measured = shown(row["ratio"])
-            if row["predicted"] is None:
-                return measured
-            return f"{measured} ({shown(row['predicted'])})"
+    def cell(row: Mapping[str, Any]) -> str:
+        known = row["predicted"] is not None
+        return shown(row["ratio"]) + (f" ({shown(row['predicted'])})" if known else "")
 
-        return write
+    def cosines(seen: list[Mapping[str, Any]], column: str) -> str:
+        sizes = [abs(row[column]) for row in seen]
+        low, high = f"{min(sizes):.3f}", f"{max(sizes):.3f}"
+        return low if low == high else f"{low} to {high}"
 
-    def cosines(column: str) -> report.Cell:
-        def write(line: Mapping[str, Any]) -> str:
-            seen = [abs(line["at"][crossing][column]) for crossing in crossings]
-            low, high = f"{min(seen):.3f}", f"{max(seen):.3f}"
-            return low if low == high else f"{low} to {high}"
-
-        return write
-
-    lines = [
-        {
-            "rule": name,
-            "at": {row["crossing"]: row for row in rows if row["rule"] == name},
-            "limit": shown(RULES[name].limit),
-        }
-        for name in dict.fromkeys(row["rule"] for row in rows)
-    ]
-    return report.table(
-        lines,
-        {
-            "rule": "{rule}",
-            **{f"2d = {one} h": cell(one) for one in crossings},
-            "long strokes": "{limit}",
-            "cosine, prediction": cosines("cosine"),
-            "cosine, -P H g": cosines("cosine_penalty"),
-        },
-    )
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(row["rule"] for row in rows):
+        at = {row["crossing"]: row for row in rows if row["rule"] == name}
+        seen = [at[crossing] for crossing in crossings]
+        ends = (cosines(seen, column) for column in ("cosine", "cosine_penalty"))
+        lines.append([name, *map(cell, seen), shown(RULES[name].limit), *ends])
+    heads = (f"2d = {one} h" for one in crossings)
+    tail = ("long strokes", "cosine, prediction", "cosine, -P H g")
+    return report.markdown(["rule", *heads, *tail], lines)
 
 
 def _batches(rows: list[dict[str, Any]]) -> str:
