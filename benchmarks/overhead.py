@@ -205,41 +205,33 @@ def tables(payload: dict[str, Any]) -> dict[str, str]:
         for name in dict.fromkeys(row["variant"] for row in rows)
     }
 
-    def middle(measure: str) -> report.Cell:
-        def cell(line: Mapping[str, Any]) -> str:
-            seen = known(line["rows"], measure)
-            return in_digits(statistics.median(seen) if seen else None, 3)
+    def middle(seen: Sequence[dict[str, Any]], measure: str) -> str:
+        values = known(seen, measure)
+        return in_digits(statistics.median(values) if values else None, 3)
 
-        return cell
+    def most(seen: Sequence[dict[str, Any]], measure: str, digits: int = 4) -> str:
+        return in_digits(max(known(seen, measure), default=None), digits)
 
-    def most(measure: str, digits: int = 4) -> report.Cell:
-        def cell(line: Mapping[str, Any]) -> str:
-            return in_digits(max(known(line["rows"], measure), default=None), digits)
-
-        return cell
-
-    def extent(line: Mapping[str, Any]) -> str:
-        ratios = known(line["rows"], "time_ratio_median")
+    def extent(seen: Sequence[dict[str, Any]]) -> str:
+        ratios = known(seen, "time_ratio_median")
         return f"{min(ratios):.3f} to {max(ratios):.3f}"
 
-    lines = [
-        {"variant": name, "against": mine[0]["reference"], "rows": mine}
-        for name, mine in of.items()
-    ]
-    whole = report.table(
-        lines,
-        {
-            "variant": "{variant}",
-            "against": "{against}",
-            "step time, median": middle("time_ratio_median"),
-            "range": extent,
-            "FLOPs, max": most("flops_ratio"),
-            "memory, median": middle("temp_memory_ratio"),
-            "memory, max": most("temp_memory_ratio"),
-            "more kernels, max": most("more_kernels", 0),
-            "compile time, median": middle("compile_ratio"),
-            "traces": most("compiles", 0),
-        },
+    whole = report.markdown(
+        [
+            *("variant", "against", "step time, median", "range", "FLOPs, max"),
+            *("memory, median", "memory, max", "more kernels, max"),
+            *("compile time, median", "traces"),
+        ],
+        [
+            [
+                *(name, mine[0]["reference"]),
+                *(middle(mine, "time_ratio_median"), extent(mine)),
+                *(most(mine, "flops_ratio"), middle(mine, "temp_memory_ratio")),
+                *(most(mine, "temp_memory_ratio"), most(mine, "more_kernels", 0)),
+                *(middle(mine, "compile_ratio"), most(mine, "compiles", 0)),
+            ]
+            for name, mine in of.items()
+        ],
     )
     full = report.table(
         rows,

@@ -120,14 +120,14 @@ def in_setting(
 Named = str | Callable[[Setting], str]  # a rule, or which one it is of a setting
 
 
+def named(setting: Setting, rule: Named) -> str:
+    return rule if isinstance(rule, str) else rule(setting)
+
+
 def over_data(settings: Settings, rule: Named, over: Named = "plain") -> Effect:
     """The mean over the settings, data sets being the unit."""
-
-    def of(setting: Setting, name: Named) -> str:
-        return name if isinstance(name, str) else name(setting)
-
     return statistics.over_data(
-        (s["data"], gains(s, of(s, rule), of(s, over))) for s in settings
+        (s["data"], gains(s, named(s, rule), named(s, over))) for s in settings
     )
 
 
@@ -312,37 +312,29 @@ def setting_table(payload: Mapping[str, Any]) -> str:
 def help_table(payload: Mapping[str, Any]) -> str:
     """Where flooding helps, and its rivals: by the share of wrong labels."""
 
-    def cell(rule: Callable[[Setting], str], *, off: bool = False) -> report.Cell:
-        def write(row: Mapping[str, Any]) -> str:
-            if off and row["title"] == "none":
-                return "off"
-            found = [in_setting(payload, s, rule(s)) for s in row["settings"]]
-            better, worse = statistics.verdicts(one.interval for one in found)
-            return f"{np.mean([one.mean for one in found]):+.1f} ({better}, {worse})"
-
-        return write
-
-    lines = [
-        {"title": title, "settings": found, "number": len(found)}
-        for title, holds in HELP.values()
-        if (found := [s for s in payload["settings"] if holds(s)])
-    ]
-
     def stop_and_flood(setting: Setting) -> str:
         return f"best_accuracy_{'forked' if is_full_batch(setting) else 'average'}"
 
-    return report.table(
-        lines,
-        {
-            "wrong labels": "{title}",
-            "settings": "{number}",
-            "flooding": cell(by_batch, off=True),
-            "stop and flood": cell(stop_and_flood),
-            "early stopping": cell(lambda _: "early_accuracy"),
-            "weight decay": cell(lambda _: "decay"),
-            "averaged weights alone": cell(lambda _: "average"),
-        },
-    )
+    def cell(settings: Settings, rule: Named) -> str:
+        found = [in_setting(payload, s, named(s, rule)) for s in settings]
+        better, worse = statistics.verdicts(one.interval for one in found)
+        return f"{np.mean([one.mean for one in found]):+.1f} ({better}, {worse})"
+
+    columns: dict[str, Named] = {
+        "flooding": by_batch,
+        "stop and flood": stop_and_flood,
+        "early stopping": "early_accuracy",
+        "weight decay": "decay",
+        "averaged weights alone": "average",
+    }
+    lines: list[list[str]] = []
+    for title, holds in HELP.values():
+        if found := [s for s in payload["settings"] if holds(s)]:
+            cells = [cell(found, rule) for rule in columns.values()]
+            if title == "none":  # the level is 0 there
+                cells[0] = "off"
+            lines.append([title, str(len(found)), *cells])
+    return report.markdown(["wrong labels", "settings", *columns], lines)
 
 
 SHORTER = {  # words of the titles, for the figure

@@ -117,21 +117,14 @@ def spread(found: list[float], form: str = ".1f") -> str:
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     rows, sizes = payload["wrong_labels"], payload["protocol"]["sizes"]
-    lines = [
-        {"data": name, **{f"{r['flips']:.0%}": r for r in rows if r["data"] == name}}
-        for name in sizes
-    ]
-
-    def cell(flips: str) -> report.Cell:
-        return lambda line: spread(line[flips]["half"])
-
-    def title(line: Mapping[str, Any]) -> str:
-        name = line["data"]
-        return f"{TITLES.get(name, name)} ({sizes[name]})"
-
-    heads = [head for head in lines[0] if head != "data"]
-    body = report.table(
-        lines, {"data (examples)": title, **{head: cell(head) for head in heads}}
+    shares = dict.fromkeys(row["flips"] for row in rows)
+    found = {(row["data"], row["flips"]): spread(row["half"]) for row in rows}
+    body = report.markdown(
+        ["data (examples)", *(f"{share:.0%}" for share in shares)],
+        [
+            [f"{TITLES.get(d, d)} ({size})", *(found[d, share] for share in shares)]
+            for d, size in sizes.items()
+        ],
     )
     text = (
         "Share of wrong labels put in (head) and found, in per cent: mean and, in "
