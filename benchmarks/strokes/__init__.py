@@ -60,7 +60,7 @@ def _drift(rows: list[dict[str, Any]]) -> str:
         known = row["predicted"] is not None
         return shown(row["ratio"]) + (f" ({shown(row['predicted'])})" if known else "")
 
-    def cosines(seen: list[Mapping[str, Any]], column: str) -> str:
+    def cosines(seen: list[dict[str, Any]], column: str) -> str:
         sizes = [abs(row[column]) for row in seen]
         low, high = f"{min(sizes):.3f}", f"{max(sizes):.3f}"
         return low if low == high else f"{low} to {high}"
