@@ -46,7 +46,7 @@ SWEPT = {
 }
 EARLY = {
     "grid_best": "a sweep of levels, stopped early",
-    "best_loss_better": "stop, or stop and flood",
+    "best_loss_better": "the better of stopping and stop and flood",
 }
 OTHER_RIVALS = {  # of the study of other noise
     **UNTUNED,
@@ -54,9 +54,9 @@ OTHER_RIVALS = {  # of the study of other noise
     "decay_average": "weight decay, averaged, by validation",
 }
 ESTIMATED = {
-    "estimated": "share asked of the labels, last weights",
-    "estimated_average": "share asked of the labels, averaged",
-    "estimated_band": "share asked of the labels, band, averaged",
+    "estimated": "share asked of the data, last weights",
+    "estimated_average": "share asked of the data, averaged",
+    "estimated_band": "share asked of the data, band, averaged",
 }
 KNOWN = {
     "known": "at `noise_floor`, last weights",
@@ -79,13 +79,21 @@ SHIELDS = {
 
 
 class Comparison(NamedTuple):
-    """The best tool, the best form of flooding, and the second less the first."""
+    """The best tool, the best form of flooding, and the second less the first.
+
+    The effect is above 0 where flooding is ahead, also where less is better (`sign`).
+    """
 
     tool: str
     form: str
     effect: Effect
     unit: str = "points"
     spec: str = "+.1f"
+    sign: int = 1
+
+    @property
+    def shown(self) -> Effect:
+        return self.effect._replace(mean=self.sign * self.effect.mean)
 
 
 def compared(
@@ -173,7 +181,7 @@ def unlearning(records: Records) -> Comparison | None:
     forms = {n: titles[n] for n in common if n.startswith(("reflect", "soft"))}
     tools = {n: titles[n] for n in common if n not in forms}
     found = compared(settings, tools, forms) if tools and forms else None
-    return found and found._replace(unit="points nearer to retraining")
+    return found and found._replace(unit="points further from retraining", sign=-1)
 
 
 def membership(records: Records) -> Comparison | None:
@@ -185,12 +193,12 @@ def membership(records: Records) -> Comparison | None:
             row["canaries"]
         )
     found = compared(list(by_data.items()), PLAIN | ATTACKED, SHIELDS)
-    return found and found._replace(unit="% fewer canaries found")
+    return found and found._replace(unit="% of the canaries found", sign=-1)
 
 
 STANDING = {  # groups of the rivals' study, by what the table calls them
     "all": "the best of each setting",
-    "recipe": "the recommended recipe, share asked of the labels",
+    "recipe": "the recommended recipe, share asked of the data",
 }
 
 
@@ -220,7 +228,7 @@ OURS = {  # of the methods of the rivals' study
     "band_decay": "in a band, weight decay",
     "band_dropout": "in a band, dropout",
     "band_sam": "in a band, SAM",
-    "estimated": "in a band, share asked of the labels",
+    "estimated": "in a band, share asked of the data",
     "floor": "in a band at `noise_floor`",
 }
 
@@ -299,7 +307,9 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
         "have wrong labels, train to the end on full batches, know their share": (
             compared(noisy(full=True), tools, FLOOR)
         ),
-        "have the same, on mini-batches": compared(noisy(full=False), tools, FLOOR),
+        "have wrong labels, train to the end on mini-batches, know their share": (
+            compared(noisy(full=False), tools, FLOOR)
+        ),
         "do not know the share, on full batches": compared(
             by_kind(untold, mini=False), OTHER_RIVALS, ESTIMATED
         ),
@@ -312,14 +322,16 @@ def rows(records: Records) -> list[tuple[str, Comparison | None]]:
         "may try 20 configurations of every method, wrong labels, to the end": (
             rivals(known, "all", "end")
         ),
-        "may do the same, and stop early": rivals(known, "all", "early"),
+        "may try 20 configurations of every method, wrong labels, and stop early": (
+            rivals(known, "all", "early")
+        ),
         "tune nothing, have no validation set and do not know the share": (
             rivals(known, "recipe", "none")
         ),
         "want a model to forget examples": unlearning(records),
         "must hide who was trained on": membership(records),
         "use the probabilities": (
-            sure and sure._replace(unit="lower test loss", spec="+.3f")
+            sure and sure._replace(unit="test loss", spec="+.3f", sign=-1)
         ),
         "train on text": text(records),
         "train a large model": None,
@@ -340,7 +352,7 @@ def table(records: Records) -> str:
         else [
             user,
             next(said),
-            f"{found.effect:{found.spec}} {found.unit}",
+            f"{found.shown:{found.spec}} {found.unit}",
             found.tool,
             found.form,
         ]
