@@ -98,6 +98,12 @@ def test_at_best_adds_a_metric_of_16_bits_in_float32(dtype, large):
     assert level == 0.75
 
 
+def test_at_best_of_integers_leaves_out_a_loss_that_is_not_finite():
+    losses = [np.nan, 0.5, 0.25]
+    assert levels.at_best(losses, [1, 2, 3], mode="min") == 0.5
+    assert levels.at_best(losses, [-1, -3, -4], mode="max") == 0.5
+
+
 def test_at_best_at_the_last_step_keeps_the_dtype():
     losses = jnp.array([0.75, 0.5, 0.25, 0.125], jnp.bfloat16)
     level = levels.at_best(losses, [0, 0, 0, 7], mode="max")
