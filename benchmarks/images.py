@@ -13,32 +13,31 @@ from benchmarks.pixels import TITLES
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """Without beside with flooding, and what each level does."""
     entries = payload["rows"]
-    rows = [
-        {
-            "title": TITLES[plain["data"]],
-            "stopped": "yes" if plain["early_stopping"] else "no",
-            "plain": plain,
-            "flooded": flooded,
-            "gain": statistics.gain(flooded, plain),
-        }
-        for plain, flooded in zip(entries[::2], entries[1::2], strict=True)
-    ]
 
-    def both(measure: str, spec: str) -> str:
-        return f"{{plain[{measure}]:{spec}}} to {{flooded[{measure}]:{spec}}}"
+    def line(plain: Mapping[str, Any], flooded: Mapping[str, Any]) -> list[str]:
+        def both(measure: str, spec: str) -> str:
+            return f"{plain[measure]:{spec}} to {flooded[measure]:{spec}}"
 
-    columns = {
-        "data": "{title}",
-        "flips": "{plain[noise]:.0%}",
-        "early stopping": "{stopped}",
-        "level (sd)": "{flooded[level_mean]:.2f} ({flooded[level_sd]:.2f})",
-        "test accuracy, %": both("accuracy_mean", ".2f"),
-        "gain (95%)": "{gain:+.2f}",
-        "test loss": both("test_loss_mean", ".3f"),
-        "calibration error": both("test_ece_mean", ".3f"),
-    }
+        return [
+            TITLES[plain["data"]],
+            f"{plain['noise']:.0%}",
+            "yes" if plain["early_stopping"] else "no",
+            f"{flooded['level_mean']:.2f} ({flooded['level_sd']:.2f})",
+            both("accuracy_mean", ".2f"),
+            f"{statistics.gain(flooded, plain):+.2f}",
+            both("test_loss_mean", ".3f"),
+            both("test_ece_mean", ".3f"),
+        ]
+
+    body = report.markdown(
+        [
+            *("data", "flips", "early stopping", "level (sd)", "test accuracy, %"),
+            *("gain (95%)", "test loss", "calibration error"),
+        ],
+        [line(*pair) for pair in zip(entries[::2], entries[1::2], strict=True)],
+    )
     return {
-        "images": f"{report.table(rows, columns)}\n\n{report.provenance(payload)}",
+        "images": f"{body}\n\n{report.provenance(payload)}",
         "images-levels": levels_table(payload),
     }
 

@@ -46,53 +46,46 @@ def second_descent(loss: Sequence[float], window: int = 11) -> Descent | None:
     )
 
 
-COLUMNS = (
-    ("data", "{title}"),
-    ("flips", "{plain[noise]:.0%}"),
-    ("early stopping", "{stopped}"),
-    ("without", "{plain[accuracy_mean]:.2f} ({plain[accuracy_sd]:.2f})"),
-    ("paper", "{plain[paper_mean]:.2f} ({plain[paper_sd]:.2f})"),
-    ("off by (sd)", "{plain_apart:+.1f}"),
-    ("with", "{flooded[accuracy_mean]:.2f} ({flooded[accuracy_sd]:.2f})"),
-    ("paper", "{flooded[paper_mean]:.2f} ({flooded[paper_sd]:.2f})"),
-    ("off by (sd)", "{flooded_apart:+.1f}"),
-    ("gain", "{gain:+.2f}"),
-    ("level", "{flooded[level_mean]:.2f} ({flooded[level_sd]:.2f})"),
-    (
-        "paper",
-        "{flooded[paper_level_mean]:.2f} ({flooded[paper_level_sd]:.2f})",
-    ),
+HEADS = (
+    *("data", "flips", "early stopping", "without", "paper", "off by (sd)", "with"),
+    *("paper", "off by (sd)", "gain", "level", "paper"),
 )
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
     """The table of the paper beside ours, and a sentence on what it shows."""
     cells = payload["cells"]
+    pairs = list(zip(cells[::2], cells[1::2], strict=True))
 
     def apart(entry: Mapping[str, Any]) -> float:
         return (entry["accuracy_mean"] - entry["paper_mean"]) / entry["paper_sd"]
 
-    rows: list[dict[str, Any]] = [
-        {
-            "title": TITLES[plain["data"]],
-            "stopped": "yes" if plain["early_stopping"] else "no",
-            "plain": plain,
-            "plain_apart": apart(plain),
-            "flooded": flooded,
-            "flooded_apart": apart(flooded),
-            "gain": statistics.gain(flooded, plain),
-        }
-        for plain, flooded in zip(cells[::2], cells[1::2], strict=True)
+    def mean(entry: Mapping[str, Any], what: str) -> str:
+        return f"{entry[f'{what}_mean']:.2f} ({entry[f'{what}_sd']:.2f})"
+
+    def beside(entry: Mapping[str, Any]) -> list[str]:
+        return [mean(entry, "accuracy"), mean(entry, "paper"), f"{apart(entry):+.1f}"]
+
+    lines = [
+        [
+            *(TITLES[plain["data"]], f"{plain['noise']:.0%}"),
+            *("yes" if plain["early_stopping"] else "no", *beside(plain)),
+            *(*beside(flooded), f"{statistics.gain(flooded, plain):+.2f}"),
+            *(mean(flooded, "level"), mean(flooded, "paper_level")),
+        ]
+        for plain, flooded in pairs
     ]
     within = sum(abs(apart(entry)) <= 2 for entry in cells)
-    ahead, behind = statistics.verdicts(row["gain"] for row in rows)
+    ahead, behind = statistics.verdicts(
+        statistics.gain(flooded, plain) for plain, flooded in pairs
+    )
     summary = (
         f"{within} of {len(cells)} accuracies are within two of the paper's standard "
-        f"deviations. Of {len(rows)} pairs, flooding is ahead in {ahead} and behind "
-        f"in {behind}; in the other {len(rows) - ahead - behind} the 95% interval of "
+        f"deviations. Of {len(pairs)} pairs, flooding is ahead in {ahead} and behind "
+        f"in {behind}; in the other {len(pairs) - ahead - behind} the 95% interval of "
         "the paired gain includes 0."
     )
-    whole = report.table(rows, COLUMNS)
+    whole = report.markdown(HEADS, lines)
     return {
         "synthetic": "\n\n".join((whole, summary, report.provenance(payload))),
         "synthetic-descent": descents(payload["curves"]),
