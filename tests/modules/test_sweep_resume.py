@@ -110,7 +110,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     code = textwrap.dedent(KILLED).format(
         dies=TORN.strip() if alone else "time.sleep(0.2)"
     )
-    process, deadline = python(code, path), time.monotonic() + 60
+    process, deadline = python(code, path), time.monotonic() + 240
     while not alone and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= 3:
             process.kill()
@@ -176,11 +176,11 @@ def test_resumed_by_another_strategy_agrees_to_rounding(
 FULL_DISK = """
     import json, resource, sys
     folder, *limits = sys.argv[1:]
+    sweep.run(train, LEVELS, KEYS, **OPTIONS)  # compiled while there is room
     for limit in limits:
         size = int(limit), resource.RLIM_INFINITY
         found = []
         for _ in range(2):  # the second finds it still full
-            sweep.run(train, LEVELS, KEYS, **OPTIONS)  # compiled while there is room
             resource.setrlimit(resource.RLIMIT_FSIZE, size)
             try:
                 sweep.run(train, LEVELS, KEYS, path=f"{folder}/{limit}", **OPTIONS)
