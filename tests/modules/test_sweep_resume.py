@@ -160,6 +160,12 @@ def test_file_with_a_fault_costs_the_chunks_it_lost(copy, whole, computed, fault
         chex.assert_trees_all_equal_dtypes(found, whole)
 
 
+def test_file_is_written_by_tenths_of_the_runs_unless_told(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    sweep.run(train, LEVELS, KEYS, strategy="vmap", path=path)
+    assert len(lines_of(path)) == 1 + 6  # twelve runs, two at a time
+
+
 @pytest.mark.parametrize("strategy", ["map", "shard"])
 def test_resumed_by_another_strategy_agrees_to_rounding(
     copy, whole, computed, strategy
