@@ -21,6 +21,7 @@ BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS - FINISHED)
 # ten seconds of compilation or more; the quickstart and the others run every time
 LONGEST = {
     "accelerator",
+    "distributed",
     "overhead",
     "rivals",
     "unlearning",

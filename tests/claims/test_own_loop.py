@@ -280,12 +280,13 @@ ALONE = pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.
 
 
 @ALONE
+@pytest.mark.slow  # waits for the heartbeats of killed workers
 @pytest.mark.parametrize(
     ("database", "workers", "dies_in"),
     [
         pytest.param("sqlite", 2, 1, id="an enqueued run"),
-        pytest.param("sqlite", 2, 2, id="a later run", marks=pytest.mark.slow),
-        pytest.param("postgresql", 3, 1, id="PostgreSQL", marks=pytest.mark.slow),
+        pytest.param("sqlite", 2, 2, id="a later run"),
+        pytest.param("postgresql", 3, 1, id="PostgreSQL"),
     ],
 )
 def test_level_of_a_killed_process_is_trained_by_another_and_counted_once(
