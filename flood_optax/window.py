@@ -124,13 +124,16 @@ class Windows(NamedTuple):
       every_k: how many, or a schedule of it.
       should_skip: the rule of what is skipped, if there is one.
       dtype: of the mean gradients; None is float32 at least.
-      of_one: whether each update is a step.
     """
 
     every_k: EveryK
     should_skip: ShouldSkip | None
     dtype: DTypeLike | None
-    of_one: bool
+
+    @property
+    def of_one(self) -> bool:
+        """Whether each update is a step."""
+        return self.every_k == 1 and self.should_skip is None
 
     def opened(self, params: Any) -> FloodWindow | tuple[()]:
         """The first window, for params."""
@@ -215,8 +218,7 @@ def accumulation(
             '`static_args="every_k"`; a schedule is legal too.'
         )
         every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
-    of_one = every_k == 1 and should_skip is None
-    return Windows(every_k, should_skip, accumulator_dtype, of_one)
+    return Windows(every_k, should_skip, accumulator_dtype)
 
 
 def _verdict(

@@ -204,11 +204,9 @@ def with_checks(step: Callable[..., Any], state: Any) -> Callable[..., Any]:
 
     def checked(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
         result = step(*args)
-        pair, got = (
-            isinstance(result, tuple) and len(result) == 2,
-            type(result).__name__,
-        )
-        check_that(pair, STEP, "return (state, metrics)", got, error=TypeError)
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        got = type(result).__name__
+        check_that(is_pair, STEP, "return (state, metrics)", got, error=TypeError)
         after, metrics = result
         metrics = as_metrics(metrics, STEP)
         rule = "return the raw loss as the metric 'loss'"
