@@ -108,7 +108,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 ):
     path, alone = tmp_path / "sweep.jsonl", by.startswith("itself")
     code = textwrap.dedent(KILLED).format(
-        dies=TORN.strip() if alone else "time.sleep(0.2)"
+        dies=TORN.strip() if alone else "time.sleep(0.2 if len(calls) < 5 else 300)"
     )
     process, deadline = python(code, path), time.monotonic() + 240
     while not alone and time.monotonic() < deadline:
