@@ -28,6 +28,9 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / f"{_VERSION}-{_KEY}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 # of programs that compile in no time there are so many that together they take minutes
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# LLVM's part of compiling takes longer than the tests run; XLA's own passes, and so the
+# programs whose cost is counted, are the same without it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")  # the workers share the cores already
 
@@ -37,6 +40,19 @@ def pytest_xdist_auto_num_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), 8)
     return min(os.cpu_count() or 1, 8)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compiles as users do, for results that two programs must share bit for bit."""
+    import jax  # noqa: PLC0415 - after the variables above
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture

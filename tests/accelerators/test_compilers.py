@@ -59,7 +59,8 @@ def programs_for(machine):
     )
     module = {"forms": more_forms.__name__}
     cells = [*own, *sweep, *(cell | module for cell in more)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # as users compile
         journal = pathlib.Path(folder, "rows.jsonl")
         rows = environments.compile_cells(machine, cells, journal)
     of = summary.references()

@@ -1,5 +1,7 @@
 """Flooding among optax's optimizers: which of them settle at the level."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,11 +177,13 @@ def test_momo_behind_a_flood_in_the_chain_is_stuck_below_the_level():
 def test_polyak_sgd_with_minimum_zero_oscillates_and_differs_from_the_loss_form():
     chained = behind(optax.polyak_sgd(f_min=0.0))
     wrapped = flood(optax.polyak_sgd(f_min=0.0), B)
-    by_chain, by_wrapper = (late_losses(o, reading) for o in (chained, wrapped))
-    by_loss = late_losses(optax.polyak_sgd(f_min=0.0), reading, loss_fn=BENT)
+    # the first steps: later ones are chaotic, and others on another processor
+    losses = functools.partial(late_losses, arguments=reading, steps=20)
+    by_chain, by_wrapper = losses(chained), losses(wrapped)
+    by_loss = losses(optax.polyak_sgd(f_min=0.0), loss_fn=BENT)
     assert np.ptp(by_wrapper) > 1.0
     np.testing.assert_allclose(by_wrapper, by_loss, rtol=1e-3)
-    assert abs(by_chain.mean() - by_wrapper.mean()) > 0.1
+    assert np.abs(by_chain - by_wrapper).max() > 1.0
 
 
 def test_line_search_behind_a_flood_in_the_chain_is_refused():

@@ -13,6 +13,8 @@ import pytest
 from flood_optax import Shape, flooded, scale_by_flood, shapes
 from tests import forms
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 class TanhMLP(nn.Module):
     @nn.compact

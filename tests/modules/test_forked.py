@@ -16,6 +16,8 @@ from flood_optax import shapes, sweep
 from flood_optax.sweep import trunk
 from tests import processes
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TOY_STATE = jnp.float32(1.3)
 
 
