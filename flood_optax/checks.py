@@ -195,7 +195,7 @@ def check_one_of(call: str, given: Any, words: tuple[str, ...]) -> None:
     check_that(known, call, f"be {', '.join(others)} or {last}", repr(given))
 
 
-def loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
+def as_loss_and_aux(call: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
     """Splits what loss_fn returned into the loss and aux, None without ``has_aux``."""
     length = len(result) if isinstance(result, tuple) else None
     if length is None and not has_aux:

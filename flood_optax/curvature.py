@@ -10,11 +10,11 @@ import optax
 from jax import lax
 
 from flood_optax.checks import (
+    as_loss_and_aux,
     as_scalar_loss,
     check_raw,
     check_that,
     is_float,
-    loss_and_aux,
 )
 from flood_optax.devices import split_like
 from flood_optax.precision import wide
@@ -43,7 +43,7 @@ def loss_of_params(
 
     def loss(params: optax.Params) -> tuple[jax.Array, Any]:
         result = loss_fn(params, *args, **kwargs)
-        value, aux = loss_and_aux(call, result, has_aux=has_aux)
+        value, aux = as_loss_and_aux(call, result, has_aux=has_aux)
         remedy = "Reduce it first, say by `jnp.mean`."
         return as_scalar_loss(value, f"{call}(loss_fn)'s loss", remedy), aux
 

@@ -36,13 +36,14 @@ def one_dispatch(
 
 
 def on_chosen(
-    function: Callable[[list[Any]], list[Any]], tree: Any, chosen: Sequence[bool]
-) -> Any:
-    """The tree, with what a function makes of all chosen leaves in their places.
+    function: Callable[[list[Any]], tuple[Any, ...]], tree: Any, chosen: Sequence[bool]
+) -> tuple[Any, ...]:
+    """What a function makes of the chosen leaves of a tree, all in one call.
 
-    The others stay the objects that they are.
+    First come the leaves, in their places among the others, which stay the objects that
+    they are; then what else the function returns.
     """
     leaves, structure = jax.tree.flatten(tree)
-    made = iter(function([*itertools.compress(leaves, chosen)]))
-    pairs = zip(leaves, chosen, strict=True)
-    return structure.unflatten(next(made) if yes else leaf for leaf, yes in pairs)
+    made, *rest = function([*itertools.compress(leaves, chosen)])
+    new, pairs = iter(made), zip(leaves, chosen, strict=True)
+    return structure.unflatten(next(new) if yes else x for x, yes in pairs), *rest

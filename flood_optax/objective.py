@@ -15,13 +15,13 @@ from jax.typing import ArrayLike
 from flood_optax.bend import flood_value, with_slope
 from flood_optax.checks import (
     FLOODED,
+    as_loss_and_aux,
     as_real_array,
     as_scalar_loss,
     broadcast_level,
     check_level,
     check_raw,
     check_scalar_level,
-    loss_and_aux,
 )
 from flood_optax.devices import AxisName, check_axes, varying_like
 from flood_optax.mean import flood_mean
@@ -224,7 +224,7 @@ def flooded(
     @functools.wraps(loss_fn)
     def flooded_fn(*args: Any, **kwargs: Any) -> Any:
         result = loss_fn(*args, **kwargs)
-        loss, aux = loss_and_aux("flooded", result, has_aux=has_aux)
+        loss, aux = as_loss_and_aux("flooded", result, has_aux=has_aux)
         loss = as_scalar_loss(
             loss,
             "flooded(loss_fn)'s loss",

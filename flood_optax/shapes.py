@@ -218,7 +218,8 @@ def _reflect_value(r: jax.Array) -> jax.Array:
 
 
 def _reflect_multiplier(r: jax.Array) -> jax.Array:
-    return _keep_nan(r, jnp.where(r >= 0, jnp.ones_like(r), -jnp.ones_like(r)))
+    one = jnp.ones_like(r)
+    return jnp.where(r >= 0, one, jnp.where(r < 0, -one, r))  # NaN is neither
 
 
 def _soft_value(r: jax.Array, s: jax.Array) -> jax.Array:
@@ -248,7 +249,7 @@ def _pause_value(r: jax.Array) -> jax.Array:
 
 
 def _pause_multiplier(r: jax.Array) -> jax.Array:
-    return _keep_nan(r, jnp.where(r >= 0, jnp.ones_like(r), jnp.zeros_like(r)))
+    return jnp.where(r >= 0, jnp.ones_like(r), jnp.where(r < 0, jnp.zeros_like(r), r))
 
 
 def _asymmetric_value(r: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
@@ -256,11 +257,7 @@ def _asymmetric_value(r: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _asymmetric_multiplier(r: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
-    return _keep_nan(r, jnp.where(r >= -d, jnp.ones_like(r), -a))
-
-
-def _keep_nan(r: jax.Array, multiplier: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(r), r, multiplier)
+    return jnp.where(r >= -d, jnp.ones_like(r), jnp.where(r < -d, -a, r))
 
 
 def _nan_squared(r: jax.Array) -> jax.Array:

@@ -148,7 +148,6 @@ def scale_by_flood(
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
     compare = comparison("scale_by_flood", level, band, shape)
-    never_zero = shape == reflect()
 
     def init_fn(params: optax.Params) -> FloodState:
         del params
@@ -167,18 +166,18 @@ def scale_by_flood(
                 "loss. Use `flood_optax.flood(inner, level)` or "
                 "`flood_optax.flooded(loss_fn, level)`."
             )
-        before: FloodState = state_of(FloodState, state, "scale_by_flood()")
+        if not isinstance(state, FloodState):
+            refuse_state(FloodState, state, "scale_by_flood()")
         loss, _, counts = batch_loss(
             "scale_by_flood()", extra_args, axis_name, updates, params
         )
-        bent, after = compare(before, loss, counts)
-        may_be_zero = counts is not None or not never_zero
-        return scaled(updates, bent.multiplier, may_be_zero=may_be_zero), after
+        updates, _, after = compare(state, loss, updates, counts)
+        return updates, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-Comparison = Callable[..., tuple[Bent, FloodState]]
+Comparison = Callable[..., tuple[Any, Bent, FloodState]]
 
 
 def initial_state() -> FloodState:
@@ -194,26 +193,79 @@ def initial_state() -> FloodState:
 def comparison(
     call: str, level: Level, band: ArrayLike | None, shape: Shape
 ) -> Comparison:
-    """Checks what an optax form is given, and returns its comparison of one loss."""
+    """Checks what an optax form is given, and returns how it floods one update."""
     check_shape(shape, f"{call}(shape=...)")
     if not callable(level):
         check_scalar_level(level, f"{call}(level=...)")
     has_band = _check_band(call, level, band, shape)
+    never_zero = shape == reflect()
     # A shape of traced numbers must not be kept with what is compiled for it.
-    run = _compared if is_static(shape) else _compare
+    run = _compiled_flooded if is_static(shape) else _flooded
 
     def compare(
-        state: FloodState, loss: jax.Array, counts: jax.Array | None = None
-    ) -> tuple[Bent, FloodState]:
+        state: FloodState,
+        loss: jax.Array,
+        updates: Any,
+        counts: jax.Array | None = None,
+    ) -> tuple[Any, Bent, FloodState]:
         now = level
         if callable(now):
             now = now(state.flood_step)
             check_scalar_level(now, f"{call}(level=...)")
             _check_ends(call, now, band)
-        width = band if has_band else None
-        return run(state, loss, jnp.asarray(now), width, counts, shape=shape)
+        flood_leaves = functools.partial(
+            run,
+            *(state, loss, jnp.asarray(now)),
+            band=band if has_band else None,
+            counts=counts,
+            shape=shape,
+            never_zero=never_zero,
+        )
+        dtypes = map(jax.dtypes.result_type, jax.tree.leaves(updates))  # of keys, too
+        inexact = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
+        return on_chosen(flood_leaves, updates, inexact)
 
     return compare
+
+
+def _flooded(
+    state: FloodState,
+    loss: jax.Array,
+    level: jax.Array,
+    updates: list[Any],
+    *,
+    band: ArrayLike | None,
+    counts: jax.Array | None,
+    shape: Shape,
+    never_zero: bool,
+) -> tuple[list[jax.Array], Bent, FloodState]:
+    """One loss, bent, and its updates times m.
+
+    Each leaf keeps its dtype; what counts nothing leaves no trace.
+    """
+    bent, after = _compare(state, loss, level, band, shape)
+    if counts is not None:
+        bent = bent._replace(multiplier=jnp.where(counts, bent.multiplier, 0))
+        after = jax.tree.map(functools.partial(jnp.where, counts), after, state)
+    m = bent.multiplier
+    # 0 times inf is 0; a select costs an operation per entry, and memory unless fused
+    zero = None if never_zero and counts is None else m == 0
+    scaled = []
+    for update in map(jnp.asarray, updates):
+        dtype = update.dtype
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        parts = [jnp.real(update), jnp.imag(update)] if is_complex else [update]
+        for i, part in enumerate(parts):
+            work = np.promote_types(part.dtype, np.float32)  # 16 bits are rounded once
+            product = (part.astype(work) * m.astype(work)).astype(part.dtype)
+            if zero is not None:
+                product = jnp.where(zero, jnp.zeros_like(product), product)
+            parts[i] = product
+        scaled.append(lax.complex(*parts) if is_complex else parts[0])
+    return scaled, bent, after
+
+
+_compiled_flooded = one_dispatch(_flooded, static=("shape", "never_zero"))
 
 
 def _compare(
@@ -221,11 +273,9 @@ def _compare(
     loss: jax.Array,
     level: jax.Array,
     band: ArrayLike | None,
-    counts: jax.Array | None,
-    *,
     shape: Shape,
 ) -> tuple[Bent, FloodState]:
-    """One loss at its level or end of the band; it leaves no trace if it must not."""
+    """One loss at its level or end of the band, and the state with it."""
     dtype = np.promote_types(loss.dtype, np.float32)
     if band is not None:
         climbs = state.flood_value < state.flood_level  # as the last step did
@@ -250,13 +300,7 @@ def _compare(
         flood_value=value,
         flood_below=jnp.where(is_below, below, state.flood_below),
     )
-    if counts is not None:
-        bent = bent._replace(multiplier=jnp.where(counts, bent.multiplier, 0))
-        after = jax.tree.map(functools.partial(jnp.where, counts), after, state)
     return bent, after
-
-
-_compared = one_dispatch(_compare, static="shape")
 
 
 def _check_band(call: str, level: Level, band: ArrayLike | None, shape: Shape) -> bool:
@@ -348,9 +392,10 @@ def batch_loss(
         "Pass the mean over the batch, the scalar you differentiate.",
     )
     check_axes(call, share, axis_name)
+    if weight is None and axis_name is None:
+        return BatchLoss(share, 1, None)
     if weight is None:  # each device counts 1
-        devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        return BatchLoss(global_mean(share, axis_name), devices, None)
+        return BatchLoss(global_mean(share, axis_name), lax.axis_size(axis_name), None)
     check_number(f"{call}.update(weight=...)", weight, "non-negative and finite")
     counted = wide(share)
     part = jnp.asarray(weight, counted.dtype)
@@ -377,45 +422,10 @@ def _refuse_without_loss(call: str, updates: Any, params: Any) -> NoReturn:
     )
 
 
-def state_of(kind: type, state: Any, call: str) -> Any:
-    """The state, which must be one that this transformation's `init` gave."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"`{call}.update(state)` must be a {kind.__name__}, as its `init` gives, "
-            f"got {type(state).__name__}. How to go on from a checkpoint of plain "
-            "training: docs/traps.md, Checkpoints."
-        )
-    return state
-
-
-def scaled(
-    updates: optax.Updates, multiplier: jax.Array, *, may_be_zero: bool = True
-) -> optax.Updates:
-    """Multiplies each leaf by m, in the dtype of the leaf; 0 times inf is 0."""
-    dtypes = map(jax.dtypes.result_type, jax.tree.leaves(updates))  # of keys, too
-    inexact = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
-    scale = functools.partial(_scaled, multiplier, may_be_zero=may_be_zero)
-    return on_chosen(scale, updates, inexact)
-
-
-@functools.partial(one_dispatch, static="may_be_zero")
-def _scaled(
-    multiplier: jax.Array, updates: list[Any], *, may_be_zero: bool
-) -> list[jax.Array]:
-    zero = multiplier == 0 if may_be_zero else None
-    return [_scaled_leaf(jnp.asarray(x), multiplier, zero) for x in updates]
-
-
-def _scaled_leaf(
-    update: jax.Array, multiplier: jax.Array, zero: jax.Array | None
-) -> jax.Array:
-    dtype = update.dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        real, imag = jnp.real(update), jnp.imag(update)
-        return lax.complex(
-            _scaled_leaf(real, multiplier, zero), _scaled_leaf(imag, multiplier, zero)
-        )
-    work = np.promote_types(dtype, np.float32)  # 16-bit leaves are rounded once
-    product = (update.astype(work) * multiplier.astype(work)).astype(dtype)
-    # costs an operation per entry, and memory where XLA does not fuse it
-    return product if zero is None else jnp.where(zero, jnp.zeros_like(update), product)
+def refuse_state(kind: type, state: Any, call: str) -> NoReturn:
+    """Says that it is none that this transformation's `init` gave."""
+    raise TypeError(
+        f"`{call}.update(state)` must be a {kind.__name__}, as its `init` gives, "
+        f"got {type(state).__name__}. How to go on from a checkpoint of plain "
+        "training: docs/traps.md, Checkpoints."
+    )

@@ -79,7 +79,7 @@ class Added(NamedTuple):
       emits: whether the window is complete, and holds anything to step by.
       before: the window without it.
       after: the window with it, if no step is taken, and without gradients.
-      counts: whether it does; what is skipped or of weight 0 does not.
+      counts: whether it does; what is skipped or of weight 0 does not. None is yes.
       share: its part in the means.
       grads: its gradients.
       loss: its loss.
@@ -95,12 +95,8 @@ class Added(NamedTuple):
 
     def means(self) -> tuple[Any, jax.Array]:
         """The means of the window, of the dtypes of the gradients and of the loss."""
-
-        def like(grad: Any, mean: Any) -> Any:
-            masked = isinstance(mean, optax.MaskedNode)
-            return grad if masked else mean.astype(jax.typeof(grad).dtype)
-
-        means = jax.tree.map(like, self.grads, self._gradients())
+        old = self.before.flood_grad_mean
+        means = _mean_gradients(self.grads, old, self.share, self.counts, emits=True)
         return means, self.after.flood_value_mean.astype(self.loss.dtype)
 
     def closed(self) -> FloodWindow:
@@ -110,11 +106,9 @@ class Added(NamedTuple):
 
     def kept(self) -> FloodWindow:
         """The window after no step."""
-        return self.after._replace(flood_grad_mean=self._gradients())
-
-    def _gradients(self) -> Any:
         old = self.before.flood_grad_mean
-        return _add_gradients(old, self.grads, self.share, self.counts)
+        means = _mean_gradients(self.grads, old, self.share, self.counts, emits=False)
+        return self.after._replace(flood_grad_mean=means)
 
 
 class Windows(NamedTuple):
@@ -124,16 +118,13 @@ class Windows(NamedTuple):
       every_k: how many, or a schedule of it.
       should_skip: the rule of what is skipped, if there is one.
       dtype: of the mean gradients; None is float32 at least.
+      of_one: whether each update is a step.
     """
 
     every_k: EveryK
     should_skip: ShouldSkip | None
     dtype: DTypeLike | None
-
-    @property
-    def of_one(self) -> bool:
-        """Whether each update is a step."""
-        return self.every_k == 1 and self.should_skip is None
+    of_one: bool
 
     def opened(self, params: Any) -> FloodWindow | tuple[()]:
         """The first window, for params."""
@@ -169,26 +160,26 @@ class Windows(NamedTuple):
         if self.of_one:
             _check_no_window(window)
             return Alone(batch.counts is None or batch.counts, grads, batch.loss)
-        window = _complete(window)
-        # What is known before tracing (that nothing is skipped, that all weigh 1) stays
-        # a NumPy bool here, so that no select is made for it: one costs memory.
-        weighs = np.True_ if batch.counts is None else batch.counts
-        skip, skip_state = np.False_, ()
+        window = _as_window(window)
+        # None where it is known before tracing that all weigh 1 and nothing is skipped,
+        # so that no select is made for it: one costs memory.
+        counts, skip, skip_state = batch.counts, None, ()
         if self.should_skip is not None:
             given = grads, number, params, batch.loss
             skip, skip_state = _verdict(self.should_skip, *given)
-            # A micro-batch of weight 0 is not skipped: it takes its place in the
-            # window, as the rows of padding that it stands for in a large batch.
-            skip &= weighs
-            skip_state = _pick(weighs, skip_state, window.flood_skip_state)
-        counts = ~skip & weighs
+            if counts is not None:
+                # A micro-batch of weight 0 is not skipped: it takes its place in the
+                # window, as the rows of padding that it stands for in a large batch.
+                skip &= counts
+                skip_state = _pick(counts, skip_state, window.flood_skip_state)
+            counts = ~skip if counts is None else counts & ~skip
         k = self.every_k
         after, emits, share = _add_scalars(
             window._replace(flood_grad_mean=(), flood_skip_state=()),
             batch,
             counts,
             skip=skip,
-            size=_size(k, number) if callable(k) else k,
+            size=_as_size(k, number) if callable(k) else k,
             flush=flush,
         )
         after = after._replace(flood_skip_state=skip_state)
@@ -218,7 +209,8 @@ def accumulation(
             '`static_args="every_k"`; a schedule is legal too.'
         )
         every_k = as_integer("flood(every_k=...)", every_k, least=1, remedy=remedy)
-    return Windows(every_k, should_skip, accumulator_dtype)
+    of_one = every_k == 1 and should_skip is None
+    return Windows(every_k, should_skip, accumulator_dtype, of_one)
 
 
 def _verdict(
@@ -235,7 +227,9 @@ def _verdict(
     return jnp.asarray(skip), skip_state
 
 
-def _size(schedule: Callable[[jax.Array], ArrayLike], number: jax.Array) -> jax.Array:
+def _as_size(
+    schedule: Callable[[jax.Array], ArrayLike], number: jax.Array
+) -> jax.Array:
     """How many micro-batches the window of this number takes."""
     k = jnp.asarray(schedule(number))
     fits = k.shape == () and jnp.issubdtype(k.dtype, jnp.integer)
@@ -269,7 +263,7 @@ def _check_dtype(given: DTypeLike) -> None:
         raise TypeError(must("flood(accumulator_dtype=...)", rule, repr(given)))
 
 
-def _complete(window: Any) -> FloodWindow:
+def _as_window(window: Any) -> FloodWindow:
     """The window of a state, which may have been written before there were weights."""
     if not isinstance(window, FloodWindow):
         found, cure = type(window).__name__, "FloodWindow(*state.flood_window)"
@@ -316,31 +310,41 @@ def _add_scalars(
         flood_weight_rest=weight_rest,
         flood_value_rest=rest,
     )
-    after, number = _pick(counts, more, window), window.flood_mini_step
-    full = (number >= size - 1) & ~skip
+    after = more if counts is None else _pick(counts, more, window)
+    number = window.flood_mini_step
+    full, taken = number >= size - 1, number + 1
+    if skip is not None:
+        full, taken = full & ~skip, jnp.where(skip, number, taken)
     full = full if flush is False else full | flush
-    number = jnp.where(skip, number, number + 1)
     # A full window that does not emit holds nothing: all is zero but its number.
     after = after._replace(
-        flood_mini_step=jnp.where(full, jnp.zeros_like(number), number)
+        flood_mini_step=jnp.where(full, jnp.zeros_like(taken), taken)
     )
     # XLA divides by a scalar so, too, but would read the mean gradients twice
     return after, full & (after.flood_weight != 0), 1 / parts
 
 
-@one_dispatch
-def _add_gradients(means: Any, updates: Any, share: jax.Array, counts: Any) -> Any:
-    """The mean gradients with those of one more micro-batch, if it counts."""
+@functools.partial(one_dispatch, static="emits")
+def _mean_gradients(
+    grads: Any, means: Any, share: jax.Array, counts: Any, *, emits: bool
+) -> Any:
+    """The mean gradients with those of one more micro-batch, if it counts.
 
-    def mean(new: Any, old: Any) -> Any:
+    They are of the dtypes of the gradients if the window emits them.
+    """
+
+    def mean(grad: Any, old: Any) -> Any:
         if isinstance(old, optax.MaskedNode):
-            return old
+            return grad if emits else old
         # a narrow mean is taken in float32 and rounded once
         wide = old.astype(np.promote_types(old.dtype, np.float32))
-        step = (jnp.asarray(new, wide.dtype) - wide) * share.astype(wide.dtype)
-        return (wide + step).astype(old.dtype)
+        step = (jnp.asarray(grad, wide.dtype) - wide) * share.astype(wide.dtype)
+        new = (wide + step).astype(old.dtype)
+        if counts is not None:
+            new = jnp.where(counts, new, old)
+        return new.astype(jax.typeof(grad).dtype) if emits else new
 
-    return _pick(counts, jax.tree.map(mean, updates, means), means)
+    return jax.tree.map(mean, grads, means)
 
 
 def _two_sum(
@@ -359,7 +363,5 @@ def _two_sum(
 _zeros_like = one_dispatch(optax.tree.zeros_like)
 
 
-def _pick(condition: Any, yes: Any, no: Any) -> Any:
-    if isinstance(condition, np.bool_):
-        return yes if condition else no
+def _pick(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)

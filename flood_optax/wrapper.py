@@ -26,8 +26,7 @@ from flood_optax.transform import (
     batch_loss,
     comparison,
     initial_state,
-    scaled,
-    state_of,
+    refuse_state,
 )
 from flood_optax.window import EveryK, FloodWindow, ShouldSkip, accumulation
 
@@ -150,7 +149,6 @@ def flood(
     _check_optimizer(inner)
     inner = optax.with_extra_args_support(inner)
     compare = comparison("flood", level, band, shape)
-    never_zero = shape == reflect()
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
     # Types of what an update is given, and the dtypes of the inner optimizer's update:
     # to trace it costs more than a step.
@@ -169,7 +167,9 @@ def flood(
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        before: FloodWrapperState = state_of(FloodWrapperState, state, "flood(inner)")
+        if not isinstance(state, FloodWrapperState):
+            refuse_state(FloodWrapperState, state, "flood(inner)")
+        before = state
         search = {n: extra_args[n] for n in SEARCH if extra_args.get(n) is not None}
         if search:
             weight = extra_args.get("weight")
@@ -189,14 +189,20 @@ def flood(
         )
 
         def step() -> tuple[Any, FloodWrapperState]:
-            means, mean_loss = batch.means()
-            bent, flood_state = compare(before.flood_state, mean_loss)
+            means, loss = batch.means()
+            raw = means, search.get("grad")
+            bent_grads, bent, flood_state = compare(before.flood_state, loss, raw)
+            bent_means, grad = bent_grads
+            extra = handed_on | {"value": bent.value.astype(loss.dtype)}
+            if grad is not None:
+                extra["grad"] = grad
+            if "value_fn" in search:
+                check_raw("flood(...).update(value_fn=...)", search["value_fn"])
+                extra["value_fn"] = flooded(
+                    search["value_fn"], bent.level, axis_name=axis_name, shape=shape
+                )
             stepped, inner_state = inner.update(
-                scaled(means, bent.multiplier, may_be_zero=not never_zero),
-                before.flood_inner_state,
-                params,
-                value=bent.value.astype(mean_loss.dtype),
-                **(handed_on | _flooded_search(search, bent, shape, axis_name)),
+                bent_means, before.flood_inner_state, params, **extra
             )
             if "value_fn" in search:
                 inner_state = _forget_flooded(inner_state, bent)
@@ -262,22 +268,6 @@ def _check_search(
         )
 
 
-def _flooded_search(
-    search: dict[str, Any], bent: Bent, shape: Shape, axis_name: AxisName | None
-) -> dict[str, Any]:
-    """What a line search is given, all of which came raw, flooded."""
-    found = dict(search)
-    if "grad" in found:
-        found["grad"] = scaled(found["grad"], bent.multiplier)
-    if "value_fn" in found:
-        value_fn = found["value_fn"]
-        check_raw("flood(...).update(value_fn=...)", value_fn)
-        found["value_fn"] = flooded(
-            value_fn, bent.level, axis_name=axis_name, shape=shape
-        )
-    return found
-
-
 def _forget_flooded(inner_state: Any, bent: Bent) -> Any:
     """Marks value and gradient that a line search keeps, flooded ones, as unknown.
 
@@ -304,12 +294,13 @@ def _no_update(updates: Any, dtypes: list[Any]) -> Any:
     """Zeros of the dtypes that the inner optimizer gives; keys and float0 have none."""
     numeric = [jnp.issubdtype(dtype, np.number) for dtype in dtypes]
     of_numbers = tuple(itertools.compress(dtypes, numeric))
-    return on_chosen(functools.partial(_zeros, dtypes=of_numbers), updates, numeric)
+    zeros = functools.partial(_zeros, dtypes=of_numbers)
+    return on_chosen(zeros, updates, numeric)[0]
 
 
 @functools.partial(one_dispatch, static="dtypes")
-def _zeros(leaves: list[Any], *, dtypes: tuple[Any, ...]) -> list[jax.Array]:
-    return [*map(jnp.zeros_like, leaves, dtypes)]
+def _zeros(leaves: list[Any], *, dtypes: tuple[Any, ...]) -> tuple[list[jax.Array]]:
+    return ([*map(jnp.zeros_like, leaves, dtypes)],)
 
 
 # ---- what may be wrapped ----

@@ -222,12 +222,12 @@ def eagerly(optimizer, steps=1, **extra):
 ADAM = optax.adam(1e-3)
 EAGER = {
     # form -> a function of steps, how many programs more than plain Adam a step
-    "chain": (eagerly(optax.chain(scale_by_flood(0.5), ADAM)), 3),
-    "flood": (eagerly(flood(ADAM, 0.5)), 3),
-    "band": (eagerly(optax.chain(scale_by_flood(0.5, band=0.1), ADAM)), 3),
-    "weight": (eagerly(flood(ADAM, 0.5), weight=2.0), 8),
+    "chain": (eagerly(optax.chain(scale_by_flood(0.5), ADAM)), 2),
+    "flood": (eagerly(flood(ADAM, 0.5)), 2),
+    "band": (eagerly(optax.chain(scale_by_flood(0.5, band=0.1), ADAM)), 2),
+    "weight": (eagerly(flood(ADAM, 0.5), weight=2.0), 6),
     # four micro-batches, a step of Adam: less than one more
-    "windows": (eagerly(flood(ADAM, 0.5, every_k=4), steps=4), 15),
+    "windows": (eagerly(flood(ADAM, 0.5, every_k=4), steps=4), 14),
 }
 
 
