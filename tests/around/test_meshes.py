@@ -271,6 +271,10 @@ CHECKS.each(
     CHECKS.once,
     rows_equal_one_device,
     curvature_on_an_automatic_model_axis=["curvature", BOTH, AUTO, 1e-4],
+)
+CHECKS.each(
+    CHECKS.rarely,
+    rows_equal_one_device,
     curvature_on_an_explicit_model_axis=["curvature", BOTH, EXPLICIT, 1e-4],
 )
 

@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks import distributed
 
+pytestmark = pytest.mark.slow  # each case starts processes
+
 STEPS = distributed.STEPS
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def ranks(request):
     """What each process ends with, by form."""
     return distributed.launch(request.param, STEPS)

@@ -164,7 +164,12 @@ def average_keeps_the_sharding_of_its_parameters(kind):
                 assert all(x.sharding.is_fully_replicated for x in logs.values())
 
 
-CHECKS.each(CHECKS.once, average_keeps_the_sharding_of_its_parameters, **KINDS)
+for kind, given in KINDS.items():
+    CHECKS.each(
+        CHECKS.once if kind == "explicit" else CHECKS.rarely,
+        average_keeps_the_sharding_of_its_parameters,
+        **{kind: given},
+    )
 
 
 # ---- shard_map ----

@@ -106,6 +106,7 @@ def test_the_share_of_wrong_labels_is_asked_of_draws_with_exact_flips(name):
         assert [true[row] for row in x] == np.asarray(clean[1]).tolist()
 
 
+@pytest.mark.slow
 def test_the_share_of_wrong_labels_has_a_record_of_its_own(tmp_path):
     study.conduct(choosing, ["--wrong-labels", "--smoke", "--out", str(tmp_path)])
     payload = json.loads((tmp_path / "choosing-wrong-labels.json").read_text())

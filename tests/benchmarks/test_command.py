@@ -22,6 +22,7 @@ BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS - FINISHED)
 LONGEST = {
     "accelerator",
     "distributed",
+    "membership",
     "overhead",
     "rivals",
     "unlearning",

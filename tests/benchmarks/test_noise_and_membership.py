@@ -243,7 +243,9 @@ def test_members_are_counted_above_all_but_a_hundredth_of_the_others():
     np.testing.assert_allclose(membership.confidence(loss), np.log(odds), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["elr", "band"])
+@pytest.mark.parametrize(
+    "method", ["band", pytest.param("elr", marks=pytest.mark.slow)]
+)
 def test_a_model_is_an_explicit_loop(data, method):
     keys = jax.random.split(jax.random.key(9), 4)
     c = dataclasses.replace(TINY, adam=0.02, level=2.0, band=0.02)

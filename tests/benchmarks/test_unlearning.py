@@ -117,7 +117,16 @@ def test_term_has_the_gradient_of_its_formula(name, shape, factor):
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["graddiff", "reflect_ranked", "clamp_each", "retain"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("reflect_ranked", "retain"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("graddiff", "clamp_each")
+        ),
+    ],
+)
 def test_step_is_adam_on_the_retain_loss_and_the_term(digits, name):
     data, params = digits.draw(KEY), digits.start(jax.random.key(1))
     known = training.known_of(digits, data, params)
@@ -149,6 +158,7 @@ def test_step_is_adam_on_the_retain_loss_and_the_term(digits, name):
         np.testing.assert_allclose(after - before, expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_run_is_read_at_its_checks_and_stops_at_tau(digits, prepared):
     keys = unlearning.seeds_of(2)
     method, given = METHODS["graddiff"], recipes(METHODS["graddiff"], CONSTANTS)
@@ -358,6 +368,7 @@ def test_relearning_counts_the_steps_of_a_loop():
     assert count(-1.0) == CONSTANTS.relearn
 
 
+@pytest.mark.slow
 def test_models_differ_by_the_forget_set_alone(digits, prepared):
     readings = prepared["readings"][:, :, measures.COLUMNS.index("forget_loss")]
     retained = prepared["readings"][:, :, measures.COLUMNS.index("retain_accuracy")]

@@ -57,6 +57,7 @@ KERAS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow  # it imports Keras
 def test_keras_floods_evaluation_by_the_loss_and_not_by_compute_loss():
     process = processes.start(
         "-c", KERAS, filters=("error::UserWarning",), KERAS_BACKEND="jax"

@@ -177,6 +177,7 @@ def average_on_three_devices_is_that_on_one():
     assert_by_hand(params[0], average)
 
 
+@pytest.mark.slow
 def test_average_on_several_devices():
     name = average_on_three_devices_is_that_on_one.__name__
     processes.assert_held(name, __file__, devices=3)

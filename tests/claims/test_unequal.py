@@ -121,6 +121,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=", ".join)
 def test_devices_with_parts_of_unequal_size(case):
     processes.assert_held(", ".join(case), __file__, devices=3)

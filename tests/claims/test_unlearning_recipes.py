@@ -165,6 +165,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_recipe_on_four_devices_is_the_whole_batch(name):
     processes.assert_held(name, __file__, devices=4)

@@ -1,12 +1,13 @@
 """Both forms against numpy in every numeric mode of JAX.
 
-This file is also a script: one process, apart from all other tests, runs every check
-in every mode and reports each by name.
+This file is also a script: a process for each group of modes, apart from all other
+tests, runs every check in each and reports it by name.
 """
 
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -483,17 +484,26 @@ CHECKS = {
 }
 
 
+OP_BY_OP = ("debug_nans", "disable_jit")  # four programs in five
+GROUPS = {"compiled": MODES.keys() - OP_BY_OP, "op by op": OP_BY_OP}
+CASES = [
+    pytest.param(mode, group, marks=[pytest.mark.slow] if group == "op by op" else [])
+    for group, names in GROUPS.items()
+    for mode in sorted(names)
+]
+
+
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("mode", MODES)
-def test_both_forms_equal_numpy_in_mode(mode, check):
-    processes.assert_held(f"{mode}: {check}", __file__)
+@pytest.mark.parametrize(("mode", "group"), CASES)
+def test_both_forms_equal_numpy_in_mode(mode, group, check):
+    processes.assert_held(f"{mode}: {check}", __file__, group)
 
 
 if __name__ == "__main__":
     processes.report(
         {
-            f"{name}: {check}": functools.partial(function, mode)
-            for name, mode in MODES.items()
+            f"{name}: {check}": functools.partial(function, MODES[name])
+            for name in GROUPS[sys.argv[1]]
             for check, function in CHECKS.items()
         }
     )

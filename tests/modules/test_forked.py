@@ -111,7 +111,13 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("toy", "toy, few steps", "mlp, optax form, adam"),
+        pytest.param("mlp, loss form, momentum", marks=pytest.mark.slow),
+    ],
+)
 def test_forked_equals_separate_runs_bit_for_bit(name):
     step, state, batches, levels = PROBLEMS[name]()
     result = sweep.forked(step, state, batches, levels)
@@ -447,6 +453,7 @@ ON_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_forked_agrees_on_a_mesh_one_branch_at_a_time():
     process = processes.start("-c", textwrap.dedent(ON_DEVICES), devices=4)
     returned, out, err = processes.end(process)

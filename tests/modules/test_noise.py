@@ -230,7 +230,7 @@ def test_noise_matrix_recovers_a_known_one(data, kind):
 
     def fit(indices, key):
         del key
-        forest = ExtraTreesClassifier(200, min_samples_leaf=5, random_state=0)
+        forest = ExtraTreesClassifier(60, min_samples_leaf=5, random_state=0)
         return forest.fit(x[indices], noisy[indices])
 
     probs = levels.held_out(

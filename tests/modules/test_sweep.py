@@ -380,6 +380,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_shard_agrees_over_four_devices_that_do_not_divide_the_runs():
     process = processes.start("-c", textwrap.dedent(SHARDED), devices=4)
     returned, out, err = processes.end(process)

@@ -102,7 +102,13 @@ TORN = """
 """
 
 
-@pytest.mark.parametrize("by", ["itself, within a line", "another, at any time"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "itself, within a line",
+        pytest.param("another, at any time", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path, whole, computed, finished, by
 ):
@@ -211,6 +217,7 @@ def full_disks(tmp_path_factory, finished):
     return dict(zip(WHOLE_LINES, zip(files, errors, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_lines", WHOLE_LINES)
 def test_full_disk_raises_and_the_file_goes_on_when_there_is_room(
     full_disks, whole, computed, whole_lines
@@ -259,6 +266,7 @@ def test_two_processes_may_start_one_file_at_once(tmp_path, whole, monkeypatch):
 RUN = "import sys\nsweep.run(train, LEVELS, KEYS, path=sys.argv[1], **OPTIONS)"
 
 
+@pytest.mark.slow
 def test_processes_that_share_one_file_end_alike(tmp_path, whole):
     path = tmp_path / "sweep.jsonl"
     for process in [python(RUN, path) for _ in range(2)]:
