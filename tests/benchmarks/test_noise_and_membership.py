@@ -32,14 +32,20 @@ def loop(params, batches, objective, *, rate, level, half, decay=0.0, see=None):
     """Adam, the sign within a band by hand, and the average of the weights."""
     adam, average, sign, signs = optax.adam(rate), params, 1, set()
     state = adam.init(params)
-    for number, at in enumerate(batches, 1):
-        loss, grads = jax.value_and_grad(objective(params, at))(params)
-        sign = 1 if loss >= level + half else -1 if loss < level - half else sign
-        signs.add(sign)
-        grads = jax.tree.map(lambda g, p, s=sign: s * g + decay * p, grads, params)
+
+    @jax.jit
+    def step(params, state, average, grads, sign):
+        grads = jax.tree.map(lambda g, p: sign * g + decay * p, grads, params)
         updates, state = adam.update(grads, state)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: 0.98 * a + 0.02 * p, average, params)
+        return params, state, average
+
+    for number, at in enumerate(batches, 1):
+        loss, grads = objective(params, at)
+        sign = 1 if loss >= level + half else -1 if loss < level - half else sign
+        signs.add(sign)
+        params, state, average = step(params, state, average, grads, sign)
         if see:
             see(number, params)
     return params, average, signs
@@ -131,7 +137,9 @@ def test_a_run_with_a_band_is_an_explicit_loop():
     last, average, signs = loop(
         net.init(start, x),
         batches_of(order, 50, 24),
-        lambda _, at: lambda p: cross_entropy(net.apply(p, x[at]), y[at]),
+        jax.jit(
+            jax.value_and_grad(lambda p, at: cross_entropy(net.apply(p, x[at]), y[at]))
+        ),
         rate=SMALL.adam,
         level=level,
         half=band,
@@ -256,17 +264,19 @@ def test_a_model_is_an_explicit_loop(data, method):
     start, order = jax.random.split(keys[1])
     targets = np.zeros((20, 10))
 
+    probs_of = jax.jit(lambda params, at: jax.nn.softmax(net.apply(params, x[at])))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_fn(params, at, targets):
+        logits = net.apply(params, x[at])
+        agreed = (jax.nn.softmax(logits) * targets).sum(1)
+        pull = 3 * jnp.log(1 - agreed).mean() if method == "elr" else 0.0
+        return cross_entropy(logits, y[at]) + pull
+
     def objective(params, at):
-        probs = np.asarray(jax.nn.softmax(net.apply(params, x[at])))
-        targets[at] = 0.7 * targets[at] + 0.3 * probs
-
-        def loss_fn(params):
-            logits = net.apply(params, x[at])
-            agreed = (jax.nn.softmax(logits) * targets[at]).sum(1)
-            pull = 3 * jnp.log(1 - agreed).mean() if method == "elr" else 0.0
-            return cross_entropy(logits, y[at]) + pull
-
-        return loss_fn
+        targets[at] = 0.7 * targets[at] + 0.3 * np.asarray(probs_of(params, at))
+        return loss_fn(params, at, targets[at])
 
     level = 2.0 if method == "band" else -math.inf
     batches = batches_of(order, 20, 12)

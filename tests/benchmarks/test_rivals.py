@@ -29,6 +29,7 @@ def wine():
     size = settings.SIZES["wine"]._replace(steps=9, seeds=2, batch=10)
     problem = problems.problem("wine", size=size)
     object.__setattr__(problem, "network", problems.MLP(3, widths=(5, 4)))
+    object.__setattr__(problem, "draw", jax.jit(problem.draw))
     return problem
 
 
@@ -37,17 +38,17 @@ def fit_of(problem, kind, **recipe):
     fit = training.Fit(
         problem, kind, CONSTANTS, Recipe(**recipe), sets=sets, known=KNOWN
     )
-    params = problem.network.init(jax.random.key(1), sets.train[0][:1])
+    params = jax.jit(problem.network.init)(jax.random.key(1), sets.train[0][:1])
     now = training.Now(jnp.array([4, 0, 7, 9]), jax.random.key(5), jnp.float32(0))
     return fit, params, now
 
 
 def loss_of(fit, params, now, memory=()):
-    return fit.objective(params, now, memory)[0]
+    return jax.jit(fit.objective)(params, now, memory)[0]
 
 
 def start_of(fit, params, optimizer):
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     return training.Run(params, state, params, (), jnp.int32(0))
 
 
@@ -117,9 +118,8 @@ def test_early_learning_regularisation_pulls_to_the_running_targets(wine):
     fit, params, now = fit_of(wine, "elr", strength=3.0, memory=0.7)
     probs, y = probabilities(fit, params, now)
     old = np.asarray(jax.random.dirichlet(jax.random.key(8), jnp.ones(3), (60,)))
-    (value, memory), grads = jax.value_and_grad(fit.objective, has_aux=True)(
-        params, now, jnp.asarray(old)
-    )
+    run = jax.jit(jax.value_and_grad(fit.objective, has_aux=True))
+    (value, memory), grads = run(params, now, jnp.asarray(old))
     targets = 0.7 * old[np.asarray(now.batch)] + 0.3 * probs
     agreement = (targets * probs).sum(-1)
     expected = np.mean(3 * np.log(1 - agreement) - np.log(probs[np.arange(4), y]))
@@ -191,21 +191,29 @@ def test_sam_is_the_step_of_optax(wine):
     adam = optax.adamw(0.01, weight_decay=0.0)
     theirs = optax.contrib.sam(adam, ascent, opaque_mode=True)
     run = start_of(fit, params, ours)
-    other, state = params, theirs.init(params)
+    other, state = params, jax.jit(theirs.init)(params)
     raw = jax.jit(jax.value_and_grad(functools.partial(loss_of, fit)))
+
+    @jax.jit
+    def step_of_ours(run, at):
+        grads, value, _ = fit.gradient(run, at)
+        updates, kept = ours.update(grads, run.state, run.params, value=value)
+        params = optax.apply_updates(run.params, updates)
+        return run._replace(params=params, state=kept), value
+
+    @jax.jit
+    def step_of_theirs(other, state, at):
+        updates, state = theirs.update(
+            raw(other, at)[1], state, other, grad_fn=lambda p, _: raw(p, at)[1]
+        )
+        return optax.apply_updates(other, updates), state
+
     for step in range(3):
         at = now._replace(batch=now.batch + step)
-        grads, value, _ = fit.gradient(run, at)
-        assert value == pytest.approx(float(raw(run.params, at)[0]), rel=1e-6)
-        updates, kept = ours.update(grads, run.state, run.params, value=value)
-        run = run._replace(params=optax.apply_updates(run.params, updates), state=kept)
-        updates, state = theirs.update(
-            raw(other, at)[1],
-            state,
-            other,
-            grad_fn=lambda p, _, at=at: raw(p, at)[1],
-        )
-        other = optax.apply_updates(other, updates)
+        expected = float(raw(run.params, at)[0])
+        run, value = step_of_ours(run, at)
+        assert value == pytest.approx(expected, rel=1e-6)
+        other, state = step_of_theirs(other, state, at)
     jax.tree.map(
         # Adam's first steps divide by |g|: rounding of the tiniest gradients grows
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -292,13 +300,14 @@ def test_confident_learning_finds_the_labels_off_the_diagonal():
 def test_known_are_the_estimate_and_the_labels_that_are_upheld(wine):
     sets = wine.draw(KEY, jnp.float32(0.2))
     true = wine.draw(KEY, jnp.float32(0.0)).train[1]
-    known = before.known(wine, CONSTANTS, *sets.train, jax.random.key(2))
-    scores = levels.leave_one_out(*sets.train, 3)
+    known_of = jax.jit(functools.partial(before.known, wine, CONSTANTS))
+    known = known_of(*sets.train, jax.random.key(2))
+    scores = jax.jit(levels.leave_one_out, static_argnums=2)(*sets.train, 3)
     assert known.rate == levels.noise_rate(scores, sets.train[1])
     np.testing.assert_array_equal(
         known.upheld, np.asarray(scores).argmax(-1) == np.asarray(sets.train[1])
     )
-    wrong = np.asarray(true != sets.train[1])
+    wrong = np.asarray(true) != np.asarray(sets.train[1])
     assert wrong.sum() == 12
     assert np.asarray(known.upheld)[wrong].sum() <= 2
     assert np.asarray(known.upheld)[~wrong].mean() > 0.7
@@ -480,6 +489,6 @@ def test_every_kind_of_step_has_a_method_and_runs_on_text():
     text = problems.problem("text", size=size)
     fit, params, now = fit_of(text, "elr", strength=3.0, memory=0.7)
     fit.known = before.nothing(size.train)
-    value, memory = fit.objective(params, now, fit.targets())
+    value, memory = jax.jit(fit.objective)(params, now, fit.targets())
     assert np.isfinite(value)
     assert memory.shape == (256, 32, text.classes)

@@ -1,6 +1,8 @@
 """Unlearning: the steps, measures and verdicts, each against an independent one."""
 
 import argparse
+import dataclasses
+import functools
 import json
 
 import jax
@@ -28,14 +30,22 @@ DIGITS = settings.Setting(
 TEXT = settings.Setting("text", 0.0, 6, 9, 7, 5, 3, 2, steps=4, pretrain=3)
 
 
+def compiled(problem):
+    """The problem whose functions are one program each."""
+    parts = {
+        name: jax.jit(getattr(problem, name)) for name in ("logits", "draw", "start")
+    }
+    return dataclasses.replace(problem, **parts)
+
+
 @pytest.fixture(scope="module")
 def digits():
-    return problems.problem("images", DIGITS, CONSTANTS)
+    return compiled(problems.problem("images", DIGITS, CONSTANTS))
 
 
 @pytest.fixture(scope="module")
 def text():
-    return problems.problem("text", TEXT, CONSTANTS)
+    return compiled(problems.problem("text", TEXT, CONSTANTS))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +57,9 @@ def prepared(digits):
 
 
 # Steps
+
+
+known_of = jax.jit(training.known_of, static_argnums=0)
 
 
 def seen_of(rng, shape, factor):
@@ -105,7 +118,7 @@ def test_term_has_the_gradient_of_its_formula(name, shape, factor):
         seen = Seen(logits, labels, losses, known, jnp.float32(factor))
         return added(seen, settings.Constants())
 
-    got = jax.grad(term)(jnp.float32(logits))
+    got = jax.jit(jax.grad(term))(jnp.float32(logits))
     if name == "distilled":
         expected = (softmax(logits, -1) - known.by_class[labels]) / losses.size
     else:
@@ -129,7 +142,7 @@ def test_term_has_the_gradient_of_its_formula(name, shape, factor):
 )
 def test_step_is_adam_on_the_retain_loss_and_the_term(digits, name):
     data, params = digits.draw(KEY), digits.start(jax.random.key(1))
-    known = training.known_of(digits, data, params)
+    known = known_of(digits, data, params)
     method, recipe = METHODS[name], Recipe(0.02, 1.5)
     fit = training.Fit(digits, method, recipe, CONSTANTS, data=data, known=known)
     retain, forget = jnp.array([4, 0, 9]), jnp.array([7, 1])
@@ -139,20 +152,20 @@ def test_step_is_adam_on_the_retain_loss_and_the_term(digits, name):
         return optax.softmax_cross_entropy_with_integer_labels(logits, part[1][at])
 
     # the examples one by one, weighted by hand
-    jacobian = jax.jacobian(lambda p: losses(p, data.forget, forget))(params)
-    grads = jax.grad(lambda p: losses(p, data.retain, retain).mean())(params)
+    of_forget = jax.jit(functools.partial(losses, part=data.forget, at=forget))
+    jacobian = jax.jit(jax.jacobian(of_forget))(params)
+    grads = jax.jit(jax.grad(lambda p: losses(p, data.retain, retain).mean()))(params)
     if name != "retain":
         mine = Known(known.tau, known.ranked[forget], known.summed[forget], None)
-        slopes = by_hand(
-            name, np.asarray(losses(params, data.forget, forget)), mine, 1.5
-        )
+        slopes = by_hand(name, np.asarray(of_forget(params)), mine, 1.5)
         grads = jax.tree.map(
-            lambda g, j: g + np.tensordot(slopes, j, 1), grads, jacobian
+            lambda g, j: g + np.tensordot(slopes, np.asarray(j), 1), grads, jacobian
         )
-    run = fit.step(fit.begin(params), jnp.int32(0), retain, forget)
+    step = jax.jit(lambda p: fit.step(fit.begin(p), jnp.int32(0), retain, forget))
+    run = step(params)
     # the first step of Adam: the sign of the gradient, where it is not tiny
     for before, after, grad in zip(
-        *map(jax.tree.leaves, (params, run.params, grads)), strict=True
+        *map(jax.tree.leaves, jax.device_get((params, run.params, grads))), strict=True
     ):
         expected = -0.02 * grad / (np.abs(grad) + 1e-8)
         np.testing.assert_allclose(after - before, expected, rtol=1e-3, atol=2e-5)
@@ -234,7 +247,7 @@ def test_run_is_read_at_its_checks_and_stops_at_tau(digits, prepared):
 
 def test_known_is_what_numpy_reads_off_the_model(digits):
     data, params = digits.draw(KEY), digits.start(jax.random.key(1))
-    known = training.known_of(digits, data, params)
+    known = known_of(digits, data, params)
 
     def read(part):
         logs = log_softmax(np.asarray(digits.logits(params, part[0]), float), -1)
@@ -269,7 +282,8 @@ def test_measures_are_those_of_independent_programs(digits, text):
             log_softmax(np.asarray(problem.logits(p, x), float), -1)
             for p in (params, *golds)
         )
-        got = measures.readings(problem, data, jnp.float32(np.stack(gold_logs)), params)
+        read = jax.jit(functools.partial(measures.readings, problem, data))
+        got = read(jnp.float32(np.stack(gold_logs)), params)
         got = dict(zip(measures.COLUMNS, np.asarray(got), strict=True))
         kl = np.mean(
             [stats.entropy(np.exp(g), np.exp(logs), axis=-1) for g in gold_logs]
@@ -296,7 +310,7 @@ def test_attack_is_the_ratio_of_two_normal_densities(digits):
     assert set(map(int, inside.sum(0))) == {2}  # half of the shadows see each
     shadows = [digits.start(jax.random.key(i)) for i in range(5, 9)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *shadows)
-    lira = training.lira_of(digits, data, stacked, inside)
+    lira = jax.jit(functools.partial(training.lira_of, digits))(data, stacked, inside)
 
     x, y = map(np.asarray, measures.challenge(data))
 
@@ -314,7 +328,7 @@ def test_attack_is_the_ratio_of_two_normal_densities(digits):
         densities.append(stats.norm(mean, sd).logpdf(confidence(params)))
     ratio = densities[1] - densities[0]
     expected = roc_auc_score(np.repeat([1, 0], 8), ratio)
-    got = measures.attack(digits, data, lira, params)
+    got = jax.jit(functools.partial(measures.attack, digits))(data, lira, params)
     assert got == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
 
@@ -343,7 +357,7 @@ def test_verbatim_counts_what_greedy_decoding_continues(text):
 
 def test_relearning_counts_the_steps_of_a_loop():
     setting = DIGITS._replace(forget=40, flips=0.0)  # so that the halves are alike
-    digits = problems.problem("images", setting, CONSTANTS)
+    digits = compiled(problems.problem("images", setting, CONSTANTS))
     data, params = digits.draw(KEY), digits.start(jax.random.key(1))
     x, y = data.forget
 
@@ -353,13 +367,17 @@ def test_relearning_counts_the_steps_of_a_loop():
 
     adam, now = optax.adam(CONSTANTS.train_rate), params
     state, others = adam.init(params), []
+
+    @jax.jit
+    def step(now, state):
+        updates, after = adam.update(jax.grad(loss)(now, slice(20)), state)
+        return optax.apply_updates(now, updates), after, loss(now, slice(20, None))
+
     for _ in range(6):
-        others.append(float(loss(now, slice(20, None))))
-        updates, state = adam.update(jax.grad(loss)(now, slice(20)), state)
-        now = optax.apply_updates(now, updates)
-    count = lambda back: float(
-        measures.relearned(digits, CONSTANTS, data, jnp.float32(back), params)
-    )
+        now, state, other = step(now, state)
+        others.append(float(other))
+    relearned = jax.jit(functools.partial(measures.relearned, digits, CONSTANTS))
+    count = lambda back: float(relearned(data, jnp.float32(back), params))
     lowest = int(np.argmin(others))
     assert lowest > 0
     between = (min(others[:lowest]) + others[lowest]) / 2

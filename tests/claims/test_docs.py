@@ -23,7 +23,9 @@ SLOW = (
     "choosing-b.md",
     "family.md",
     "quickstart.md",
+    "traps.md",
     "trainers.md",
+    "unlearning.md",
 )
 
 

@@ -231,12 +231,20 @@ EAGER = {
 }
 
 
+@pytest.fixture(scope="module")
+def executions_without_flooding(tmp_path_factory):
+    """Of a step of plain Adam, and of one behind the sign one-liner."""
+    behind = optax.chain(by_hand.sign(0.3), ADAM)
+    folders = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("sign")
+    return [*map(executions, map(eagerly, (ADAM, behind)), folders)]
+
+
 @pytest.mark.parametrize("form", EAGER)
-def test_flooding_runs_few_programs_more_eagerly(form, tmp_path):
-    plain = executions(eagerly(ADAM), tmp_path / "plain")
-    chain = optax.chain(by_hand.sign(0.3), ADAM)
-    sign = executions(eagerly(chain), tmp_path / "sign")
+def test_flooding_runs_few_programs_more_eagerly(
+    form, tmp_path, executions_without_flooding
+):
+    plain, sign = executions_without_flooding
     assert 60 < plain < sign  # there are such events
     run, more = EAGER[form]
-    found = executions(run, tmp_path / "flooding")
+    found = executions(run, tmp_path)
     assert plain < found <= plain + more
