@@ -300,9 +300,8 @@ def test_confident_learning_finds_the_labels_off_the_diagonal():
 def test_known_are_the_estimate_and_the_labels_that_are_upheld(wine):
     sets = wine.draw(KEY, jnp.float32(0.2))
     true = wine.draw(KEY, jnp.float32(0.0)).train[1]
-    known_of = jax.jit(functools.partial(before.known, wine, CONSTANTS))
-    known = known_of(*sets.train, jax.random.key(2))
-    scores = jax.jit(levels.leave_one_out, static_argnums=2)(*sets.train, 3)
+    known = before.known(wine, CONSTANTS, *sets.train, jax.random.key(2))
+    scores = levels.leave_one_out(*sets.train, 3)
     assert known.rate == levels.noise_rate(scores, sets.train[1])
     np.testing.assert_array_equal(
         known.upheld, np.asarray(scores).argmax(-1) == np.asarray(sets.train[1])
