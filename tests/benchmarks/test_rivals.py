@@ -401,6 +401,7 @@ def test_convolutions_are_those_of_loops():
 
 
 @pytest.mark.slow  # compiles a run
+@pytest.mark.usefixtures("optimized")  # else other roundings take other strokes
 def test_run_reads_off_the_last_the_averaged_and_the_best_weights(wine):
     recipes = training.stacked([Recipe(0.003), Recipe(0.1, level=1.0, band=0.05)])
     train = training.trainer(wine, "plain", CONSTANTS)
