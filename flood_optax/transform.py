@@ -147,7 +147,7 @@ def scale_by_flood(
     References:
       Ishida et al., ICML 2020, section 3, https://arxiv.org/abs/2002.08709
     """
-    compare = comparison("scale_by_flood", level, band, shape)
+    flood_updates = flooding("scale_by_flood", level, band, shape)
 
     def init_fn(params: optax.Params) -> FloodState:
         del params
@@ -171,13 +171,13 @@ def scale_by_flood(
         loss, _, counts = batch_loss(
             "scale_by_flood()", extra_args, axis_name, updates, params
         )
-        updates, _, after = compare(state, loss, updates, counts)
+        updates, _, after = flood_updates(state, loss, updates, counts)
         return updates, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-Comparison = Callable[..., tuple[Any, Bent, FloodState]]
+Flooding = Callable[..., tuple[Any, Bent, FloodState]]
 
 
 def initial_state() -> FloodState:
@@ -190,9 +190,7 @@ def initial_state() -> FloodState:
     )
 
 
-def comparison(
-    call: str, level: Level, band: ArrayLike | None, shape: Shape
-) -> Comparison:
+def flooding(call: str, level: Level, band: ArrayLike | None, shape: Shape) -> Flooding:
     """Checks what an optax form is given, and returns how it floods one update."""
     check_shape(shape, f"{call}(shape=...)")
     if not callable(level):
@@ -202,7 +200,7 @@ def comparison(
     # A shape of traced numbers must not be kept with what is compiled for it.
     run = _compiled_flooded if is_static(shape) else _flooded
 
-    def compare(
+    def flood_updates(
         state: FloodState,
         loss: jax.Array,
         updates: Any,
@@ -225,7 +223,7 @@ def comparison(
         inexact = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
         return on_chosen(flood_leaves, updates, inexact)
 
-    return compare
+    return flood_updates
 
 
 def _flooded(
@@ -252,8 +250,7 @@ def _flooded(
     zero = None if never_zero and counts is None else m == 0
     scaled = []
     for update in map(jnp.asarray, updates):
-        dtype = update.dtype
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        is_complex = jnp.issubdtype(update.dtype, jnp.complexfloating)
         parts = [jnp.real(update), jnp.imag(update)] if is_complex else [update]
         for i, part in enumerate(parts):
             work = np.promote_types(part.dtype, np.float32)  # 16 bits are rounded once

@@ -24,7 +24,7 @@ from flood_optax.transform import (
     FloodState,
     Level,
     batch_loss,
-    comparison,
+    flooding,
     initial_state,
     refuse_state,
 )
@@ -148,7 +148,7 @@ def flood(
     """
     _check_optimizer(inner)
     inner = optax.with_extra_args_support(inner)
-    compare = comparison("flood", level, band, shape)
+    flood_updates = flooding("flood", level, band, shape)
     windows = accumulation(every_k, should_skip_update_fn, accumulator_dtype)
     # Types of what an update is given, and the dtypes of the inner optimizer's update:
     # to trace it costs more than a step.
@@ -191,8 +191,8 @@ def flood(
         def step() -> tuple[Any, FloodWrapperState]:
             means, loss = batch.means()
             raw = means, search.get("grad")
-            bent_grads, bent, flood_state = compare(before.flood_state, loss, raw)
-            bent_means, grad = bent_grads
+            both, bent, flood_state = flood_updates(before.flood_state, loss, raw)
+            bent_means, grad = both
             extra = handed_on | {"value": bent.value.astype(loss.dtype)}
             if grad is not None:
                 extra["grad"] = grad

@@ -246,7 +246,7 @@ def started(*arguments):
     return processes.end(processes.start(__file__, *arguments, filters=quiet))
 
 
-@pytest.mark.slow  # starts four processes
+@pytest.mark.slow  # starts two processes
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX systems.")
 @pytest.mark.parametrize("file_format", ["flax", "orbax"])
 def test_checkpoint_killed_run_resumes_bit_for_bit(file_format, tmp_path):

@@ -164,12 +164,14 @@ def average_keeps_the_sharding_of_its_parameters(kind):
                 assert all(x.sharding.is_fully_replicated for x in logs.values())
 
 
-for kind, given in KINDS.items():
-    CHECKS.each(
-        CHECKS.once if kind == "explicit" else CHECKS.rarely,
-        average_keeps_the_sharding_of_its_parameters,
-        **{kind: given},
-    )
+CHECKS.each(
+    CHECKS.rarely, average_keeps_the_sharding_of_its_parameters, auto=KINDS["auto"]
+)
+CHECKS.each(
+    CHECKS.once,
+    average_keeps_the_sharding_of_its_parameters,
+    explicit=KINDS["explicit"],
+)
 
 
 # ---- shard_map ----
