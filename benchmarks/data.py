@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 
 
@@ -24,19 +23,10 @@ def count(size: int, rate: float) -> int:
     return math.floor(round(rate * size, 9))  # 0.29 * 100 is below 29
 
 
-def flip(key: jax.Array, labels: jax.Array, rate: float, classes: int) -> jax.Array:
-    """Gives exactly `count` of the labels [n] another class, each alike."""
-    which_key, shift_key = jax.random.split(key)
-    number = count(len(labels), rate)
-    which = jax.random.permutation(which_key, len(labels))[:number]
-    shift = jax.random.randint(shift_key, (number,), 1, classes)
-    return labels.at[which].set((labels[which] + shift) % classes)
-
-
-def flip_by(
+def flip(
     rng: np.random.Generator, labels: np.ndarray, rate: float, classes: int
 ) -> np.ndarray:
-    """The same by NumPy's generator."""
+    """Gives exactly `count` of the labels [n] another class, each alike."""
     number = count(len(labels), rate)
     which = rng.choice(len(labels), number, replace=False)
     flipped = labels.copy()
@@ -83,9 +73,9 @@ def shuffled_split(
     x, y = x[order], y[order]
     return Split(
         x[:train],
-        flip_by(rng, y[:train], noise, classes),
+        flip(rng, y[:train], noise, classes),
         x[train:end],
-        flip_by(rng, y[train:end], noise, classes),
+        flip(rng, y[train:end], noise, classes),
         x[end:],
         y[end:],
     )

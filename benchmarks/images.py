@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import report, statistics
-from benchmarks.pixels import TITLES
 
 
 def tables(payload: Mapping[str, Any]) -> dict[str, str]:
@@ -19,7 +18,7 @@ def tables(payload: Mapping[str, Any]) -> dict[str, str]:
             return f"{plain[measure]:{spec}} to {flooded[measure]:{spec}}"
 
         return [
-            TITLES[plain["data"]],
+            report.title(plain["data"]),
             f"{plain['noise']:.0%}",
             "yes" if plain["early_stopping"] else "no",
             f"{flooded['level_mean']:.2f} ({flooded['level_sd']:.2f})",
@@ -55,7 +54,7 @@ def levels_table(payload: Mapping[str, Any]) -> str:
     return report.table(
         payload["by_level"],
         {
-            "data": lambda row: TITLES[row["data"]],
+            "data": lambda row: report.title(row["data"]),
             "flips": "{noise:.0%}",
             "level": "{level:.2f}",
             "train loss": "{train_loss:.3f}",

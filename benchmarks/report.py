@@ -17,8 +17,24 @@ from benchmarks import record
 MARKER = re.compile(
     r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table:(?P=name) -->", re.S
 )
+TITLES = {  # of data, where they are not called as in the records
+    "mnist-5k": "MNIST-5k",
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "breast_cancer": "breast cancer",
+    "two_gaussians": "two Gaussians",
+    "mnist-5k-cnn": "MNIST-5k, convolved",
+    "mnist-5k-cnn-shifted": "MNIST-5k, convolved and shifted",
+    "fashion-mnist-cnn": "Fashion-MNIST, convolved",
+    "fashion-mnist-cnn-shifted": "Fashion-MNIST, convolved and shifted",
+}
 Cell = str | Callable[[Mapping[str, Any]], str]
 Columns = Mapping[str, Cell] | Sequence[tuple[str, Cell]]
+
+
+def title(data: str) -> str:
+    """What a data set is called."""
+    return TITLES.get(data, data)
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> str:

@@ -13,13 +13,8 @@ for the pages (see `report`), and `record_name(payload)` where the record is not
 as the study is.
 """
 
-import argparse
-import json
-import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 from benchmarks import record, report
 
@@ -49,42 +44,13 @@ def show(study: ModuleType) -> None:
     """Prints what a finished study found, and how its code is run once more."""
     for title, module, document in report.records(record.RESULTS):
         if module is study:
-            commit, command = (
-                document["environment"][k] for k in ("commit", "command")
-            )
             print("\n\n".join(study.tables(document).values()))
-            print(
-                f"\nTo run it once more, with the code of its commit:\n\n"
-                f"    git worktree add ../{title} {commit[:10]}\n"
-                f"    cd ../{title} && {command}\n"
-            )
-
-
-def work_option(parser: argparse.ArgumentParser, work: pathlib.Path) -> None:
-    """Where what is finished is kept."""
-    parser.add_argument(
-        "--work",
-        type=pathlib.Path,
-        default=work,
-        help="where what is finished is kept; a second start does what is missing",
-    )
-
-
-def xla_flags(*words: str) -> None:
-    """Adds flags, which must come before JAX looks for devices."""
-    before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = " ".join([before, *words]).strip()
-
-
-def kept(
-    path: pathlib.Path, about: Any, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The row that a journal holds about the same, or a new one, which it keeps."""
-    about = json.loads(json.dumps(about))
-    for line in record.lines(path):
-        if line["about"] == about:
-            return line["row"]
-    row = make()
-    record.append(path, {"about": about, "row": row})
-    print(f"{path.stem}: {len(record.lines(path))} rows", flush=True)
-    return row
+            print("\nTo run it once more, with the code of its commit:\n")
+            commands: dict[str, list[str]] = {}
+            for piece in document.get("pieces", [document]):
+                made = piece["environment"]
+                commands.setdefault(made["commit"][:10], []).append(made["command"])
+            for commit, lines in commands.items():
+                place = f"../{title}-{commit}"
+                print(f"    git worktree add {place} {commit}\n    cd {place}")
+                print("".join(f"    {line}\n" for line in lines))

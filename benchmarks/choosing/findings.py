@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import pixels, report, statistics
+from benchmarks import report, statistics
 from benchmarks.pictures import BLUE, FAINT, INCHES, RED, panels, say
 from benchmarks.statistics import Effect
 
-RECORD = "choosing"
 LAST, AVERAGED = "last", "averaged"
 
 
@@ -172,9 +171,7 @@ def without(settings: Settings, setting: Setting) -> str:
 
 
 def setting_title(setting: Setting) -> str:
-    known = {"two_gaussians": "two Gaussians", "breast_cancer": "breast cancer"}
-    known |= pixels.TITLES
-    name = known.get(setting["data"], setting["data"])
+    name = report.title(setting["data"])
     pair = ", pairs" if setting["pair"] else ""
     batch = "full" if setting["batch"] is None else setting["batch"]
     optimizer = {"adam": "Adam", "sgd": "SGD"}[setting["optimizer"]]

@@ -1,191 +1,302 @@
-"""Asks what beats flooding: each method tries 20 configurations of a space, or none."""
+"""Asks what beats flooding: each method tries 20 configurations of a space, or none.
 
-import argparse
-import dataclasses
-import hashlib
-import pathlib
-import time
+Finished: its records name the commits that hold its code, and the commands.
+"""
+
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import record, study
-from benchmarks.rivals import settings
-from benchmarks.rivals.before import known
-from benchmarks.rivals.findings import figures, tables
-from benchmarks.rivals.methods import METHODS, SCHEDULES, Method
-from benchmarks.rivals.problems import problem
-from benchmarks.rivals.settings import SIZES, Constants, Problem
-from benchmarks.rivals.training import COLUMNS, READOUTS, stacked, stops_of, trainer
+from benchmarks import report, statistics
+from benchmarks.pictures import BLUE, FAINT, INCHES, RED, panels, say
+from benchmarks.rivals.compared import (
+    COLUMNS,
+    COMPARED,
+    PLAIN,
+    READOUTS,
+    RECIPE,
+    WHEN,
+    Findings,
+    Payload,
+    pieces_of,
+)
+from benchmarks.rivals.methods import BUDGETS, METHODS, PIECES, SCHEDULES, TRIES
 
-__all__ = ["figures", "measure", "options", "record_name", "tables"]
 
-Row = Mapping[str, Any]
-TRAINED = {key: method for key, method in METHODS.items() if not method.of}
+def judged(family: Mapping[Any, statistics.Effect]) -> dict[Any, str]:
+    """Differences with their intervals, and what Holm's correction lets one say."""
+    known = {name: one for name, one in family.items() if np.isfinite(one.mean)}
+    cells = dict.fromkeys(family, "-")
+    for name, verdict in statistics.judged(known).items():
+        said = "" if verdict == statistics.OPEN else f", **{verdict}**"
+        cells[name] = f"{known[name]:+.1f}{said}"
+    return cells
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("piece", choices=SIZES, nargs="?", default="wine")
-    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=list(TRAINED))
-    parser.add_argument("--seeds", type=int, help="as many as the piece asks for")
-    parser.add_argument(
-        "--minutes", type=float, help="begin nothing later; the record has what is done"
+def flat(nested: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
+    return {(a, b): one for a, inner in nested.items() for b, one in inner.items()}
+
+
+def title_of(method: str) -> str:
+    one = METHODS[method]
+    return one.title + (" (told the share)" if one.told else "")
+
+
+def shown(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:+.1f}"
+
+
+def standing_table(found: Findings) -> str:
+    """Where flooding stands beside the best rival of each setting."""
+    family = flat(found.standings())
+    cells = judged(family)
+    known = [one for one in family.values() if np.isfinite(one.mean)]
+    verdicts = statistics.verdicts_of(known)
+    above, below = statistics.verdicts(one.interval for one in known)
+    note = (
+        f"Of {len(known)} differences Holm's steps leave "
+        f"{verdicts.count(statistics.AHEAD)} ahead and "
+        f"{verdicts.count(statistics.BEHIND)} behind. By themselves the intervals of "
+        f"{above} lie above 0 and those of {below} below."
     )
-    parser.add_argument("--data", type=pathlib.Path, help="of Fashion-MNIST's files")
-    study.work_option(parser, pathlib.Path("out", "rivals"))
+    made = report.markdown(
+        ["points over the best rival", *(title for title, _ in COLUMNS.values())],
+        [
+            [title, *(cells[name, column] for column in COLUMNS)]
+            for name, (title, *_) in COMPARED.items()
+        ],
+    )
+    return f"{made}\n\n{note}"
 
 
-def record_name(payload: Mapping[str, Any]) -> str:
-    """A record for each piece."""
-    return f"rivals/{payload['piece']}"
+def tries_table(found: Findings) -> str:
+    """What a method gains by the number of configurations that are tried."""
+    beside = {when: judged(found.over_plain(when)) for when in WHEN}
+    titles = {"end": "at the end", "early": "early"}
+    return report.markdown(
+        [
+            "method",
+            *(f"{title}, {k}" for title in titles.values() for k in BUDGETS),
+            *(f"less plain's, {title}" for title in titles.values()),
+            "runs' cost",
+        ],
+        [
+            [
+                title_of(m),
+                *(
+                    shown(found.gain_of_tries(m, k, when))
+                    for when in WHEN
+                    for k in BUDGETS
+                ),
+                *(beside[when].get(m, "-") for when in WHEN),
+                f"{METHODS[m].cost:g}",
+            ]
+            for m in found.methods
+        ],
+    )
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One piece: a data set and a network. Rows that are kept anywhere are not redone.
+def fixed_table(found: Findings) -> str:
+    """What the defaults reach, where there is no validation set."""
+    beside = judged(found.beside_recipe())
+    return report.markdown(
+        [
+            "method, nothing tuned",
+            *(f"{schedule}, {r}" for schedule in SCHEDULES for r in READOUTS),
+            "right labels (constant, last)",
+            *(f"recipe less this ({r} weights)" for r in READOUTS),
+        ],
+        [
+            [
+                title_of(m),
+                *(
+                    shown(found.gain_of_fixed(m, schedule, r, noisy=True))
+                    for schedule in SCHEDULES
+                    for r in READOUTS
+                ),
+                shown(found.gain_of_fixed(m, "constant", "last", noisy=False)),
+                *(beside.get(f"{m}/{r}", "-") for r in READOUTS),
+            ]
+            for m in found.methods
+            if METHODS[m].defaults is not None
+        ],
+    )
 
-    The seeds come outermost, so that a piece which is stopped is whole for fewer seeds.
-    """
-    study.xla_flags("--xla_cpu_multi_thread_eigen=false")  # a piece for each core
-    constants, size = Constants(), SIZES[args.piece]
-    chosen = args.methods
-    if args.smoke:
-        constants, size = settings.SMOKE, settings.small(size)
-        chosen = [m for m in chosen if m in ("plain", "sam", "elr", "adaflood", "band")]
-    at = problem(args.piece, args.data, size)
-    journal = None if args.smoke else args.work / f"{args.piece}.jsonl"
-    kept = kept_rows(journal, args.out / "rivals" / f"{args.piece}.json")
-    rows = list(
-        runs(
-            at,
-            constants,
-            chosen,
-            args.seeds or size.seeds,
-            kept=kept,
-            journal=journal,
-            until=args.minutes and time.monotonic() + 60 * args.minutes,
+
+def partner_table(found: Findings) -> str:
+    """What a band adds to other methods."""
+    nested = found.added()
+    cells = judged(flat(nested))
+    return report.markdown(
+        ["to", "at the end", "stopped early"],
+        [[title_of(m), *(cells[m, when] for when in WHEN)] for m in nested],
+    )
+
+
+def summary_table(found: Findings) -> str:
+    """Each setting: plain training, the recipe, the best rival and the best of ours."""
+    rows: list[list[str]] = []
+    effects: dict[str, statistics.Effect] = {}
+    for s in found.settings:
+        ours, rivals = (
+            statistics.cross_fitted(s.group(COMPARED["all"][i], "early"))
+            for i in (1, 2)
         )
+        effects[s.title] = statistics.corrected(ours - rivals, s.ratio)
+        reached = (s.fixed(*PLAIN), s.fixed(*RECIPE), rivals, ours)
+        cells = ["-" if one is None else f"{one.mean():.1f}" for one in reached]
+        rows.append([s.title, str(len(s.seeds)), *cells])
+    cells = judged(effects)
+    return report.markdown(
+        [
+            "data, wrong labels",
+            "seeds",
+            "plain, nothing tuned",
+            "recipe, nothing tuned",
+            "best rival, 20 tries, stopped early",
+            "best flooded, the same",
+            "difference",
+        ],
+        [[*row, cells[row[0]]] for row in rows],
     )
-    return {
-        "piece": args.piece,
-        "data": at.data,
-        "pool": at.pool,
-        "methods_tried": list(chosen),
-        "protocol": {
-            **dataclasses.asdict(constants),
-            **size._asdict(),
-            "labels": "flipped in training and validation, true in the test",
-        },
-        "rows": rows,
+
+
+def piece_table(found: Findings) -> str:
+    """The pieces of the study."""
+    recorded = {piece["piece"]: piece for piece in pieces_of(found.payload)}
+    rows: list[list[str]] = []
+    for name in (name for name in PIECES if name in recorded):
+        piece, size = recorded[name], recorded[name]["protocol"]
+        done = min(len(s.seeds) for s in found.settings if s.piece == name)
+        rows.append(
+            [
+                report.title(name),
+                f"{size['train']}, {size['validation']}, {size['test']}",
+                f"{size['steps']} of {size['batch']}",
+                ", ".join(f"{flips:.0%}" for flips in size["flips"]),
+                f"{done} of {size['seeds']}",
+                str(len(piece["rows"]) * TRIES),
+                ", ".join(sorted({str(row["commit"]) for row in piece["rows"]})),
+            ]
+        )
+    return report.markdown(
+        [
+            "piece",
+            "training, validation, test",
+            "steps of a batch",
+            "wrong labels",
+            "seeds",
+            "runs",
+            "commit",
+        ],
+        rows,
+    )
+
+
+def space_table() -> str:
+    """What is drawn, and what is taken where nothing is tuned."""
+
+    def numbers(pairs: Iterable[tuple[str, Any]]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in pairs) or "-"
+
+    return report.markdown(
+        ["method", "drawn beside learning rate and schedule", "default"],
+        [
+            [
+                title_of(name),
+                numbers(
+                    (field, f"{s.low:g} to {s.high:g}" + " (log)" * s.log)
+                    for field, s in one.space.items()
+                    if s.low < s.high
+                ),
+                "none" if one.defaults is None else numbers(one.defaults.items()),
+            ]
+            for name, one in METHODS.items()
+            if not one.of
+        ],
+    )
+
+
+def source(payload: Payload) -> str:
+    """The line under a table: where its numbers come from."""
+    pieces = pieces_of(payload)
+    env = pieces[0]["environment"]
+    commits = sorted({str(row["commit"]) for piece in pieces for row in piece["rows"]})
+    return (
+        f"`python -m benchmarks rivals PIECE`, commit {', '.join(commits)}, jax "
+        f"{env['jax']}, optax {env['optax']}, {env['cpu_count']} x {env['cpu']}."
+    )
+
+
+def tables(payload: Payload) -> dict[str, str]:
+    """What the pages show."""
+    found = Findings(payload)
+    made = {
+        "rivals": summary_table(found),
+        "rivals-standing": standing_table(found),
+        "rivals-tries": tries_table(found),
+        "rivals-fixed": fixed_table(found),
+        "rivals-partners": partner_table(found),
+        "rivals-pieces": piece_table(found),
+        "rivals-spaces": space_table(),
     }
+    return {name: f"{table}\n\n{source(payload)}" for name, table in made.items()}
 
 
-def kept_rows(
-    journal: pathlib.Path | None, recorded: pathlib.Path
-) -> dict[tuple[Any, ...], Row]:
-    """The rows of a journal and of a record, by what they are of."""
-    found = record.lines(journal)
-    if recorded.is_file():
-        found += record.read(recorded.stem, recorded.parent)["rows"]
-    return {name_of(row): row for row in found}
+DRAWN = {  # methods of the figure: a short name, and the line
+    "plain": ("plain", {"color": FAINT}),
+    "sam": ("SAM", {"color": RED, "ls": "--"}),
+    "elr": ("ELR", {"color": RED}),
+    "forward": ("forward, told", {"color": RED, "ls": ":"}),
+    "pruned": ("labels left out", {"color": RED, "ls": "-."}),
+    "band": ("band", {"color": BLUE, "ls": "--"}),
+    "estimated": ("band, estimated", {"color": BLUE}),
+    "floor": ("band, told", {"color": BLUE, "ls": ":"}),
+}
 
 
-def name_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[field] for field in ("method", "flips", "seed", "digest"))
+BARS = 24, 44  # where the intervals stand, beside the most configurations
 
 
-def runs(
-    at: Problem,
-    constants: Constants,
-    chosen: Sequence[str],
-    seeds: int,
-    *,
-    kept: Mapping[tuple[Any, ...], Row],
-    journal: pathlib.Path | None,
-    until: float | None,
-) -> Iterable[Row]:
-    """A row for each seed, share of flips and method, kept or new."""
-    commit, _ = record.tree(record.REPOSITORY)
-    draw = jax.jit(at.draw)
-    programs = {
-        kind: trainer(at, kind, constants)
-        for kind in {TRAINED[name].kind for name in chosen}
-    }
-    begun = time.monotonic()
-    for seed in range(seeds):
-        key = jax.random.fold_in(jax.random.key(0), seed)
-        for flips in at.size.flips:
-            facts: Any = None
-            for name in chosen:
-                method = TRAINED[name]
-                if not method.fits(flips, is_text=at.is_text):
-                    continue
-                recipes = method.recipes(flips, at.classes)
-                row = {"method": name, "flips": flips, "seed": seed}
-                row["digest"] = digest(at, constants, method.kind, recipes)
-                if name_of(row) in kept:
-                    yield kept[name_of(row)]
-                    continue
-                if until and time.monotonic() > until:
-                    continue
-                if facts is None:
-                    keys = jax.random.split(key, 5)
-                    x, y = draw(keys[0], flips).train
-                    facts = known(at, constants, x, y, keys[4])
-                reached = programs[method.kind](
-                    stacked(list(recipes.values())), key, jnp.float32(flips), facts
-                )
-                row |= {"commit": commit and commit[:10]}
-                row |= entries(method, list(recipes), np.asarray(reached, np.float64))
-                if name == "estimated":
-                    row["estimate"] = round(float(facts.rate), 4)
-                record.append(journal, row)
-                yield row
-            spent = (time.monotonic() - begun) / 60
-            print(f"{spent:6.1f} minutes: {at.name}, {flips:.0%}, {seed}", flush=True)
+def named(axis: Any, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Names beside the lines, from below: apart, and within the axes."""
+    low, high = axis.get_ylim()
+    line = (high - low) / 14  # of letters
+    places: list[float] = []
+    for gain, *_ in ends:
+        places.append(max(gain, places[-1] + line) if places else gain)
+    for up, (place, (_, name, color)) in enumerate(zip(places, ends, strict=True)):
+        highest = high - line * (len(ends) - 1 - up)
+        say(axis, name, (BARS[-1], min(place, highest)), color=color)
 
 
-def digest(at: Problem, constants: Constants, kind: str, recipes: Any) -> str:
-    """Of all that a row is made from but the code: a row of others is not reused."""
-    size = at.size._replace(lanes=0, seeds=0)
-    text = repr((at.name, size, constants, kind, recipes))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def entries(
-    method: Method, names: Sequence[str], reached: np.ndarray
-) -> dict[str, Any]:
-    """A row's findings, from [recipes, stops, READOUTS, COLUMNS].
-
-    Of each configuration drawn, at each stop, the validation score and the test
-    accuracy in per cent, of the readout that validates better; of each default what
-    either readout reaches without validation, accuracy and loss. The score is the
-    accuracy less a thousandth of the loss; -1 where the run diverged.
-    """
-    found: dict[str, Any] = {"validation": {}, "accuracy": {}, "defaults": {}}
-    drawn = reached[[i for i, name in enumerate(names) if name not in SCHEDULES]]
-    for place, stop in enumerate(stops_of(method.kind)):
-        columns = dict(zip(COLUMNS, np.moveaxis(drawn[:, place], -1, 0), strict=True))
-        loss = columns["validation_loss"]
-        score = 100 * columns["validation"] - 0.001 * np.minimum(loss, 20)
-        score = np.where(np.isfinite(loss), score, -1.0)
-        if not method.averages:
-            score, columns = score[:, :1], {k: v[:, :1] for k, v in columns.items()}
-        best = (np.arange(len(score)), score.argmax(1))
-        found["validation"][stop] = words(score[best], "%.5f")
-        found["accuracy"][stop] = words(100 * columns["accuracy"][best], "%.2f")
-        if stop != "best":
-            for number, name in enumerate(names):
-                for readout, one in zip(READOUTS, reached[number, place], strict=True):
-                    if name in SCHEDULES:
-                        found["defaults"][f"{name}/{stop}/{readout}"] = words(
-                            [100 * one[2], one[3]], "%.4f"
-                        )
-    return found
-
-
-def words(values: Any, spec: str) -> str:
-    """Numbers in one line of the record."""
-    return " ".join(spec % value for value in values)
+def figures(payload: Payload) -> dict[str, Any]:
+    """The gain by the number of configurations tried, and its intervals at the end."""
+    found = Findings(payload)
+    beside = dict(zip(DRAWN, np.geomspace(*BARS, len(DRAWN)), strict=True))
+    fig, axes = panels(2, 1, size=(INCHES, 8), sharex=True)
+    for axis, when in zip(axes, WHEN, strict=True):
+        ends: list[tuple[float, str, Any]] = []
+        for m, (name, style) in DRAWN.items():
+            if m in found.methods:
+                gains = [found.gain_of_tries(m, k, when) for k in BUDGETS]
+                axis.plot(BUDGETS, gains, marker="o", ms=3, **style)
+                ends.append((gains[-1], name, style["color"]))
+                mean, half = found.spread_of_tries(m, when)
+                if np.isfinite(half):
+                    edges = (mean - half, mean + half)
+                    axis.plot([beside[m]] * 2, edges, lw=1.2, **style)
+                    axis.plot(beside[m], mean, ".", color=style["color"])
+        named(axis, sorted(ends))
+        axis.axhline(0, color=FAINT, lw=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.9, 200)  # space for the names
+        axis.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
+        axis.set_title("at the end of the run" if when == "end" else "stopped early")
+        axis.set_ylabel("points gained")
+    axes[1].set_xlabel(
+        "configurations tried, the best by noisy validation;\n"
+        "bars: 95 % intervals at the last, data sets being the unit"
+    )
+    return {"rivals": fig}

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import statistics
-from benchmarks.rivals.methods import METHODS
-from benchmarks.rivals.settings import SIZES, TITLES, TRIES
+from benchmarks import report, statistics
+from benchmarks.rivals.methods import METHODS, PIECES, TRIES
 
 Payload = Mapping[str, Any]
 Group = Sequence[str]
@@ -70,7 +69,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{TITLES.get(self.piece, self.piece)}, {self.flips:.0%}"
+        return f"{report.title(self.piece)}, {self.flips:.0%}"
 
     def has(self, method: str, when: str = "end") -> bool:
         """Whether it was run; a rule that stops by itself is not stopped early."""
@@ -124,7 +123,7 @@ def numbers_in(line: str) -> np.ndarray:
 
 def settings_of(payload: Payload) -> list[Setting]:
     """Those with two seeds at least: one cannot both choose and judge."""
-    pieces = sorted(pieces_of(payload), key=lambda one: list(SIZES).index(one["piece"]))
+    pieces = sorted(pieces_of(payload), key=lambda one: PIECES.index(one["piece"]))
     found = [
         Setting(piece, flips)
         for piece in pieces

@@ -1,15 +1,9 @@
-"""What the rules give, from the recorded columns; the share of wrong labels, run."""
+"""What the rules give, from the recorded columns."""
 
-import json
-
-import jax
-import numpy as np
 import pytest
 
-pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
-
-from benchmarks import choosing, pools, statistics, study
-from benchmarks.choosing import findings, wrong_labels
+from benchmarks import statistics
+from benchmarks.choosing import findings
 
 
 def make_payload():
@@ -89,36 +83,3 @@ def test_tables_say_where_flooding_is_off_and_hold_every_rule():
     assert help_lines[2].startswith("| none | 1 | off | +0.0 (0, 0) |")
     # On mini-batches the averaged weights: (6 + 1) / 2.
     assert help_lines[-1].startswith("| 10 to 40 %, mini-batches | 2 | +3.5 (")
-
-
-@pytest.mark.parametrize("name", wrong_labels.SIZES)
-def test_the_share_of_wrong_labels_is_asked_of_draws_with_exact_flips(name):
-    key, size = jax.random.key(3), wrong_labels.SIZES[name]
-    clean, noisy = (wrong_labels.drawn(name, share, key) for share in (0.0, 0.3))
-    np.testing.assert_array_equal(clean[0], noisy[0])
-    assert len(clean[0]) == len(clean[1]) == size
-    assert (clean[1] != noisy[1]).sum() == 0.3 * size
-    if name in ("digits", "wine", "breast_cancer"):
-        pool_x, pool_y = pools.load(name)
-        true = {row.tobytes(): y for row, y in zip(pool_x, pool_y, strict=True)}
-        x = [np.asarray(row).tobytes() for row in clean[0]]
-        assert len(set(x)) == len(x)
-        assert [true[row] for row in x] == np.asarray(clean[1]).tolist()
-
-
-@pytest.mark.slow
-def test_the_share_of_wrong_labels_has_a_record_of_its_own(tmp_path):
-    study.conduct(choosing, ["--wrong-labels", "--smoke", "--out", str(tmp_path)])
-    payload = json.loads((tmp_path / "choosing-wrong-labels.json").read_text())
-    (row,) = payload["wrong_labels"]
-    assert (row["data"], row["flips"], len(row["half"])) == ("wine", 0.2, 2)
-    table = choosing.tables(payload)["choosing-wrong-labels"]
-    mean, sd = 100 * np.mean(row["half"]), 100 * np.std(row["half"], ddof=1)
-    assert f"| wine (60) | {mean:.1f} ({sd:.1f}) |" in table
-    part = payload["subset"]
-    more = 100 * np.subtract(part["part"], part["whole"])
-    assert f"{more.mean():+.1f} ({more.std(ddof=1):.1f}) points more" in table
-    annotator = payload["annotator"]
-    assert np.mean(annotator["wrong"]) > 2 * np.mean(annotator["half"])
-    assert choosing.figures(payload) == {}
-    assert wrong_labels.subset(0) == wrong_labels.subset(0)

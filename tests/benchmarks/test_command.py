@@ -12,21 +12,9 @@ pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
 from benchmarks import __main__ as command, record, report
 
-FINISHED = {
-    *("choosing", "family", "fashion", "images", "language", "penalty"),
-    *("strokes", "sweep", "synthetic"),
-}
 OWN_TESTS = {"compilers", "quickstart", "report", "trainers"}
-BENCHMARKS = sorted(command.discover().keys() - OWN_TESTS - FINISHED)
-# ten seconds of compilation or more; the quickstart and the others run every time
-LONGEST = {
-    "accelerator",
-    "distributed",
-    "membership",
-    "overhead",
-    "rivals",
-    "unlearning",
-}
+MEASURED = {"accelerator", "distributed", "overhead"}  # slow: they compile for long
+FINISHED = command.discover().keys() - OWN_TESTS - MEASURED
 
 
 @pytest.fixture
@@ -36,21 +24,15 @@ def flags(monkeypatch):
 
 
 @pytest.mark.usefixtures("flags")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LONGEST else [])
-        for name in BENCHMARKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MEASURED))
 def test_benchmark_smoke_writes_a_record_and_its_tables(
     name, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     command.main([name, "--smoke", "--out", str(tmp_path / "out")])
     capsys.readouterr()
-    (path,) = (tmp_path / "out").rglob("*.json")  # a piece is in a folder
-    assert path.relative_to(tmp_path / "out").with_suffix("").parts[0] == name
+    path = tmp_path / "out" / f"{name}.json"
     text = path.read_text()
     payload = json.loads(text)
     assert payload["environment"]["jax"] == jax.__version__
@@ -66,12 +48,11 @@ def test_benchmark_smoke_writes_a_record_and_its_tables(
 def test_missing_package_is_a_message_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)
     monkeypatch.setitem(sys.modules, "flax.linen", None)
-    for name in ("networks", "unlearning", "unlearning.problems"):
+    for name in ("networks", "overhead"):
         monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
-    for name in ("networks", "unlearning"):
         monkeypatch.delattr(f"benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit, match=r"needs flax: .*'flood_optax\[bench\]'"):
-        command.main(["unlearning", "--smoke"])
+        command.main(["overhead", "--smoke"])
 
 
 @pytest.mark.parametrize("name", sorted(FINISHED))
@@ -85,10 +66,15 @@ def test_finished_study_shows_its_tables_and_where_its_code_is(name, capsys):
     ]
     assert documents
     for document in documents:
-        environment = document["environment"]
-        assert not environment["dirty"]
-        assert environment["commit"][:10] in shown
-        assert f"&& {environment['command']}\n" in shown
+        for piece in document.get("pieces", [document]):
+            environment = piece["environment"]
+            commit = environment["commit"][:10]
+            assert not environment["dirty"]
+            assert shown.count(f"git worktree add ../{name}") == shown.count(
+                "    cd .."
+            )
+            assert f"-{commit} {commit}\n" in shown
+            assert f"\n    {environment['command']}\n" in shown
         for table in sys.modules[f"benchmarks.{name}"].tables(document).values():
             assert table in shown
 
@@ -96,6 +82,11 @@ def test_finished_study_shows_its_tables_and_where_its_code_is(name, capsys):
 def test_listing_names_every_benchmark(capsys):
     command.main([])
     listing = capsys.readouterr().out
+    recorded = {study.__name__ for _, study, _ in report.records(record.RESULTS)}
+    assert recorded == {
+        f"benchmarks.{name}"
+        for name in command.discover().keys() - {"accelerator", "report"}
+    }
     assert "quickstart" in listing
     assert "Repeats the paper's synthetic table" in listing
 

@@ -1,4 +1,7 @@
-"""What comes closest to the golds, what ties, and what each method does beside it."""
+"""Asks what unlearns to the level of unseen data: held losses, and the rivals.
+
+Finished: its record names the commit that holds its code, and the command.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
