@@ -72,15 +72,18 @@ def provenance(payload: Mapping[str, Any]) -> str:
     )
 
 
-def records(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def records(
+    results: pathlib.Path, of: str = "*"
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Each record, its name and benchmark; `NAME-WHAT` is another record of NAME.
 
     A folder NAME holds the pieces of one record of NAME, and they come as `pieces`.
+    With `of` only those of one benchmark are read.
     """
-    for path in sorted(results.glob("*.json")):
+    for path in sorted({*results.glob(f"{of}.json"), *results.glob(f"{of}-*.json")}):
         module = importlib.import_module(f"benchmarks.{path.stem.partition('-')[0]}")
         yield path.stem, module, record.read(path.stem, results)
-    for folder in sorted({path.parent for path in results.glob("*/*.json")}):
+    for folder in sorted({path.parent for path in results.glob(f"{of}/*.json")}):
         module = importlib.import_module(f"benchmarks.{folder.name}")
         names = sorted(path.stem for path in folder.glob("*.json"))
         pieces = [record.read(name, folder) for name in names]

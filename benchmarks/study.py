@@ -42,15 +42,15 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
 
 def show(study: ModuleType) -> None:
     """Prints what a finished study found, and how its code is run once more."""
-    for title, module, document in report.records(record.RESULTS):
-        if module is study:
-            print("\n\n".join(study.tables(document).values()))
-            print("\nTo run it once more, with the code of its commit:\n")
-            commands: dict[str, list[str]] = {}
-            for piece in document.get("pieces", [document]):
-                made = piece["environment"]
-                commands.setdefault(made["commit"][:10], []).append(made["command"])
-            for commit, lines in commands.items():
-                place = f"../{title}-{commit}"
-                print(f"    git worktree add {place} {commit}\n    cd {place}")
-                print("".join(f"    {line}\n" for line in lines))
+    name = study.__name__.removeprefix("benchmarks.")
+    for title, _, document in report.records(record.RESULTS, of=name):
+        print("\n\n".join(study.tables(document).values()))
+        print("\nTo run it once more, with the code of its commit:\n")
+        commands: dict[str, list[str]] = {}
+        for piece in document.get("pieces", [document]):
+            made = piece["environment"]
+            commands.setdefault(made["commit"][:10], []).append(made["command"])
+        for commit, lines in commands.items():
+            place = f"../{title}-{commit}"
+            print(f"    git worktree add {place} {commit}\n    cd {place}")
+            print("".join(f"    {line}\n" for line in lines))

@@ -332,7 +332,10 @@ def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
     assert value > whole + 0.1  # Jensen: an upper bound, here far from tight
 
 
-@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "compile_",
+    [pytest.param(lambda f: f, marks=pytest.mark.slow, id="eager"), jax.jit],
+)
 def test_weak_parameters_keep_their_dtype_with_64_bit_types(compile_):
     """`jnp.result_type` calls float64 what is a float32 made before the switch."""
     w = {"scalar": jnp.array(0.5), "vector": jnp.array([1.0, -2.0])}

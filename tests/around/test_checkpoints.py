@@ -105,6 +105,7 @@ def pickle_restore(path, target):
     return target.replace(step=step, params=params, opt_state=opt_state)
 
 
+EVERY_TIME = ("band", "weighted", "average")  # whose states hold all that others do
 FORMATS = stores.FORMATS | {"pickle": (pickle_save, pickle_restore)}
 quiet_orbax = pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 
@@ -122,7 +123,13 @@ def kept(file_format, path, tree, target):
 
 @quiet_orbax
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[pytest.mark.slow] * (form not in EVERY_TIME))
+        for form in FORMS
+    ],
+)
 def test_checkpoint_restored_run_ends_where_the_uninterrupted_one_ends(
     form, file_format, tmp_path
 ):

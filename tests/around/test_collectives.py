@@ -25,6 +25,7 @@ from tests.sharded import (
     varying,
 )
 
+pytestmark = pytest.mark.slow  # test_sharding.py has devices every time
 CHECKS = Checks()
 
 # ---- collectives ----

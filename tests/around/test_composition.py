@@ -117,9 +117,13 @@ FORWARDS = {
 @pytest.mark.parametrize("name", known(FORWARDS))
 def test_wrapper_forwards_the_loss_to_the_flood(name):
     wrap = FORWARDS[name]
-    got = updates_of(wrap(flooding_sgd()), (1.0, 1.0), value=VALUES)
     masked = name.startswith("masked")  # what is masked is not flooded: not flipped
-    wanted = updates_of(wrap(sgd()), SIGNS)
+    got, wanted = jax.jit(
+        lambda: (
+            updates_of(wrap(flooding_sgd()), (1.0, 1.0), value=VALUES),
+            updates_of(wrap(sgd()), SIGNS),
+        )
+    )()
     if masked:
         for updates, number in zip(wanted, range(2), strict=True):
             updates["b"] = updates["b"] * SIGNS[number]
@@ -152,8 +156,12 @@ def test_flood_in_front_of_an_optimizer_flips_what_it_sees(form, name):
     if form == "wrapper":
         flooding = flood(make(), LEVEL)
     reads = {"value": (0.7, 0.7)} if name == "reduce_on_plateau" else {}
-    got = updates_of(flooding, (1.0, 1.0), params, value=VALUES)
-    wanted = updates_of(make(), SIGNS, params, **reads)
+    got, wanted = jax.jit(
+        lambda: (
+            updates_of(flooding, (1.0, 1.0), params, value=VALUES),
+            updates_of(make(), SIGNS, params, **reads),
+        )
+    )()
     chex.assert_trees_all_close(got, wanted, rtol=1e-6)
 
 

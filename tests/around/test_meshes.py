@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -39,6 +40,7 @@ from tests.sharded import (
     varying,
 )
 
+pytestmark = pytest.mark.slow  # test_sharding.py has devices every time
 CHECKS = Checks()
 N, C, T = 16, 4, 6
 RNG = np.random.default_rng(5)

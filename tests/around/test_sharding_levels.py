@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 from flood_optax import levels
 from tests.sharded import Checks, collectives, mesh_of, put
 
+pytestmark = pytest.mark.slow  # test_sharding.py has devices every time
 CHECKS = Checks()
 N, C = 16, 4
 RNG = np.random.default_rng(5)

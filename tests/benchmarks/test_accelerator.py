@@ -17,6 +17,7 @@ def test_without_an_accelerator_it_says_so_and_stops(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_forms_agree_after_steps_up_and_down():
     rows = accelerator.agreement(SMOKE.models["mlp"], "float32")
     found = {row["form"]: row for row in rows}

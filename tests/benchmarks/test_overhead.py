@@ -98,6 +98,7 @@ def test_rival_by_hand_takes_the_steps_of_what_it_is_compared_with(name):
     assert len(set(itertools.pairwise(signs))) > 1  # up and down
 
 
+@pytest.mark.slow
 def test_eager_rows_are_of_every_form_and_a_window_long():
     at = overhead.problem("mlp")
     tried = overhead.variants(at.losses, SGD, rivals=False)

@@ -161,13 +161,8 @@ INSTALLED = (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name != "equinox" else [])
-        for name in INSTALLED
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSTALLED)
 def test_trainer_that_the_tests_have_floods_by_its_recipe(
     name, here, monkeypatch, tmp_path, capsys
 ):

@@ -20,9 +20,11 @@ def blocks(text):
 
 # their blocks train or compile for five seconds or more; the others run every time
 SLOW = (
+    "averaging.md",
     "choosing-b.md",
     "family.md",
     "quickstart.md",
+    "theory.md",
     "traps.md",
     "trainers.md",
     "unlearning.md",

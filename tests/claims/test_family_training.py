@@ -31,6 +31,7 @@ def test_softad_multipliers_are_those_of_the_authors_code(sigma, expected):
     np.testing.assert_allclose(slope(losses), expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_softad_toy_converges_where_flooding_chatters():
     # f = x^2/2 from x = -2 at level 1/2, learning rate 1/10 (Holland and Nakatani)
     def path(shape):
@@ -81,6 +82,7 @@ def minimise(objective, params, steps, optimizer):
     return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
 
 
+@pytest.mark.slow
 def test_flooded_training_ends_at_the_level_as_published():
     # 1,200 blobs, 2-64-32-1, Adam 1e-2, 100 epochs; final training losses of one seed:
     # .0509, .1150, .2113, .3014, so within .015 of the level (seu-injection-framework)
@@ -143,10 +145,8 @@ def fit_classifier(digits, objective, steps=300):
     )
 
 
-# the cheap variant runs every time
-@pytest.mark.parametrize(
-    "variant", [pytest.param("whole_network", marks=pytest.mark.slow), "last_layer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["whole_network", "last_layer"])
 def test_adaflood_gives_mislabelled_digits_higher_levels(digits, variant):
     digits, flipped = digits
     x, y, sizes = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y), (64, 64, 10)

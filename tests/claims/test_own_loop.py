@@ -362,10 +362,9 @@ def test_journal_is_shared_by_processes_and_gives_back_what_a_killed_one_held(tm
     assert [t.state for t in study.trials if t.params == lost.params][-1] == ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diverges", [">= 0", "> 0.3"], ids=["all", "high levels"])
-@pytest.mark.parametrize(
-    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_search_whose_runs_end_in_nan_ends_after_as_many_runs(
     request, database, diverges
 ):

@@ -1,5 +1,6 @@
 """What flooding costs, by the compiler's own count: no clock."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -56,6 +57,7 @@ def step_of(form, sizes=SIZES):
     return step, params, optimizer.init(params)
 
 
+@functools.cache
 def compiled(form):
     step, *arguments = step_of(form)
     return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
@@ -133,7 +135,10 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd", "windows"])
+@pytest.mark.parametrize(
+    "name",
+    ["sgd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adam", "windows"))],
+)
 def test_average_reads_and_writes_itself_and_reads_the_new_parameters(name):
     """As the recipe by hand does, and with no memory more than its own."""
     loss_fn, params = problem()

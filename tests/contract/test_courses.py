@@ -76,11 +76,20 @@ def courses(form, axis):
     return jax.tree.map(lambda x: x[0], found)
 
 
+EVERY_TIME = ("scale_by_flood", "flood_every_k")  # a transformation, and windows
+
+
 @pytest.mark.parametrize("weigh", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [None, "data"])
-@pytest.mark.parametrize("form", forms.OPTAX)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[pytest.mark.slow] * (form not in EVERY_TIME))
+        for form in forms.OPTAX
+    ],
+)
 def test_course_is_that_of_numpy(form, axis, dtype, band, weigh):
     found = courses(form, axis)[f"{dtype} {band} {weigh}"]
     width = BANDS[band] or 0.0

@@ -149,7 +149,16 @@ COURSES = [
 COURSES.remove(("chain", "polyak_sgd", 0, "reflect"))  # it reads the raw loss there
 
 
-@pytest.mark.parametrize(("form", "name", "band", "shape"), COURSES)
+EVERY_TIME = [("chain", "adam", 0, "reflect"), ("flood", "sgd", BAND, "own")]
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "band", "shape"),
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] * (one not in EVERY_TIME))
+        for one in COURSES
+    ],
+)
 @pytest.mark.usefixtures("x64")
 def test_training_trajectories_of_the_forms_coincide(form, name, band, shape):
     optimizer = forms.OPTAX[form](

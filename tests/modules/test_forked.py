@@ -114,8 +114,8 @@ PROBLEMS = {
 @pytest.mark.parametrize(
     "name",
     [
-        *("toy", "toy, few steps", "mlp, optax form, adam"),
-        pytest.param("mlp, loss form, momentum", marks=pytest.mark.slow),
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("mlp"))
+        for name in PROBLEMS
     ],
 )
 def test_forked_equals_separate_runs_bit_for_bit(name):

@@ -43,7 +43,7 @@ def blobs(seed, n=24, c=3, d=4):
     return x + 1000, np.where(rng.random(n) < 0.2, (y + 1) % c, y)  # far from 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_leave_one_out_equals_models_refitted_without_each_example(seed):
     x, y = blobs(seed)
     found = levels.leave_one_out(x, y, 3)

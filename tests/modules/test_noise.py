@@ -125,6 +125,7 @@ def test_noise_matrix_equals_the_equations_of_the_paper(run, seed):
     np.testing.assert_allclose(found, confident_learning(probs, noisy), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [levels.noise_matrix, matrix_of], ids=["eager", "jit"])
 def test_noise_matrix_of_three_million_examples_finds_rare_flips(run):
     # The threshold is .970, which the .975 of the flips reach: of a sum in float32 that

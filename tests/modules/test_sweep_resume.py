@@ -278,6 +278,7 @@ def test_processes_that_share_one_file_end_alike(tmp_path, whole):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow  # starts a process
 def test_fingerprint_is_the_same_in_another_process(copy):
     before = copy.read_bytes()
     code, _, err = processes.end(python(RUN, copy))
