@@ -248,3 +248,37 @@ def test_per_term_and_joint_flooding_are_two_algorithms():
     np.testing.assert_array_equal(per_term, [-1, 1])
     joint = multipliers(lambda t: flood_loss(t.sum(), 0.4), [0.1, 0.5])
     np.testing.assert_array_equal(joint, [1, 1])
+
+
+# Published numbers
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected"),
+    [(1.0, [-0.7071, 0.4472, 0.9806]), (3.0, [-0.9487, 0.4932, 2.5725])],
+)
+def test_softad_multipliers_are_those_of_the_authors_code(sigma, expected):
+    theta = 0.4
+    losses = np.float32([-1.0, 0.5, 5.0]) + np.float32(theta)
+    bent = lambda x: flood_loss(x, theta, shape=shapes.soft(sigma)).sum()
+    slope = jax.jit(jax.grad(bent))
+    np.testing.assert_allclose(slope(losses), expected, atol=5e-5)
+
+
+def test_softad_toy_converges_where_flooding_chatters():
+    # f = x^2/2 from x = -2 at level 1/2, learning rate 1/10 (Holland and Nakatani)
+    def path(shape):
+        grad = jax.grad(lambda x: flood_loss(x**2 / 2, 0.5, shape=shape))
+        step = lambda x, _: 2 * (x - 0.1 * grad(x),)
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, -2.0, None, 400)[1])())
+
+    hard, soft = path(shapes.reflect()), path(shapes.soft())
+    x, numpy_hard = -2.0, []
+    for _ in range(400):
+        x -= 0.1 * x * (1 if x**2 / 2 >= 0.5 else -1)
+        numpy_hard.append(x)
+    np.testing.assert_allclose(hard, numpy_hard, rtol=1e-4)
+    np.testing.assert_allclose(soft[-1], -1.0, atol=1e-6)
+    tail = hard[-20:] ** 2 / 2
+    assert (np.diff(np.sign(tail - 0.5)) != 0).mean() > 0.9, "down, up, down, up"
+    assert np.abs(tail - 0.5).mean() > 0.03, "and not closer to the level"

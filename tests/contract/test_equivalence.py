@@ -67,7 +67,9 @@ def compiled_update(grads, value, level):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", ["quartic", pytest.param("mlp", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("bits", [32, 64])
 def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, name, side, request):
     if bits == 64:
