@@ -332,10 +332,8 @@ def test_microbatch_of_the_flooded_loss_floods_each_micro_batch():
     assert value > whole + 0.1  # Jensen: an upper bound, here far from tight
 
 
-@pytest.mark.parametrize(
-    "compile_",
-    [pytest.param(lambda f: f, marks=pytest.mark.slow, id="eager"), jax.jit],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_weak_parameters_keep_their_dtype_with_64_bit_types(compile_):
     """`jnp.result_type` calls float64 what is a float32 made before the switch."""
     w = {"scalar": jnp.array(0.5), "vector": jnp.array([1.0, -2.0])}

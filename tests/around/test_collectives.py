@@ -25,7 +25,6 @@ from tests.sharded import (
     varying,
 )
 
-pytestmark = pytest.mark.slow  # test_sharding.py has devices every time
 CHECKS = Checks()
 
 # ---- collectives ----
@@ -232,6 +231,7 @@ def trap_pmean_of_masked_means_weighs_examples_unequally():
     np.testing.assert_allclose(got[0], 0.82, rtol=1e-6)
 
 
+@pytest.mark.slow  # test_sharding.py has devices every time
 @CHECKS.parametrize()
 def test_sharding(name, devices):
     CHECKS.assert_held(name, __file__, devices)

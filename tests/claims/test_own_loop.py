@@ -87,7 +87,10 @@ def accumulating():
 LOOPS = {"loss form": loop, "windows": accumulating}
 
 
-@pytest.fixture(scope="module", params=LOOPS)
+@pytest.fixture(
+    scope="module",
+    params=["loss form", pytest.param("windows", marks=pytest.mark.slow)],
+)
 def plain(request, tmp_path_factory):
     ours = LOOPS[request.param]()
     with ocp.CheckpointManager(tmp_path_factory.mktemp("plain")) as manager:

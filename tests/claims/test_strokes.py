@@ -221,7 +221,10 @@ def assert_statistics(got, expected):
 PARTS = {"one batch": [200], "three batches": [90, 90, 20]}
 
 
-@pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(PARTS["one batch"], marks=pytest.mark.slow), PARTS["three batches"]],
+)
 def test_reestimated_statistics_are_those_of_the_activations(sizes):
     parts = np.split(page().x[: sum(sizes)], np.cumsum(sizes)[:-1])
     net = Net()
@@ -247,6 +250,7 @@ def test_reestimated_statistics_are_those_of_the_activations(sizes):
         assert (norm.momentum, norm.use_running_average) == (0.99, True), "as before"
 
 
+@pytest.mark.slow
 def test_averaged_weights_with_the_statistics_of_the_last_ones_are_wrong():
     ours = page()
     net = Net(momentum=0.9)

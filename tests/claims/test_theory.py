@@ -59,9 +59,6 @@ def quartic():
     return loss_fn, jnp.array([0.4, -0.6, 0.8])
 
 
-PROBLEMS = {f.__name__: f for f in (tanh_mlp, logistic_regression, quartic)}
-
-
 class Problem(NamedTuple):
     """A loss of one vector, where to start, and its compiled gradients."""
 
@@ -97,7 +94,13 @@ def vector_problem(make):
     return Problem(loss_fn, np.asarray(start), raw, step, by_optax, curved)
 
 
-@pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS)
+@pytest.fixture(
+    params=[
+        pytest.param(tanh_mlp, marks=pytest.mark.slow),
+        logistic_regression,
+        quartic,
+    ]
+)
 def problem(request, x64):
     return vector_problem(request.param)
 
@@ -220,14 +223,8 @@ LONG_RUNS = {
 }
 
 
-# the net every time
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "tanh_mlp" else [pytest.mark.slow])
-        for name in LONG_RUNS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG_RUNS)
 def test_flooded_sgd_follows_the_penalty_flow_on_the_level_set(x64, name):
     """Seen at tau = steps eta^2 / 2, on the level set: their distance is O(eta^2)."""
     make, duration, eta = LONG_RUNS[name]

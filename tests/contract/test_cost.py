@@ -101,7 +101,9 @@ def test_flooding_adds_few_equations_whatever_the_model(form, scalars, per_leaf)
     assert 0 < few - per_leaf * leaves <= scalars
 
 
-@pytest.mark.parametrize("given", [{}, {"weight": 2.0}], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize(
+    "given", [{}, pytest.param({"weight": 2.0}, marks=pytest.mark.slow, id="weighted")]
+)
 def test_window_holds_and_moves_no_more_than_one_written_by_hand(given):
     loss_fn, params = problem()
 

@@ -142,6 +142,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @bounded(30)
 @given(
     tree=trees,

@@ -109,6 +109,7 @@ def test_proposal_has_the_form_that_optax_asks_for():
         assert context <= 2
 
 
+@pytest.mark.slow
 def test_numbers_of_the_issue_are_those_of_its_program(capsys):
     text = (PROPOSAL / "multi_steps_issue.md").read_text()
     for code in blocks(text):

@@ -331,6 +331,7 @@ def test_forked_sees_that_a_setting_has_changed_under_which_a_step_is_traced():
     assert (wide != narrow).all()
 
 
+@pytest.mark.slow
 def test_forked_keeps_no_more_than_a_few_steps_alive():
     alive = []
 

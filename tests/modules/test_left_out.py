@@ -130,7 +130,7 @@ def rate_by_hand(scores, y, confident):
     return np.mean(drawn), np.std(drawn) / 20
 
 
-@pytest.mark.parametrize("confident", [0.01, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("confident", [0.01, 0.5])
 def test_noise_rate_equals_a_count_by_hand_ties_included(confident):
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 5, (41, 3)).astype(np.float32) / 4  # many ties

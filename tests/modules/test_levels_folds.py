@@ -100,7 +100,10 @@ def test_held_out_losses_vmapped_are_one_program_with_the_same_folds():
 
 
 @vmap_or_not
-@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "compile_",
+    [pytest.param(lambda f: f, marks=pytest.mark.slow, id="eager"), jax.jit],
+)
 def test_held_out_losses_pass_the_check_of_key_reuse(vmap, compile_):
     def losses(key):
         return levels.held_out_losses(
@@ -312,6 +315,7 @@ def test_groups_are_of_any_kind(groups):
     assert [sorted(block % 5) for block in blocks] == [[b[0] % 5] * 4 for b in blocks]
 
 
+@pytest.mark.slow
 def test_groups_of_one_size_train_in_one_program():
     groups, y = np.arange(24) // 2 % 12, np.arange(24) // 2 % 3
     x, target = regression(24)

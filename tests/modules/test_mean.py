@@ -294,6 +294,7 @@ def means_of_many(size, order, number, ids, weigh):
     return got, wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weigh", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("ids", IDS)

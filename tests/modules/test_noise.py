@@ -217,10 +217,9 @@ def test_noise_matrix_equals_a_count_by_hand(case):
     np.testing.assert_allclose(found, expected, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "pairs"])
-@pytest.mark.parametrize(
-    "data", ["digits", pytest.param("mnist", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("data", ["digits", "mnist"])
 def test_noise_matrix_recovers_a_known_one(data, kind):
     x, true = load_digits(return_X_y=True) if data == "digits" else mnist_data()
     c = 10

@@ -114,7 +114,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["plain", *(pytest.param(m, marks=pytest.mark.slow) for m in [*MODES][1:])]
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_shape_is_checked_wherever_a_form_is_built(place, mode):
     if (place, mode) == ("shard_map", "disable_jit"):

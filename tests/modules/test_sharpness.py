@@ -101,7 +101,7 @@ def test_hessian_trace_of_diagonal_hessian_is_exact():
     assert error == 0
 
 
-@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("sign", [pytest.param(1, marks=pytest.mark.slow), -1])
 def test_top_eigenvalue_equals_dense(net, sign):
     (params, x), targets = net
     loss = lambda params: sign * net_loss(params, x, **targets)
@@ -119,6 +119,7 @@ def test_top_eigenvalue_equals_dense(net, sign):
     )
 
 
+@pytest.mark.slow
 def test_top_eigenvalue_with_few_iterations_never_over_estimates(net):
     top = np.abs(np.linalg.eigvalsh(dense_hessian(net))).max()
     estimates = [
@@ -237,7 +238,9 @@ def test_gradient_norm_of_infinite_and_nan_gradients_keeps_them():
         np.testing.assert_equal(float(norm), expected)
 
 
-@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "jit", [jax.jit, pytest.param(lambda f: f, marks=pytest.mark.slow, id="eager")]
+)
 @pytest.mark.parametrize(
     ("measure", "count"),
     [("hessian_trace", "num_samples"), ("top_eigenvalue", "num_iterations")],

@@ -168,6 +168,7 @@ def lowered(program, *arguments):
     return program.lower(*arguments).compile()
 
 
+@pytest.mark.slow
 def test_map_memory_does_not_grow_with_the_number_of_levels(programs):
     def train(level, key):
         big = jax.random.normal(key, (200, 200)) * level
