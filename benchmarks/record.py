@@ -15,7 +15,6 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "flood_optax", "torch")
-PATH_OPTIONS = ("--out", "--work", "--data")
 # What runs write and reports draw changes no measurement.
 OUTPUTS = (":(exclude)benchmarks/results", ":(exclude)docs/figures")
 
@@ -139,9 +138,9 @@ def command(argv: Sequence[str]) -> str | None:
     words: list[str] = []
     skip = False
     for word in argv[1:]:
-        if not skip and word.partition("=")[0] not in PATH_OPTIONS:
+        if not skip and word.partition("=")[0] != "--out":
             words.append("PATH" if os.sep in word else word)
-        skip = not skip and word in PATH_OPTIONS
+        skip = not skip and word == "--out"
     return " ".join(["python -m benchmarks", *words])
 
 

@@ -75,8 +75,7 @@ def test_record_refuses_nan(tmp_path):
     ("argv", "expected"),
     [
         (["x/__main__.py", "a", "--out", "/x/y", "--n", "3"], "a --n 3"),
-        (["x/__main__.py", "a", "--out=/x/y", "--work", "/z"], "a"),
-        (["x/__main__.py", "a", "--data", "--out", "b"], "a b"),
+        (["x/__main__.py", "a", "--out=/x/y", "b"], "a b"),
         (["x/__main__.py", "a", "/home/me/file"], "a PATH"),
     ],
 )
