@@ -159,7 +159,7 @@ def test_flood_spoiled_window_leaves_the_others_bit_for_bit(where, position, bad
 @pytest.mark.parametrize(
     ("inner_name", "jit"),
     [
-        pytest.param("momentum", False, id="momentum-op by op"),
+        pytest.param("momentum", False, id="momentum-op by op", marks=pytest.mark.slow),
         pytest.param("momentum", True, id="momentum-jit"),
         # op by op, AdamW only repeats what momentum shows
         pytest.param("adamw", False, id="adamw-op by op", marks=pytest.mark.slow),

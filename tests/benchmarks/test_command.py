@@ -14,6 +14,7 @@ from benchmarks import __main__ as command, record, report
 
 OWN_TESTS = {"compilers", "quickstart", "report", "trainers"}
 MEASURED = {"accelerator", "distributed", "overhead"}  # slow: they compile for long
+LARGE = ("choosing", "rivals", "unlearning")  # whose tables take seconds
 FINISHED = command.discover().keys() - OWN_TESTS - MEASURED
 
 
@@ -55,7 +56,13 @@ def test_missing_package_is_a_message_that_names_the_extra(monkeypatch):
         command.main(["overhead", "--smoke"])
 
 
-@pytest.mark.parametrize("name", sorted(FINISHED))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
+        for name in sorted(FINISHED)
+    ],
+)
 def test_finished_study_shows_its_tables_and_where_its_code_is(name, capsys):
     command.main([name])
     shown = capsys.readouterr().out

@@ -221,10 +221,8 @@ def assert_statistics(got, expected):
 PARTS = {"one batch": [200], "three batches": [90, 90, 20]}
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [pytest.param(PARTS["one batch"], marks=pytest.mark.slow), PARTS["three batches"]],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 def test_reestimated_statistics_are_those_of_the_activations(sizes):
     parts = np.split(page().x[: sum(sizes)], np.cumsum(sizes)[:-1])
     net = Net()

@@ -28,7 +28,13 @@ MAKERS = {
     )
 }
 OPTIMIZERS = {name: make(LEVEL) for name, make in MAKERS.items()}
-every_form = pytest.mark.parametrize("form", MAKERS)
+every_form = pytest.mark.parametrize(
+    "form",
+    [  # the largest program, whose parts the others have
+        pytest.param(form, marks=[pytest.mark.slow] * (form == "flood_skip"))
+        for form in MAKERS
+    ],
+)
 
 # strong types: jnp.array(0.75) would be a weak one, which every product makes strong
 PARAMS = {"w": jnp.array([[1.0, -2.0, 0.5]]), "b": (jnp.float32(0.75),)}

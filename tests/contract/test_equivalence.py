@@ -23,11 +23,16 @@ class TanhMLP(nn.Module):
 
 
 def mlp():
-    x = jax.random.normal(jax.random.key(0), (11, 3))
-    y = jnp.sin(x[:, 0]) - 0.5 * x[:, 1]
     model = TanhMLP()
-    params = model.init(jax.random.key(1), x)
-    params = jax.tree.map(lambda p: p.astype(x.dtype), params)
+
+    @jax.jit
+    def made():
+        x = jax.random.normal(jax.random.key(0), (11, 3))
+        y = jnp.sin(x[:, 0]) - 0.5 * x[:, 1]
+        params = model.init(jax.random.key(1), x)
+        return x, y, jax.tree.map(lambda p: p.astype(x.dtype), params)
+
+    x, y, params = made()
     return lambda p: jnp.mean((model.apply(p, x) - y) ** 2), params
 
 
@@ -43,10 +48,16 @@ MAKERS = {"mlp": mlp, "quartic": quartic}
 
 @functools.cache
 def problem(name, bits):
-    """Its loss, parameters, value and gradient: once for 32 and once for 64 bits."""
+    """Its loss and parameters: once for 32 and once for 64 bits."""
     assert jax.config.jax_enable_x64 == (bits == 64)
-    loss_fn, params = MAKERS[name]()
-    return loss_fn, params, *jax.value_and_grad(loss_fn)(params)
+    return MAKERS[name]()
+
+
+@functools.cache
+def op_by_op(name, bits):
+    """Value and gradient."""
+    loss_fn, params = problem(name, bits)
+    return jax.value_and_grad(loss_fn)(params)
 
 
 SIDES = {
@@ -70,11 +81,12 @@ def compiled_update(grads, value, level):
 @pytest.mark.parametrize(
     "name", ["quartic", pytest.param("mlp", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("bits", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, name, side, request):
     if bits == 64:
         request.getfixturevalue("x64")
-    loss_fn, params, value, grad = problem(name, bits)
+    loss_fn, params = problem(name, bits)
+    value, grad = op_by_op(name, bits)
     assert value.dtype == f"float{bits}"
     level_of, descends = SIDES[side]
     level = level_of(np.asarray(value))
@@ -151,7 +163,7 @@ COURSES = [
 COURSES.remove(("chain", "polyak_sgd", 0, "reflect"))  # it reads the raw loss there
 
 
-EVERY_TIME = [("chain", "adam", 0, "reflect"), ("flood", "sgd", BAND, "own")]
+EVERY_TIME = [("flood", "sgd", BAND, "own")]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +200,7 @@ def test_training_trajectories_of_the_forms_coincide(form, name, band, shape):
 @pytest.mark.parametrize("level", [0.0, -np.inf])
 @pytest.mark.parametrize("form", ["chain", "flood"])
 def test_flooding_at_zero_or_off_is_plain_training_bit_for_bit(form, level):
-    loss_fn, params, *_ = problem("mlp", 32)
+    loss_fn, params = problem("mlp", 32)
     inner = optax.with_extra_args_support(optax.adam(0.1))
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
     ends = []

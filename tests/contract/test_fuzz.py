@@ -267,7 +267,7 @@ spoiled = st.one_of(eighths, eighths, eighths, st.sampled_from([np.nan, np.inf])
 )
 def test_any_window_equals_numpy(every_k, skips, grads, values):
     grads, values = np.asarray(grads, np.float32), np.asarray(values, np.float32)
-    updates, closed = accumulated(every_k, skips)(grads, values)
+    updates, closed = jax.device_get(accumulated(every_k, skips)(grads, values))
     with np.errstate(invalid="ignore"):
         wanted, losses = oracles.windows(grads, values, every_k, THRESHOLD, skip=skips)
     # an infinite entry may turn into NaN in a running mean: not finite either way

@@ -44,7 +44,7 @@ FORMS = {
 SPREAD = np.array([0.25, 0.125, -0.125, -0.25])
 
 
-EVERY_TIME = ("flood_loss", "flooded", "segment")
+EVERY_TIME = ("flood_loss", "flooded")
 INNER = 0.75, 0.5  # the derivatives of the loss at x = 0
 
 

@@ -75,7 +75,13 @@ SPREAD = {  # in points: three standard deviations of one draw
 }
 
 
-@pytest.mark.parametrize("data", SPREAD)
+@pytest.mark.parametrize(
+    "data",
+    [
+        *("digits", "gaussians"),
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("wine", "breast_cancer")),
+    ],
+)
 def test_noise_rate_finds_known_flips(data):
     n, flips, spread = SPREAD[data]
     rng = np.random.default_rng(1)
@@ -150,7 +156,7 @@ def test_noise_rate_equals_a_count_by_hand_ties_included(confident):
 X, Y = blobs(0)
 
 
-@pytest.mark.parametrize("most", [1 / 3, 0.8])
+@pytest.mark.parametrize("most", [pytest.param(1 / 3, marks=pytest.mark.slow), 0.8])
 def test_features_that_tell_nothing_give_the_rate_of_guessing(most):
     rng = np.random.default_rng(0)
     shares = [most, (1 - most) / 2, (1 - most) / 2]

@@ -190,7 +190,8 @@ def test_top_eigenvalue_of_exactly_diagonal_hessian_is_found():
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("float16", "float32"), ("bfloat16",) * 2]
+    ("first", "second"),
+    [("float16", "float32"), pytest.param(*["bfloat16"] * 2, marks=pytest.mark.slow)],
 )
 def test_mixed_and_half_precision_params_keep_leaf_dtypes(first, second):
     params = {"a": jnp.ones(2, first), "b": jnp.asarray(2.0, second)}
