@@ -28,6 +28,7 @@ from flood_optax import (
 )
 from flood_optax.flax import TrainState
 from tests import forms, oracles, processes, stores
+from tests.marks import slow_but
 
 STEPS, STOP = 22, 11  # micro-steps; STOP is inside a window of 3 and after the warm-up
 WEIGHTS = np.float32([3, 0, 5, 1, 16, 2, 7, 0, 1, 5, 2] * 2)
@@ -123,13 +124,7 @@ def kept(file_format, path, tree, target):
 
 @quiet_orbax
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, marks=[pytest.mark.slow] * (form not in EVERY_TIME))
-        for form in FORMS
-    ],
-)
+@pytest.mark.parametrize("form", slow_but(EVERY_TIME, FORMS))
 def test_checkpoint_restored_run_ends_where_the_uninterrupted_one_ends(
     form, file_format, tmp_path
 ):

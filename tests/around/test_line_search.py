@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from flood_optax import flood, flooded, shapes
+from tests.marks import slow_but
 
 START = jnp.array([1.9, -0.1])
 STEPS = 30
@@ -37,9 +38,7 @@ SHAPES = {
     "asymmetric": shapes.asymmetric(0.5, 0.1),
 }
 # L-BFGS compiles for four seconds a program; in the while loop it runs every time
-some_searches = pytest.mark.parametrize(
-    "search", [pytest.param("lbfgs", marks=pytest.mark.slow), "backtracking"]
-)
+some_searches = pytest.mark.parametrize("search", slow_but(["backtracking"], SEARCHES))
 
 
 def step_of(optimizer, params, state, value_and_grad=None, objective=objective):

@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("sklearn", reason="the benchmarks need the extra `bench`")
 
 from benchmarks import __main__ as command, record, report
+from tests.marks import slow_but
 
 OWN_TESTS = {"compilers", "quickstart", "report", "trainers"}
 MEASURED = {"accelerator", "distributed", "overhead"}  # slow: they compile for long
-LARGE = ("choosing", "rivals", "unlearning")  # whose tables take seconds
+LARGE = {"choosing", "rivals", "unlearning"}  # whose tables take seconds
 FINISHED = command.discover().keys() - OWN_TESTS - MEASURED
 
 
@@ -56,13 +57,7 @@ def test_missing_package_is_a_message_that_names_the_extra(monkeypatch):
         command.main(["overhead", "--smoke"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
-        for name in sorted(FINISHED)
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(FINISHED - LARGE, sorted(FINISHED)))
 def test_finished_study_shows_its_tables_and_where_its_code_is(name, capsys):
     command.main([name])
     shown = capsys.readouterr().out

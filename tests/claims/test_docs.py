@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from tests.marks import slow_but
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -33,10 +35,7 @@ SLOW = (
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
-        for page in PAGES
-    ],
+    slow_but([page for page in PAGES if page.name not in SLOW], PAGES),
     ids=lambda page: page.name,
 )
 def test_code_blocks_of_page_run(page, capsys):

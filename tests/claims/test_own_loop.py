@@ -23,6 +23,7 @@ import pytest
 from flood_optax import flood
 from tests import databases, processes
 from tests.claims.test_docs import blocks
+from tests.marks import slow_but
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 STOP_AND_FLOOD, SEARCH = DOCS / "choosing-b.md", DOCS / "distributed.md"
@@ -87,10 +88,7 @@ def accumulating():
 LOOPS = {"loss form": loop, "windows": accumulating}
 
 
-@pytest.fixture(
-    scope="module",
-    params=["loss form", pytest.param("windows", marks=pytest.mark.slow)],
-)
+@pytest.fixture(scope="module", params=slow_but(["loss form"], LOOPS))
 def plain(request, tmp_path_factory):
     ours = LOOPS[request.param]()
     with ocp.CheckpointManager(tmp_path_factory.mktemp("plain")) as manager:

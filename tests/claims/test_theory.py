@@ -21,6 +21,7 @@ from scipy import stats
 
 from flood_optax import flood_mean, flooded, penalty, scale_by_flood, shapes
 from tests import forms
+from tests.marks import slow_but
 
 RNG = np.random.default_rng(11)
 INPUTS, NOISE = RNG.normal(size=(30, 3)), RNG.normal(size=30)
@@ -95,11 +96,9 @@ def vector_problem(make):
 
 
 @pytest.fixture(
-    params=[
-        pytest.param(tanh_mlp, marks=pytest.mark.slow),
-        logistic_regression,
-        quartic,
-    ]
+    params=slow_but(
+        [logistic_regression, quartic], [tanh_mlp, logistic_regression, quartic]
+    )
 )
 def problem(request, x64):
     return vector_problem(request.param)

@@ -12,6 +12,7 @@ import pytest
 
 from flood_optax import FloodState, average_params, flood, scale_by_flood
 from tests import forms, oracles
+from tests.marks import slow_but
 
 LEVEL = 0.5
 
@@ -28,12 +29,9 @@ MAKERS = {
     )
 }
 OPTIMIZERS = {name: make(LEVEL) for name, make in MAKERS.items()}
+# but the largest program, whose parts the others have
 every_form = pytest.mark.parametrize(
-    "form",
-    [  # the largest program, whose parts the others have
-        pytest.param(form, marks=[pytest.mark.slow] * (form == "flood_skip"))
-        for form in MAKERS
-    ],
+    "form", slow_but(MAKERS.keys() - {"flood_skip"}, MAKERS)
 )
 
 # strong types: jnp.array(0.75) would be a weak one, which every product makes strong
@@ -111,18 +109,11 @@ def test_state_is_stable_by_type(form, value_dtype):
 
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-SLOW = ("float16", "float32")
 
 
 # every leaf dtype is in each; losses of 16 and of 64 bits are the extremes
 @every_form
-@pytest.mark.parametrize(
-    "value_dtype",
-    [
-        pytest.param(dtype, marks=[pytest.mark.slow] if dtype in SLOW else [])
-        for dtype in DTYPES
-    ],
-)
+@pytest.mark.parametrize("value_dtype", slow_but(("bfloat16", "float64"), DTYPES))
 @pytest.mark.usefixtures("x64")
 def test_update_keeps_the_dtype_of_every_leaf(form, value_dtype):
     optimizer = OPTIMIZERS[form]

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import by_hand
 from flood_optax import average_params, flood, flooded, scale_by_flood
+from tests.marks import slow_but
 
 SIZES = (64, 256, 256, 10)
 
@@ -137,10 +138,7 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sgd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adam", "windows"))],
-)
+@pytest.mark.parametrize("name", slow_but(["sgd"], ["sgd", "adam", "windows"]))
 def test_average_reads_and_writes_itself_and_reads_the_new_parameters(name):
     """As the recipe by hand does, and with no memory more than its own."""
     loss_fn, params = problem()

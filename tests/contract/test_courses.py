@@ -15,6 +15,7 @@ import pytest
 
 from flood_optax import Shape, flood, scale_by_flood, shapes
 from tests import forms, oracles
+from tests.marks import slow_but
 
 LEVEL, BAND, STEPS = 0.625, 0.125, 400
 DTYPES = {
@@ -83,13 +84,7 @@ EVERY_TIME = ("scale_by_flood", "flood_every_k")  # a transformation, and window
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [None, "data"])
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, marks=[pytest.mark.slow] * (form not in EVERY_TIME))
-        for form in forms.OPTAX
-    ],
-)
+@pytest.mark.parametrize("form", slow_but(EVERY_TIME, forms.OPTAX))
 def test_course_is_that_of_numpy(form, axis, dtype, band, weigh):
     found = courses(form, axis)[f"{dtype} {band} {weigh}"]
     width = BANDS[band] or 0.0

@@ -12,6 +12,7 @@ import pytest
 
 from flood_optax import Shape, flooded, scale_by_flood, shapes
 from tests import forms
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -78,10 +79,8 @@ def compiled_update(grads, value, level):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(
-    "name", ["quartic", pytest.param("mlp", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("bits", [32, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["quartic"], MAKERS))
+@pytest.mark.parametrize("bits", slow_but([32], [32, 64]))
 def test_both_forms_equal_the_numpy_oracle_bit_for_bit(bits, name, side, request):
     if bits == 64:
         request.getfixturevalue("x64")
@@ -163,15 +162,9 @@ COURSES = [
 COURSES.remove(("chain", "polyak_sgd", 0, "reflect"))  # it reads the raw loss there
 
 
-EVERY_TIME = [("flood", "sgd", BAND, "own")]
-
-
 @pytest.mark.parametrize(
     ("form", "name", "band", "shape"),
-    [
-        pytest.param(*one, marks=[pytest.mark.slow] * (one not in EVERY_TIME))
-        for one in COURSES
-    ],
+    slow_but([("flood", "sgd", BAND, "own")], COURSES),
 )
 @pytest.mark.usefixtures("x64")
 def test_training_trajectories_of_the_forms_coincide(form, name, band, shape):

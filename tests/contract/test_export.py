@@ -23,6 +23,7 @@ from flood_optax import (
     scale_by_flood,
     shapes,
 )
+from tests.marks import slow_but
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LEVEL = 0.9
@@ -125,17 +126,7 @@ def test_export_of_a_train_step_is_portable(form, symbolic):
     assert sizes == (["rows"] * 2 if symbolic else ["6"] * 2)
 
 
-# two programs each: one form every time
-SERIALISED = {"chain"}
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, marks=[] if form in SERIALISED else [pytest.mark.slow])
-        for form in FORMS
-    ],
-)
+@pytest.mark.parametrize("form", slow_but(["chain"], FORMS))  # two programs each
 def test_export_serialised_step_trains_as_the_step_itself(form):
     """Written to bytes and read back; 24 steps, batches of 6, 5, 6, 5, ... rows."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers.")

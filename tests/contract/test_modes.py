@@ -30,6 +30,7 @@ from flood_optax import (
     scale_by_flood,
 )
 from tests import forms, oracles, processes
+from tests.marks import slow_but
 
 HALVES = (np.float16, ml_dtypes.bfloat16)
 
@@ -481,10 +482,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(
-    "mode",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m not in EVERY_TIME)) for m in MODES],
-)
+@pytest.mark.parametrize("mode", slow_but(EVERY_TIME, MODES))
 def test_both_forms_equal_numpy_in_mode(mode, check):
     processes.assert_held(f"{mode}: {check}", __file__, mode in EVERY_TIME)
 

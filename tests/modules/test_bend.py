@@ -11,6 +11,7 @@ from jax.experimental.jet import jet
 from flood_optax import flood_loss, flood_mean, flooded, scale_by_flood, shapes
 from flood_optax.objective import relax_loss
 from tests import forms, oracles
+from tests.marks import slow_but
 
 
 def numpy_phi(name, r):
@@ -44,7 +45,6 @@ FORMS = {
 SPREAD = np.array([0.25, 0.125, -0.125, -0.25])
 
 
-EVERY_TIME = ("flood_loss", "flooded")
 INNER = 0.75, 0.5  # the derivatives of the loss at x = 0
 
 
@@ -68,13 +68,7 @@ def derivatives(form):
 
 @pytest.mark.parametrize("residual", [-0.375, -0.125, 0.0, 0.375], ids="r={}".format)
 @pytest.mark.parametrize("shape", forms.SHAPES)
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, marks=[pytest.mark.slow] * (form not in EVERY_TIME))
-        for form in FORMS
-    ],
-)
+@pytest.mark.parametrize("form", slow_but(("flood_loss", "flooded"), FORMS))
 @pytest.mark.usefixtures("x64")
 def test_jet_and_reverse_mode_give_value_and_two_derivatives(form, shape, residual):
     """`jet` looks through custom rules: the value itself has to carry them."""

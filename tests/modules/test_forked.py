@@ -15,6 +15,7 @@ import flood_optax
 from flood_optax import shapes, sweep
 from flood_optax.sweep import trunk
 from tests import processes
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -111,13 +112,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("mlp"))
-        for name in PROBLEMS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(("toy", "toy, few steps"), PROBLEMS))
 def test_forked_equals_separate_runs_bit_for_bit(name):
     step, state, batches, levels = PROBLEMS[name]()
     result = sweep.forked(step, state, batches, levels)

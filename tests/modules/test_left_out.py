@@ -12,6 +12,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
 from flood_optax import levels
+from tests.marks import slow_but
 
 
 def refitted(x, y, c, group):
@@ -75,13 +76,7 @@ SPREAD = {  # in points: three standard deviations of one draw
 }
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        *("digits", "gaussians"),
-        *(pytest.param(d, marks=pytest.mark.slow) for d in ("wine", "breast_cancer")),
-    ],
-)
+@pytest.mark.parametrize("data", slow_but(("digits", "gaussians"), SPREAD))
 def test_noise_rate_finds_known_flips(data):
     n, flips, spread = SPREAD[data]
     rng = np.random.default_rng(1)
@@ -156,7 +151,7 @@ def test_noise_rate_equals_a_count_by_hand_ties_included(confident):
 X, Y = blobs(0)
 
 
-@pytest.mark.parametrize("most", [pytest.param(1 / 3, marks=pytest.mark.slow), 0.8])
+@pytest.mark.parametrize("most", slow_but([0.8], [1 / 3, 0.8]))
 def test_features_that_tell_nothing_give_the_rate_of_guessing(most):
     rng = np.random.default_rng(0)
     shares = [most, (1 - most) / 2, (1 - most) / 2]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from flood_optax import Shape, flood_loss, flooded, scale_by_flood, shapes
 from tests import forms
+from tests.marks import slow_but
 
 TAKERS = {
     "flood_loss": lambda shape: flood_loss(0.25, 0.5, shape=shape),
@@ -114,9 +115,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mode", ["plain", *(pytest.param(m, marks=pytest.mark.slow) for m in [*MODES][1:])]
-)
+@pytest.mark.parametrize("mode", slow_but(["plain"], MODES))
 @pytest.mark.parametrize("place", PLACES)
 def test_shape_is_checked_wherever_a_form_is_built(place, mode):
     if (place, mode) == ("shard_map", "disable_jit"):

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from flood_optax import sharpness
+from tests.marks import slow_but
 
 KEY = jax.random.key(7)
 
@@ -101,7 +102,7 @@ def test_hessian_trace_of_diagonal_hessian_is_exact():
     assert error == 0
 
 
-@pytest.mark.parametrize("sign", [pytest.param(1, marks=pytest.mark.slow), -1])
+@pytest.mark.parametrize("sign", slow_but([-1], [1, -1]))
 def test_top_eigenvalue_equals_dense(net, sign):
     (params, x), targets = net
     loss = lambda params: sign * net_loss(params, x, **targets)
@@ -189,10 +190,10 @@ def test_top_eigenvalue_of_exactly_diagonal_hessian_is_found():
     np.testing.assert_allclose(eigenvalue, -6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("float16", "float32"), pytest.param(*["bfloat16"] * 2, marks=pytest.mark.slow)],
-)
+MIXED = [("float16", "float32"), ("bfloat16", "bfloat16")]
+
+
+@pytest.mark.parametrize(("first", "second"), slow_but([MIXED[0]], MIXED))
 def test_mixed_and_half_precision_params_keep_leaf_dtypes(first, second):
     params = {"a": jnp.ones(2, first), "b": jnp.asarray(2.0, second)}
 
@@ -273,13 +274,7 @@ SETTINGS = {
 
 
 # op by op the power iteration compiles for five seconds
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("gradient_norm", "hessian_trace"),
-        pytest.param("top_eigenvalue", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(("gradient_norm", "hessian_trace"), SETTINGS))
 def test_all_measures_under_jit_and_with_aux_equal_eager(net, name):
     measure, given = getattr(sharpness, name), SETTINGS[name]
 

@@ -24,11 +24,11 @@ def copy_of_the_tree(target: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def outcome(mutant: Break, tree: pathlib.Path, seconds: float) -> str:
+def outcome(mutant: Break, tree: pathlib.Path, seconds: float, marks: str) -> str:
     """`seen`, `SURVIVED`, or why the tests did not run."""
     path = tree / mutant.file
     original = path.read_text(encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", ""]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", marks]
     # one cache for all copies, so that only what the break changes is compiled anew
     cache = str(ROOT / ".jax_cache" / "mutants")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--changed", help="a commit: files changed since then")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=600, help="for one break")
+    parser.add_argument("--quick", action="store_true", help="without the slow tests")
     args = parser.parse_args()
     chosen = [mutant for mutant in BREAKS if mutant.file.endswith(args.only)]
     if args.changed:
@@ -74,7 +75,7 @@ def main() -> int:
         def run(mutant: Break) -> str:
             tree = trees.get()
             try:
-                return outcome(mutant, tree, args.seconds)
+                return outcome(mutant, tree, args.seconds, "not slow" * args.quick)
             finally:
                 trees.put(tree)
 
