@@ -2,9 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from flood_optax import FloodState, flood, flood_mean, flooded, scale_by_flood, shapes
+from flood_optax import (
+    FloodState,
+    Shape,
+    flood,
+    flood_mean,
+    flooded,
+    scale_by_flood,
+    shapes,
+)
 
 # name -> (inner, level, **options) -> the optimizer
 OPTAX = {
@@ -37,6 +46,10 @@ SHAPES = {
     "pause": shapes.pause(),
     "asymmetric": shapes.asymmetric(0.5, 0.125),
 }
+STEEPER = Shape(  # than |r|, the more so the farther away
+    lambda r: jnp.abs(r) + r * r / 2,
+    lambda r: jnp.where(r >= 0, 1 + r, r - 1),
+)
 
 
 def optimizers(inner, level, **options):
@@ -51,6 +64,21 @@ def optimizers(inner, level, **options):
 def objectives(losses_fn, level, **options):
     """Every loss form of the mean of the losses."""
     return {name: make(losses_fn, level, **options) for name, make in LOSS.items()}
+
+
+def walk(level, band, steps=400, parts=None):
+    """Losses through a band, often at its ends, now and then NaN or infinite.
+
+    With `parts` they are whole numbers of such parts of 1, as far as they are neither.
+    """
+    rng = np.random.default_rng(0)
+    drift = np.repeat(rng.choice([-1.0, 1.0], steps // 8), 8)
+    losses = level + 2.2 * band * np.sin(np.cumsum(0.3 * drift + 0.2)) + 0.02
+    losses = np.round(parts * losses) / parts if parts else losses
+    kinds = rng.integers(0, 20, steps)
+    for kind, loss in enumerate((level + band, level - band, np.nan, np.inf, -np.inf)):
+        losses = np.where(kinds == kind, loss, losses)
+    return losses
 
 
 def course(optimizer, **each):

@@ -21,15 +21,8 @@ LEVEL, BAND, STEPS = 0.625, 0.125, 400  # the ends are .5 and .75
 
 
 def walk(level=LEVEL, band=BAND, dtype=np.float32):
-    """A random walk through the band that often meets its ends, NaN and infinities."""
-    rng = np.random.default_rng(0)
     level = np.where(np.isfinite(level), level, LEVEL)
-    drift = np.repeat(rng.choice([-1.0, 1.0], STEPS // 8), 8)
-    losses = level + 2.2 * band * np.sin(np.cumsum(0.3 * drift + 0.2)) + 0.02
-    kinds = rng.integers(0, 20, STEPS)
-    for kind, loss in enumerate((level + band, level - band, np.nan, np.inf, -np.inf)):
-        losses = np.where(kinds == kind, loss, losses)
-    return losses.astype(dtype)
+    return forms.walk(level, band, STEPS).astype(dtype)
 
 
 def moving():
@@ -239,15 +232,9 @@ def test_band_changed_in_mid_run_goes_on_in_its_direction():
     assert seen == [-1, -1, 1, 1, -1, -1, -1, 1, -1, -1, 1]
 
 
-STEEPER = Shape(  # than |r|, the more so the farther away
-    lambda r: jnp.abs(r) + r * r / 2,
-    lambda r: jnp.where(r >= 0, 1 + r, r - 1),
-)
-
-
 def test_no_gradient_flows_into_the_band():
     def after(band):
-        transform = scale_by_flood(LEVEL, band=band, shape=STEEPER)
+        transform = scale_by_flood(LEVEL, band=band, shape=forms.STEEPER)
         found = forms.course(transform, value=jnp.array([0.45, 0.6, 0.9]))
         return sum(found[x].sum() for x in ("multiplier", "flood_level", "flood_value"))
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import Shape, flood, scale_by_flood, shapes
+from flood_optax import flood, scale_by_flood, shapes
 from tests import forms, oracles
 from tests.marks import slow_but
 
@@ -26,23 +26,8 @@ DTYPES = {
 BANDS = {"plain": None, "band": BAND}
 
 
-def walk():
-    """Through the band, often at its ends, now and then NaN or infinite.
-
-    In thirty-seconds: means of four, of windows and of what weighs 1, 2 or 4 are exact.
-    """
-    rng = np.random.default_rng(0)
-    drift = np.repeat(rng.choice([-1.0, 1.0], STEPS // 8), 8)
-    losses = LEVEL + 2.2 * BAND * np.sin(np.cumsum(0.3 * drift + 0.2)) + 0.02
-    losses = np.round(32 * losses) / 32
-    kinds = rng.integers(0, 20, STEPS)
-    bad = {6: np.nan, 7: np.inf, 8: -np.inf}
-    for kind, loss in {0: LEVEL + BAND, 3: LEVEL - BAND, **bad}.items():
-        losses[kinds == kind] = loss
-    return losses.astype(np.float32)
-
-
-LOSSES = walk()
+# in thirty-seconds: means of four, of windows and of what weighs 1, 2 or 4 are exact
+LOSSES = forms.walk(LEVEL, BAND, STEPS, parts=32).astype(np.float32)
 WEIGHTS = np.float32([1, 2, 4, 2, 0, 0, 1, 4] * (STEPS // 8))
 # what four devices see more of the loss, and count; one counts nothing in every second
 MORE = np.float32([-0.5, -0.125, 0.25, 0.375])[:, None]
@@ -140,10 +125,7 @@ TURNING = {
     "reflect": (shapes.reflect(), oracles.reflect),
     "asymmetric": (shapes.asymmetric(0.5), oracles.asymmetric(0.5, 0.0)),
     "own": (
-        Shape(
-            lambda r: jnp.abs(r) + r * r / 2,
-            lambda r: jnp.where(r >= 0, 1 + r, r - 1),
-        ),
+        forms.STEEPER,
         lambda r: (abs(r) + r**2 / 2, np.where(r >= 0, 1 + r, r - 1)),
     ),
 }

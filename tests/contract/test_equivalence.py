@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from flood_optax import Shape, flooded, scale_by_flood, shapes
+from flood_optax import flooded, scale_by_flood, shapes
 from tests import forms
 from tests.marks import slow_but
 
@@ -116,10 +116,7 @@ OPTIMIZERS = {
 SHAPES = {
     "reflect": shapes.reflect(),
     "asymmetric": shapes.asymmetric(0.5),
-    "own": Shape(
-        lambda r: jnp.abs(r) + r * r / 2,
-        lambda r: jnp.where(r >= 0, 1 + r, r - 1),
-    ),
+    "own": forms.STEEPER,
 }
 
 
