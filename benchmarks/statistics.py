@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 AHEAD, BEHIND, OPEN = "ahead", "behind", "not told apart"
 DRAWS = 4_000  # of a bootstrap
@@ -50,7 +50,7 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     seen = np.asarray(values)
     if len(seen) < 2:
         return Interval(float(seen.mean()), math.inf)
-    t = float(stats.t.ppf(0.975, len(seen) - 1))
+    t = float(special.stdtrit(len(seen) - 1, 0.975))
     return Interval(float(seen.mean()), t * sd(seen) / math.sqrt(len(seen)))
 
 
@@ -76,7 +76,9 @@ class Effect(NamedTuple):
     def interval(self) -> Interval:
         if self.freedom < 1:
             return Interval(self.mean, math.inf)
-        return Interval(self.mean, float(stats.t.ppf(0.975, self.freedom)) * self.error)
+        return Interval(
+            self.mean, float(special.stdtrit(self.freedom, 0.975)) * self.error
+        )
 
     @property
     def p(self) -> float:
@@ -85,7 +87,7 @@ class Effect(NamedTuple):
             return 1.0
         with np.errstate(divide="ignore"):
             ratio = np.divide(abs(self.mean), self.error)
-        return 2 * float(stats.t.sf(ratio, self.freedom))
+        return 2 * float(special.stdtr(self.freedom, -ratio))
 
     def __format__(self, spec: str) -> str:
         return format(self.interval, spec)
