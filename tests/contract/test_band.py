@@ -252,6 +252,10 @@ RESTING = {
     "dead_band": shapes.asymmetric(1.0, 0.1),  # at the upper end less that
     "deep": shapes.asymmetric(1.0, 0.5),  # never below it
     "own": Shape(lambda r: r * r / 2, lambda r: r),
+    "soft_descent": Shape(  # rests just above the lower end
+        lambda r: jnp.where(r >= 0, r * r / 2, -r),
+        lambda r: jnp.where(r >= 0, r, -1.0),
+    ),
     "climbing": Shape(lambda r: -r, lambda r: -jnp.ones_like(r)),  # never sinks
 }
 CALLS = {
