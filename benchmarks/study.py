@@ -8,9 +8,8 @@ A study is a module, or a package, whose docstring's first line is its question,
 A finished study has no `measure`: its record and its tables stay, and its code is at
 the commit that the record names.
 
-Where it needs them, it has `options(parser)` for options of its own, `figures(payload)`
-for the pages (see `report`), and `record_name(payload)` where the record is not called
-as the study is.
+Where it needs them, it has `options(parser)` for options of its own, and
+`figures(payload)` for the pages (see `report`).
 """
 
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ def conduct(study: ModuleType, argv: Sequence[str] | None) -> None:
     payload = study.measure(args)
     if payload is None:
         return
-    if hasattr(study, "record_name"):
-        name = study.record_name(payload)
     written = record.write(name, payload, args.out)
     document = record.read(name, args.out)
     print("\n" + "\n\n".join(study.tables(document).values()), f"\n\nWrote {written}")
